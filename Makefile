@@ -1,0 +1,51 @@
+# Every target makes its own environment in .venv first. Needed beforehand: make, and Python 3.10 to 3.13 with venv
+# (Debian: apt-get install make python3 python3-venv). Another interpreter: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.made
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check bench fuzz clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP)  ## make .venv with Mooncache in editable form and its development tools
+
+demo: setup  ## reproduce the incident and compare where deletion happens
+	$(BIN)/mooncache compare configs/tp4_layerwise.yaml
+
+test: setup  ## run all tests
+	$(BIN)/pytest
+
+check: setup  ## lint, format, types, and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## measure this machine: slice lifecycle and the GIL, into results/
+	mkdir -p results
+	$(BIN)/mooncache bench lifecycle --json > results/bench_lifecycle.json
+	$(BIN)/mooncache bench gil --json > results/bench_gil.json
+	@echo "Written: results/bench_lifecycle.json results/bench_gil.json"
+
+fuzz: setup  ## run the seeded random tests with many more examples
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests -m fuzz
+
+clean:  ## remove the environment, caches and build products; results/ stays
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "$(PYTHON) not found: install Python 3.10 to 3.13 (Debian: apt-get install python3 python3-venv), or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
+	  echo "Mooncache needs Python 3.10 to 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "$(PYTHON) has no venv or no pip to put into one: install them (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

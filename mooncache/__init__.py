@@ -1,0 +1,31 @@
+"""Moves LLM KV cache between machines, and predicts what that will cost. See README.md."""
+
+from mooncache.batch import Batch
+from mooncache.engine import Engine, Peer, Stats
+from mooncache.errors import (
+    CapacityError,
+    EngineClosed,
+    Failure,
+    MooncacheError,
+    Status,
+    TransferFailed,
+    TransportError,
+    UsageError,
+)
+from mooncache.memory import Region
+
+__all__ = [
+    "Batch",
+    "CapacityError",
+    "Engine",
+    "EngineClosed",
+    "Failure",
+    "MooncacheError",
+    "Peer",
+    "Region",
+    "Stats",
+    "Status",
+    "TransferFailed",
+    "TransportError",
+    "UsageError",
+]

@@ -1,0 +1,163 @@
+"""A batch: what `Engine.write` and `.read` return, and all that can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from time import monotonic_ns
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncache.errors import REASON, EngineClosed, Failure, Status, TransferFailed, UsageError
+from mooncache.kernels import calls, layout
+
+if TYPE_CHECKING:
+    from mooncache.engine import Engine
+
+NAP_NS = 100_000_000
+"""Longest sleep of a waiting thread before it lets Python run signal handlers; a signal also ends it at once."""
+
+
+class Batch:
+    """Requests that were submitted together. Close it when done with it: its slices live until then.
+
+    The source and target ranges belong to the transfer from submission until `quiesced`. A batch that is garbage
+    collected closes itself; in serving code close explicitly, because *where* that happens is what this engine is
+    about.
+
+    Attributes:
+        peer: name of the peer.
+        requests: how many requests it has; failures name them by index.
+    """
+
+    __slots__ = ("_closed", "_engine", "_failures", "_handle", "_peer", "requests")
+
+    def __init__(self, engine: Engine, handle: int, peer: str, requests: int) -> None:
+        self._engine, self._handle, self._peer, self.requests = engine, handle, peer, requests
+        self._closed = False
+        self._failures: tuple[Failure, ...] | None = None
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def done(self) -> bool:
+        """Whether every slice is answered: arrived, failed or cancelled. A closed batch counts as done."""
+        return self._closed or calls.status(self._engine.ctl, self._handle) != Status.NOT_FINISHED
+
+    @property
+    def quiesced(self) -> bool:
+        """Whether no more bytes can move, so that the buffers may be used again. Also valid after `close`."""
+        return bool(calls.quiesced(self._engine.ctl, self._handle))
+
+    @property
+    def slices(self) -> int:
+        """Slices the requests were cut into; 0 once closed."""
+        return max(0, int(calls.read_word(self._engine.ctl, self._handle, layout.BATCH_SLICES)))
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """The failed requests (index, status, reason), ascending; empty when all arrived.
+
+        Raises:
+            UsageError: the batch is not finished yet, or was closed before it was.
+        """
+        if self._failures is None:
+            status = calls.status(self._engine.ctl, self._handle)
+            if self._closed or status == Status.STALE_HANDLE:
+                raise UsageError("this batch was closed before it finished; its failures were not kept")
+            if status == Status.NOT_FINISHED:
+                raise UsageError("this batch is not finished; wait for it before asking for its failures")
+            self._failures = self._collect()
+        return self._failures
+
+    def _collect(self) -> tuple[Failure, ...]:
+        if not calls.read_word(self._engine.ctl, self._handle, layout.BATCH_FAILED):
+            return ()
+        request, why = np.zeros(self.requests, np.int64), np.zeros(self.requests, np.int64)
+        count = calls.failures(self._engine.ctl, self._handle, request, why)
+        return tuple(
+            Failure(int(i), Status(int(code)), REASON[Status(int(code))])
+            for i, code in zip(request[:count], why[:count], strict=True)
+        )
+
+    def wait(self, timeout: float | None = None) -> Batch:
+        """Block until the batch is done; spins briefly, then sleeps. Other Python threads run meanwhile.
+
+        Args:
+            timeout: seconds, or None for no limit. When it passes the batch goes on; cancel or close it to stop it.
+
+        Returns the batch. Raises:
+            TimeoutError: not done in time.
+            TransferFailed: some requests failed, the others arrived.
+            UsageError: the batch is closed. EngineClosed: the engine is.
+        """
+        deadline = None if timeout is None else monotonic_ns() + round(timeout * 1e9)
+        ctl, handle = self._engine.ctl, self._handle
+        status = calls.status(ctl, handle)
+        while status == Status.NOT_FINISHED:
+            left = NAP_NS if deadline is None else min(NAP_NS, deadline - monotonic_ns())
+            if left <= 0:
+                raise TimeoutError(f"{self!r} was not done within {timeout} s")
+            status = calls.wait(ctl, handle, left)
+        self._raise_for(status)
+        return self
+
+    def _raise_for(self, status: int) -> None:
+        if status == Status.STALE_HANDLE:
+            if self._engine.closed:
+                raise EngineClosed(f"engine {self._engine.name!r} was closed while {self!r} was open")
+            raise UsageError("this batch is closed; nothing is left to wait for")
+        if self.failures:
+            raise TransferFailed(self.failures, self.requests, self._peer)
+
+    def __await__(self) -> Generator[Any, None, Batch]:
+        """`await batch` does what `wait()` does, without a thread: the engine's eventfd wakes the event loop."""
+        yield from self._engine.finished(self._handle).__await__()
+        self._raise_for(calls.status(self._engine.ctl, self._handle))
+        return self
+
+    def cancel(self) -> None:
+        """Stop posting: slices the NIC does not have yet fail as CANCELLED; those it has are waited for as usual.
+
+        Has no effect on a batch that is done.
+        """
+        if calls.cancel(self._engine.ctl, self._handle) == Status.STALE_HANDLE:
+            self._raise_for(Status.STALE_HANDLE)
+
+    def close(self) -> None:
+        """Give the batch's slices back, as the engine's reclaim policy says. Once; a second close is an error.
+
+        A batch that is not done is cancelled and detached: the worker gives it back when the NIC has answered for
+        the last slice. Until `quiesced` its buffers must not be used again.
+
+        Raises:
+            UsageError: closed before.
+        """
+        if self._closed:
+            raise UsageError("this batch is closed already")
+        ctl = self._engine.ctl
+        status = calls.close(ctl, self._handle, self._failures is None)
+        if status == Status.HAS_FAILURES:
+            self._failures = self._collect()
+            calls.close(ctl, self._handle, False)
+        elif status == Status.OK and self._failures is None:
+            self._failures = ()
+        self._closed = True
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._closed:
+            self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "done" if self.done else "running"
+        return f"<Batch of {self.requests} requests to {self._peer!r}, {state}>"

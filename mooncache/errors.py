@@ -1,0 +1,99 @@
+"""Everything that can go wrong: statuses for kernels, exceptions for people.
+
+Kernels return a `Status`; 0 is success and every other value says what was lost:
+
+    1xx  only time           the pool is empty, a queue is full: try again
+    2xx  this call           the caller's mistake; nothing was changed
+    3xx  one slice           the wire refused or lost it; its request failed
+    9xx  the engine          it is closing; nothing more can be done with it
+
+Exceptions say whose fault it was. `check` turns one into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Status(IntEnum):
+    """What a kernel answers, grouped by what is lost."""
+
+    OK = 0
+    POOL_EMPTY = 101
+    BATCHES_EMPTY = 102
+    HEAP_EMPTY = 103
+    NOT_FINISHED = 104
+    HAS_FAILURES = 105
+    STALE_HANDLE = 201
+    LENGTH = 202
+    SOURCE_NOT_REGISTERED = 203
+    TARGET_NOT_REGISTERED = 204
+    ACCESS_DENIED = 205
+    TOO_LARGE = 206
+    CANCELLED = 301
+    TIMED_OUT = 302
+    LOCAL_ERROR = 303
+    REMOTE_ACCESS = 304
+    REMOTE_ERROR = 305
+    RETRIES_EXCEEDED = 306
+    FLUSHED = 307
+    CLOSED = 901
+
+
+REASON: dict[Status, str] = {
+    Status.CANCELLED: "the batch was cancelled or closed before this request was posted",
+    Status.TIMED_OUT: "the batch's deadline passed before this request was posted",
+    Status.LOCAL_ERROR: "the local device refused the source range",
+    Status.REMOTE_ACCESS: "the target refused the range or its key: was the region unregistered there?",
+    Status.REMOTE_ERROR: "the target could not carry the operation out",
+    Status.RETRIES_EXCEEDED: "the wire lost it more often than the engine retries",
+    Status.FLUSHED: "the connection broke down with this request on it",
+}
+
+
+class MooncacheError(Exception):
+    """Base of every exception this package raises on purpose."""
+
+
+class UsageError(MooncacheError, ValueError):
+    """The caller's mistake. Nothing was changed."""
+
+
+class CapacityError(MooncacheError):
+    """A bounded resource stayed exhausted until the deadline, or could never hold what was asked."""
+
+
+class TransportError(MooncacheError):
+    """A provider could not be opened, connected or used."""
+
+
+class EngineClosed(MooncacheError):
+    """The engine was closed before or during the call."""
+
+
+class Failure(NamedTuple):
+    """One failed request of a batch."""
+
+    request: int  # index into the arrays given to write() or read()
+    status: Status
+    reason: str
+
+
+class TransferFailed(MooncacheError):
+    """Some requests of a batch failed; the others arrived.
+
+    Attributes:
+        failures: one `Failure` per failed request, ordered by request index.
+        peer: name of the peer the batch was addressed to.
+    """
+
+    def __init__(self, failures: Sequence[Failure], requests: int, peer: str) -> None:
+        self.failures = tuple(failures)
+        self.peer = peer
+        first = self.failures[0]
+        super().__init__(
+            f"{len(self.failures)} of {requests} requests to peer {peer!r} failed; "
+            f"the first is request {first.request}: {first.status.name} ({first.reason})"
+        )

@@ -1,0 +1,254 @@
+"""What a caller can do with a batch it holds a handle to: wait, ask, cancel, close. And what an engine tells workers."""
+
+import numpy as np
+
+from mooncache.errors import Status
+from mooncache.kernels.account import account, clock, raise_word, word
+from mooncache.kernels.atomics import add, exchange, fence, futex_wait, futex_wake, i16, i32, i64, load, pause, peek, poke, store
+from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, finished, move
+from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import (
+    BATCH_AWAITED,
+    BATCH_CANCEL_ASKED,
+    BATCH_FAILED,
+    BATCH_FIRST,
+    BATCH_GENERATION,
+    BATCH_REMAINING,
+    BATCH_SLICES,
+    BATCH_STATE,
+    BATCH_WAITERS,
+    BATCHES,
+    CHUNK_NEXT,
+    CHUNK_SLICES,
+    SCRATCH,
+    SHARED,
+    SHARED_BELL,
+    SHARED_REAPER_BELL,
+    SHARED_STOP,
+    SHARED_WAITERS,
+    SLICE_FIRST,
+    SLICE_LAST,
+    SLICE_LOCAL,
+    SLICE_STATE,
+    SPIN,
+    SYSCALL,
+    WORD,
+    WORKER_BELL,
+    WORKERS,
+    Kind,
+)
+from mooncache.kernels.pool import EVERY_THREAD
+from mooncache.kernels.pump import NS_PER_S, PAUSES, sleep_on
+from mooncache.kernels.reclaim.dispatch import retire
+from mooncache.kernels.submit import bump_generation, request_cancel, worker_row
+from mooncache.limits import CHUNK_SLICES as SLOTS
+
+CANCELLED, TIMED_OUT = int(Status.CANCELLED), int(Status.TIMED_OUT)
+
+
+@kernel("int64(int64, int64)")
+def status(ctl, handle):
+    """OK when the batch is finished, NOT_FINISHED, or STALE_HANDLE."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(Status.STALE_HANDLE)
+    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+
+
+@kernel("int64(int64, int64, int64)")
+def read_word(ctl, handle, field):
+    """A word of the batch's row, or -1 for a stale handle."""
+    row = resolve(ctl, handle)
+    return np.int64(-1) if row == 0 else peek(row + field * WORD)
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def wait(ctl, handle, ns):
+    """Spin briefly, then sleep until the batch is finished, for at most `ns`. Gives the GIL up.
+
+    Comes back at every wake-up, so that Python can run signal handlers. Returns what `status` does.
+    """
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(Status.STALE_HANDLE)
+    since = clock(ctl)
+    spin = min(word(ctl, SPIN), ns)
+    while not finished(row):
+        for _ in range(PAUSES):
+            pause()
+        if clock(ctl) - since > spin:
+            break
+    left = ns - (clock(ctl) - since)
+    if not finished(row) and left > 0:
+        add(row + BATCH_WAITERS * WORD, 1)
+        fence()
+        state = load(row + BATCH_STATE * WORD)
+        if state != RECLAIMABLE and resolve(ctl, handle) != 0:
+            sleep_on(ctl, row + BATCH_STATE * WORD, state, left)
+        add(row + BATCH_WAITERS * WORD, -1)
+    if resolve(ctl, handle) == 0:
+        return np.int64(Status.STALE_HANDLE)
+    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+
+
+@kernel("int64(int64, int64)")
+def await_finish(ctl, handle):
+    """Ask for a write to the engine's eventfd when the batch finishes. Returns what `status` does, looked up after."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(Status.STALE_HANDLE)
+    store(row + BATCH_AWAITED * WORD, 1)
+    fence()
+    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+
+
+@kernel("int64(int64)")
+def capacity_bell(ctl):
+    """The bell's value now: read it before the attempt whose failure is to be waited out."""
+    return load(word(ctl, SHARED) + SHARED_BELL * WORD)
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def wait_capacity(ctl, seen, ns):
+    """Sleep until chunks or batch rows came back since the bell was `seen`, for at most `ns`. Gives the GIL up."""
+    shared = word(ctl, SHARED)
+    add(shared + SHARED_WAITERS * WORD, 1)
+    fence()
+    if load(shared + SHARED_BELL * WORD) == seen:
+        sleep_on(ctl, shared + SHARED_BELL * WORD, seen, ns)
+    add(shared + SHARED_WAITERS * WORD, -1)
+    return 0
+
+
+@kernel("int64(int64, int64)")
+def cancel(ctl, handle):
+    """Ask the worker to answer the batch's unposted slices as cancelled. OK, or STALE_HANDLE."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(Status.STALE_HANDLE)
+    if load(row + BATCH_STATE * WORD) == SEALED and exchange(row + BATCH_CANCEL_ASKED * WORD, 1) == 0:
+        request_cancel(ctl, row, handle)
+    return np.int64(Status.OK)
+
+
+@kernel
+def close_batch(ctl, handle, keep_failed):
+    """What `close` does."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(Status.STALE_HANDLE)
+    if keep_failed and finished(row) and peek(row + BATCH_FAILED * WORD) > 0:
+        return np.int64(Status.HAS_FAILURES)
+    if not bump_generation(row):
+        return np.int64(Status.STALE_HANDLE)
+    account(ctl, Kind.BATCHES_CLOSED, 1)
+    if move(row, CLOSE) == SEALED:
+        request_cancel(ctl, row, handle_of(peek(row + BATCH_GENERATION * WORD), handle & SLOT_MASK))
+        return np.int64(Status.NOT_FINISHED)
+    retire(ctl, row)
+    return np.int64(Status.OK)
+
+
+@kernel("int64(int64, int64, boolean)")
+def close(ctl, handle, keep_failed):
+    """End the caller's interest in the batch; its handle is stale from now on.
+
+    Finished: reclaimed here, as the policy says. Not finished: detached; unposted slices are cancelled, and the worker
+    reclaims it when the NIC has answered for the last. With `keep_failed` a finished batch with failed slices is left
+    as it is, so that the caller can look at them first.
+
+    Returns OK (reclaimed), NOT_FINISHED (detached), HAS_FAILURES (nothing changed) or STALE_HANDLE.
+    """
+    return close_batch(ctl, handle, keep_failed)
+
+
+@kernel("int64(int64, int64)")
+def quiesced(ctl, handle):
+    """1 when no more bytes of the batch can move, whether it is closed or not; else 0."""
+    slot = handle & SLOT_MASK
+    row = batch_row(ctl, slot)
+    ahead = (load(row + BATCH_GENERATION * WORD) - (handle >> 32)) & GENERATION_MASK
+    if ahead > 1:
+        return 1
+    state = load(row + BATCH_STATE * WORD)
+    if ahead == 1:
+        return np.int64(state != DRAINING or load(row + BATCH_REMAINING * WORD) == 0)
+    return np.int64(state == RECLAIMABLE)
+
+
+@kernel("int64(int64, int64, int64[::1], int64[::1])")
+def failures(ctl, handle, request, why):
+    """List failed requests: `request` and `why` (Status), each int64[requests], ascending, each request once.
+
+    Returns how many, or minus STALE_HANDLE. The batch must be finished.
+    """
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(-Status.STALE_HANDLE)
+    state, head, tail = i16(word(ctl, SLICE_STATE)), i32(word(ctl, SLICE_FIRST)), i32(word(ctl, SLICE_LAST))
+    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    n, listed = 0, np.int64(-1)
+    chunk = peek(row + BATCH_FIRST * WORD)
+    while chunk >= 0:
+        for slot in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
+            if state[slot] >= CANCELLED:
+                for index in range(max(np.int64(head[slot]), listed + 1), np.int64(tail[slot]) + 1):
+                    request[n] = index
+                    why[n] = state[slot]
+                    n += 1
+                    listed = index
+        chunk = next_[chunk]
+    return n
+
+
+@kernel("int64(int64, int64)")
+def region_in_use(ctl, region):
+    """Slices without an answer whose local region is the slot `region`: while there are any it must stay registered."""
+    state, local = i16(word(ctl, SLICE_STATE)), i16(word(ctl, SLICE_LOCAL))
+    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    n = 0
+    for slot in range(word(ctl, BATCHES)):
+        row = batch_row(ctl, slot)
+        at = load(row + BATCH_STATE * WORD)
+        if at != SEALED and not (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
+            continue
+        chunk = peek(row + BATCH_FIRST * WORD)
+        while chunk >= 0:
+            for i in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
+                n += local[i] == region and 0 < state[i] < 3
+            chunk = next_[chunk]
+    return n
+
+
+@kernel("int64(int64)")
+def stop(ctl):
+    """Tell workers and reaper to leave once they are idle, and wake them."""
+    shared = word(ctl, SHARED)
+    store(shared + SHARED_STOP * WORD, 1)
+    for i in range(word(ctl, WORKERS)):
+        bell = worker_row(ctl, i) + WORKER_BELL * WORD
+        add(bell, 1)
+        futex_wake(word(ctl, SYSCALL), bell, EVERY_THREAD)
+    add(shared + SHARED_REAPER_BELL * WORD, 1)
+    futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, EVERY_THREAD)
+    return 0
+
+
+@kernel("int64(int64)")
+def refused_request(ctl):
+    """Index of the request that the last refused submit of this thread stumbled over."""
+    return word(ctl, SCRATCH)
+
+
+@kernel("int64(int64)")
+def close_all(ctl):
+    """Close every batch that is still open, whoever holds it; returns how many."""
+    closed = 0
+    for slot in range(word(ctl, BATCHES)):
+        row = batch_row(ctl, slot)
+        state = load(row + BATCH_STATE * WORD)
+        if state == OPEN or state == SEALED or state == RECLAIMABLE:
+            close_batch(ctl, handle_of(load(row + BATCH_GENERATION * WORD), slot), False)
+            closed += 1
+    return closed

@@ -1,0 +1,301 @@
+"""The only place that knows word numbers: what lies where in an engine's memory.
+
+All state is preallocated arrays. A *control block* of int64 words holds their addresses and all scalars; its address,
+`ctl`, is the one argument that every kernel takes. Each actor of an engine (a calling thread, a worker, the reaper)
+has a control block of its own: the addresses in it are the same, the counters, the clock and the scratch space are
+the actor's, so that no two threads ever write one counter.
+
+    control block (one an actor)          arrays (one each an engine)
+    +--------------------------+          +-------------------------------------+
+    | SLICE_SOURCE ............+--------> | int64[capacity]                     |
+    | CHUNK_NEXT ..............+--------> | int64[chunks]                       |
+    | SHARED ..................+--------> | words that several actors write     |
+    | NOW, COUNTERS, SCRATCH   |          +-------------------------------------+
+    +--------------------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from itertools import count
+
+import numpy as np
+
+WORD = 8  # bytes
+LINE = 64  # bytes of a cache line
+
+
+class Store(IntEnum):
+    """Where slices live: the struct-of-array pool, or one malloc'ed object each as in the upstream engine."""
+
+    POOL = 0
+    HEAP = 1
+
+
+class Policy(IntEnum):
+    """Where the deletion of finished slices happens; one file each in `kernels/reclaim/`."""
+
+    LEAK = 0
+    INLINE = 1
+    ON_CLOSE = 2
+    THREAD_CACHE = 3
+    DEFERRED = 4
+    EPOCH = 5
+    BULK = 6
+
+
+class Opcode(IntEnum):
+    """`ibv_wr_opcode` of the one-sided operations."""
+
+    WRITE = 0
+    READ = 4
+
+
+class Slice(IntEnum):
+    """State of one slice. A failed slice's state is its `Status` (301 and above)."""
+
+    FREE = 0
+    WAITING = 1  # filled, not posted
+    POSTED = 2  # the NIC has it
+    DONE = 3
+
+
+class Kind(IntEnum):
+    """Kinds of work, as `account` counts them. The simulation prices each; production only counts."""
+
+    REQUESTS = 0  # checked and cut
+    CHUNKS_ACQUIRED = 1
+    SLICES_FILLED = 2
+    HEAP_ALLOCATED = 3  # slice objects taken from malloc, with their string
+    HEAP_REUSED = 4  # slice objects taken from a thread's cache instead
+    BATCHES_SUBMITTED = 5
+    BATCHES_TAKEN = 6  # by a worker
+    WORK_REQUESTS = 7  # built
+    DOORBELLS = 8  # post_send calls
+    POLLS = 9  # poll_cq calls
+    COMPLETIONS = 10  # entries polled
+    COMPLETED = 11  # slices that arrived
+    FAILED = 12  # slices that did not
+    RETRIED = 13  # slices posted again
+    STALE = 14  # completions of slices freed long ago: counted, never applied
+    BATCHES_FINISHED = 15
+    BATCHES_CLOSED = 16
+    SLICES_FREED = 17  # one by one
+    CHUNKS_FREED = 18  # as part of a whole chain
+    SLICES_DROPPED = 19  # freed with their chain; no work of their own
+    HEAP_FREED = 20  # slice objects given to free
+    HEAP_CACHED = 21  # slice objects kept in a thread's cache instead
+    SLICES_LEAKED = 22
+    RETIRED = 23  # batches handed to the reaper or to an epoch
+    PARKS = 24
+    WAKES = 25
+
+
+KINDS = len(Kind)
+TIMING_KINDS = (Kind.POLLS, Kind.DOORBELLS, Kind.PARKS, Kind.WAKES)
+"""Kinds whose counts depend on how threads interleave; all others are a function of the batches alone."""
+
+_word = count()
+
+
+def _next() -> int:
+    return next(_word)
+
+
+# ------------------------------------------------------------------ arrays: addresses, the same in every block
+# Slices; row `slot`. Written by the submitter until the batch is sealed, then by its worker, then by who frees it.
+SLICE_SOURCE = _next()  # int64[capacity]   local address, bytes
+SLICE_TARGET = _next()  # int64[capacity]   remote address, bytes
+SLICE_LENGTH = _next()  # int32[capacity]   bytes
+SLICE_FIRST = _next()  # int32[capacity]   first request it carries bytes of
+SLICE_LAST = _next()  # int32[capacity]   last request it carries bytes of
+SLICE_LOCAL = _next()  # int16[capacity]   slot of the local region
+SLICE_REMOTE = _next()  # int16[capacity]   slot of the remote region in the peer's table
+SLICE_STATE = _next()  # int16[capacity]   Slice, or the Status it failed with
+SLICE_ATTEMPTS = _next()  # int8[capacity]    times posted again
+SLICE_OBJECT = _next()  # int64[capacity]   heap store only: address of the slice object
+# Chunks of 256 slots.
+CHUNK_NEXT = _next()  # int64[chunks]     next in its chain or in the free list, -1 at the end
+CHUNK_PREVIOUS = _next()  # int64[chunks]     previous in its chain, -1 at the start
+CHUNK_BATCH = _next()  # int64[chunks]     batch slot it belongs to
+CHUNK_GENERATION = _next()  # int64[chunks]     times it was released; upper half of a work request's id
+CHUNK_SLICES = _next()  # int64[chunks]     slots in use
+CHUNK_LIVE = _next()  # int64[chunks]     of those, not yet freed one by one
+# Everything else.
+BATCH_ROWS = _next()  # int64[batches, BATCH_WORDS]
+BATCH_LINK = _next()  # int64[batches]    free list
+PEER_TABLES = _next()  # int64[peers]      address of the peer's region table
+ENDPOINT_ROWS = _next()  # int64[workers, peers, ENDPOINT_WORDS]
+WORKER_ROWS = _next()  # int64[workers, WORKER_WORDS]
+RETIRED_RING = _next()  # ring of batch slots that the reaper or an epoch frees
+LOCAL_TABLE = _next()  # region table of this engine
+SHARED = _next()  # int64[SHARED_WORDS], words that several actors write, one cache line each
+
+# ------------------------------------------------------------------ scalars fixed when the engine opens
+CAPACITY = _next()  # slots
+CHUNKS = _next()
+BATCHES = _next()
+PEERS = _next()
+WORKERS = _next()
+STORE = _next()  # Store
+POLICY = _next()  # Policy
+SLICE_BYTES = _next()
+TAIL_BYTES = _next()
+QUEUE_DEPTH = _next()  # work requests outstanding on one queue pair
+CHAIN = _next()  # work requests behind one doorbell
+POLL_LOT = _next()
+RETRIES = _next()
+CACHE_SLICES = _next()
+REAPER_LOT = _next()  # slices
+REAPER_PERIOD = _next()  # ns
+SPIN = _next()  # ns
+EVENT_FD = _next()  # eventfd that awaiting event loops watch, or -1
+VIRTUAL = _next()  # 1: time is the words below, turned by account; 0: time is the clock's
+# functions by address
+CLOCK_GETTIME = _next()
+SYSCALL = _next()
+WRITE = _next()
+MALLOC = _next()  # 0: heap objects are accounted for, not made (the simulation)
+FREE = _next()
+
+# ------------------------------------------------------------------ the actor's own
+ACTOR = _next()  # index of its worker row, or -1
+NOW = _next()  # virtual time, ps
+HORIZON = _next()  # virtual time that this actor may not pass, ps
+NEXT_COMPLETION = _next()  # virtual only: function(cq) -> time of the oldest completion, ps
+COUNTERS = _next()  # int64[KINDS]
+SPENT = _next()  # int64[KINDS]  virtual time per kind, ps
+COST_FIXED = _next()  # int64[KINDS]  ps per call of account; virtual only
+COST_EACH = _next()  # int64[KINDS]  ps per unit; virtual only
+TIME_FREEING = _next()  # time inside reclaim, ns (virtual: ps)
+TIME_BUSY = _next()  # worker: time with work, ns (virtual: ps)
+CACHE_FIRST = _next()  # thread_cache on the pool: chain of chunks kept for this thread, -1 when empty
+CACHE_COUNT = _next()  # thread_cache: slices kept, chunks x 256 or heap objects
+CACHE_OBJECTS = _next()  # thread_cache on the heap: int64[CACHE_SLICES] slice objects kept
+SCRATCH = _next()  # 8 words: timespec, bad_wr, single-request operands
+_SCRATCH_END = [_next() for _ in range(7)]
+WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
+GATHERS = _next()  # worker: ibv_sge[CHAIN]
+COMPLETIONS = _next()  # worker: ibv_wc[POLL_LOT]
+RUN = _next()  # worker: int64[POLL_LOT], slots completed by one poll
+FIRST_ACTOR_WORD = ACTOR
+BLOCK_WORDS = -(-_next() // 8) * 8
+
+# ------------------------------------------------------------------ SHARED: one cache line a word
+SHARED_FREE_CHUNKS = 0  # tag << 24 | chunk + 1: head of the pool's free list
+SHARED_FREE_BATCHES = 8  # the same for batch rows
+SHARED_FREE_COUNT = 16  # chunks in the free list
+SHARED_BELL = 24  # futex: rises whenever chunks or batch rows come back
+SHARED_WAITERS = 32  # threads asleep on it
+SHARED_NEXT_WORKER = 40  # round robin of batches over workers
+SHARED_EPOCH = 48
+SHARED_RETIRED_LOCK = 56  # held by whoever takes from the retired ring
+SHARED_STOP = 64  # 1: workers and reaper leave when idle
+SHARED_REAPER_BELL = 72  # futex
+SHARED_REAPER_PARKED = 80
+SHARED_LOW = 88  # fewest free chunks ever seen
+SHARED_LEAKED_CHUNKS = 96  # tag << 24 | chunk + 1: chunks that the leak policy forgot
+SHARED_LEAKED_COUNT = 104
+SHARED_WORDS = 112
+
+# ------------------------------------------------------------------ batch rows
+BATCH_STATE = 0  # State (kernels/batch.py); its low half is the futex of waiters
+BATCH_GENERATION = 1  # upper half of the handle
+BATCH_REMAINING = 2  # slices without an answer; written by the worker
+BATCH_SLICES = 3
+BATCH_CHUNKS = 4
+BATCH_FIRST = 5  # chunk
+BATCH_LAST = 6  # chunk
+BATCH_PEER = 7
+BATCH_OPCODE = 8
+BATCH_CURSOR = 9  # chunk that the next slice to post is in, -1 when all are posted
+BATCH_OFFSET = 10  # its offset in that chunk
+BATCH_POSTED = 11  # work requests outstanding
+BATCH_FAILED = 12  # slices failed
+BATCH_DEADLINE = 13  # clock, ns; 0 none
+BATCH_NEXT = 14  # next batch in the endpoint's queue, -1
+BATCH_WORKER = 15
+BATCH_WAITERS = 16  # threads asleep on BATCH_STATE
+BATCH_AWAITED = 17  # 1: write to EVENT_FD when finished
+BATCH_SUBMITTED_AT = 18  # ns (virtual: ps)
+BATCH_FINISHED_AT = 19
+BATCH_REQUESTS = 20
+BATCH_RETIRED_AT = 21  # epoch
+BATCH_UNPOSTED = 22  # slices from the cursor on
+BATCH_CANCELLED = 23  # 0, or the Status its unposted slices failed with
+BATCH_CANCEL_ASKED = 24
+BATCH_WORDS = 32  # four cache lines, so that two workers never share one
+
+# ------------------------------------------------------------------ endpoint rows: a worker's side of one peer
+ENDPOINT_QP = 0  # ibv_qp address, 0 when not connected
+ENDPOINT_OUTSTANDING = 1
+ENDPOINT_FIRST = 2  # first batch with slices to post, -1
+ENDPOINT_LAST = 3
+ENDPOINT_WORDS = 8  # a cache line
+
+# ------------------------------------------------------------------ worker rows
+WORKER_CQ = 0  # ibv_cq address
+WORKER_RING = 1  # ring of batches submitted to it
+WORKER_BELL = 2  # futex
+WORKER_PARKED = 3  # 1: asleep on the bell
+WORKER_EPOCH = 4  # epoch at the start of its round; EPOCH_QUIET while asleep
+WORKER_OUTSTANDING = 5  # work requests posted, all endpoints
+WORKER_QUEUED = 6  # batches with slices to post
+WORKER_DEADLINES = 7  # queued batches that have a deadline
+WORKER_RETRY_RING = 8  # ring of slots to post again
+WORKER_PEERS = 9  # highest peer it has had batches for, + 1
+WORKER_WORDS = 16
+EPOCH_QUIET = (1 << 62) - 1
+
+# ------------------------------------------------------------------ region tables
+TABLE_COUNT = 0
+TABLE_BASES = 1  # address of int64[REGIONS], ascending
+TABLE_ENDS = 2  # address of int64[REGIONS]
+TABLE_SLOTS = 3  # address of int64[REGIONS]
+TABLE_KEYS = 4  # address of int64[REGIONS], by slot: lkey or rkey
+TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
+TABLE_WORDS = 8
+
+
+class Access(IntEnum):
+    """What a peer may do with a region; bits."""
+
+    READ = 1
+    WRITE = 2
+
+
+# ------------------------------------------------------------------ rings
+RING_TAIL = 0  # next ticket; producers
+RING_HEAD = 8  # next to take; the consumer
+RING_MASK = 16
+RING_ENTRIES = 24  # int64[mask + 1]; EMPTY when not filled
+RING_EMPTY = -(1 << 63)  # never a handle, its negative, or a slot
+
+# ------------------------------------------------------------------ the heap store's slice object (216 bytes)
+OBJECT_BYTES = 216
+OBJECT_SOURCE = 0
+OBJECT_TARGET = 8
+OBJECT_LENGTH = 16
+OBJECT_STATE = 24
+OBJECT_BATCH = 32
+OBJECT_STRING = 40  # address of the path string
+OBJECT_STRING_LENGTH = 48
+STRING_BYTES = 32  # "hostname:12345@mlx5_0" and its terminator: past the small-string buffer, so on the heap
+
+
+def aligned(words: int) -> np.ndarray:
+    """int64[words] of zeros on a cache line of its own."""
+    raw = np.zeros(words + LINE // WORD, np.int64)
+    skip = (-raw.ctypes.data % LINE) // WORD
+    return raw[skip : skip + words]
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is `least` or more."""
+    return 1 << max(0, least - 1).bit_length()
+
+
+def words_of(names: Iterable[IntEnum], values: np.ndarray) -> dict[str, int]:
+    """`{name: value}` of a counter array, names in lower case."""
+    return {name.name.lower(): int(values[name]) for name in names}

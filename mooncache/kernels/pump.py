@@ -1,0 +1,250 @@
+"""The worker's loop: take batches, post, poll, complete, retry, reclaim; spin a little when idle, then sleep.
+
+In production a thread enters `pump`, gives the GIL up once and stays until the engine stops. In the simulation the
+same loop runs in virtual time and comes back whenever something outside it may have to act: at the horizon, when a
+batch has finished, and when there is nothing to do.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+from mooncache.errors import Status
+from mooncache.kernels.account import account, clock, raise_word, word
+from mooncache.kernels.atomics import call_word, fence, futex_wait, load, pause, peek, poke, store
+from mooncache.kernels.complete import endpoint_row, poll
+from mooncache.kernels.handle import batch_row, resolve
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import (
+    ACTOR,
+    BATCH_NEXT,
+    BATCH_PEER,
+    BATCH_REMAINING,
+    COUNTERS,
+    ENDPOINT_FIRST,
+    EPOCH_QUIET,
+    HORIZON,
+    NEXT_COMPLETION,
+    NOW,
+    PEERS,
+    POLICY,
+    REAPER_PERIOD,
+    RETIRED_RING,
+    RING_EMPTY,
+    SCRATCH,
+    SHARED,
+    SHARED_REAPER_BELL,
+    SHARED_REAPER_PARKED,
+    SHARED_STOP,
+    SPIN,
+    SYSCALL,
+    TIME_BUSY,
+    VIRTUAL,
+    WORD,
+    WORKER_BELL,
+    WORKER_CQ,
+    WORKER_DEADLINES,
+    WORKER_EPOCH,
+    WORKER_OUTSTANDING,
+    WORKER_PARKED,
+    WORKER_PEERS,
+    WORKER_QUEUED,
+    WORKER_RETRY_RING,
+    WORKER_RING,
+    WORKERS,
+    Kind,
+    Policy,
+)
+from mooncache.kernels.post import enqueue, overdue, post_batches, post_retries, stop_posting
+from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
+from mooncache.kernels.reclaim.epoch import announce_epoch
+from mooncache.kernels.ring import first, pop
+from mooncache.kernels.submit import worker_row
+
+NS_PER_S = 1_000_000_000
+HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
+PAUSES = 64  # between two looks at the clock while spinning
+
+
+class Pump(IntEnum):
+    """Why `pump` came back."""
+
+    STOPPED = 0
+    HORIZON = 1
+    FINISHED = 2
+    IDLE = 3
+
+
+@kernel
+def take(ctl, worker, index):
+    """Move everything from the submission ring into the endpoints' queues; returns how many entries."""
+    ring, taken = peek(worker + WORKER_RING * WORD), 0
+    while True:
+        entry = pop(ring)
+        if entry == RING_EMPTY:
+            return taken
+        taken += 1
+        if entry >= 0:
+            row = batch_row(ctl, entry)
+            account(ctl, Kind.BATCHES_TAKEN, 1)
+            peer = peek(row + BATCH_PEER * WORD)
+            poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
+            enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
+        else:
+            cancel_entry(ctl, worker, index, -entry)
+
+
+@kernel
+def cancel_entry(ctl, worker, index, handle):
+    """Stop posting for the batch that `handle` names, if it still is that batch and has slices without an answer."""
+    named = resolve(ctl, handle)
+    if named != 0 and load(named + BATCH_REMAINING * WORD) > 0 and resolve(ctl, handle) != 0:
+        stop_posting(ctl, worker, index, named, Status.CANCELLED)
+
+
+@kernel
+def post(ctl, worker, index):
+    """One pass over retries and all endpoints; returns slices that left their queues."""
+    moved = post_retries(ctl, worker, index)
+    if peek(worker + WORKER_QUEUED * WORD) > 0:
+        for peer in range(peek(worker + WORKER_PEERS * WORD)):
+            endpoint = endpoint_row(ctl, index, peer)
+            if peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
+                moved += post_batches(ctl, worker, endpoint)
+    return moved
+
+
+@kernel
+def expire(ctl, worker, index):
+    """Stop posting for queued batches whose deadline has passed."""
+    for peer in range(peek(worker + WORKER_PEERS * WORD)):
+        slot = peek(endpoint_row(ctl, index, peer) + ENDPOINT_FIRST * WORD)
+        while slot >= 0:
+            row = batch_row(ctl, slot)
+            slot = peek(row + BATCH_NEXT * WORD)
+            if overdue(ctl, row):
+                stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
+
+
+@kernel
+def busy(ctl, worker):
+    """Whether the worker has anything to do or to wait for."""
+    return (
+        peek(worker + WORKER_OUTSTANDING * WORD) > 0
+        or peek(worker + WORKER_QUEUED * WORD) > 0
+        or first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
+        or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
+        or (word(ctl, POLICY) == Policy.EPOCH and first(word(ctl, RETIRED_RING)) != RING_EMPTY)
+    )
+
+
+@kernel
+def sleep_on(ctl, bell, seen, ns):
+    """Sleep on a futex word while it is `seen`, for at most `ns`."""
+    timespec = ctl + SCRATCH * WORD
+    poke(timespec, ns // NS_PER_S)
+    poke(timespec + WORD, ns % NS_PER_S)
+    futex_wait(word(ctl, SYSCALL), bell, seen, timespec)
+
+
+@kernel
+def park(ctl, worker):
+    """Sleep until somebody rings the worker's bell. It announces itself as asleep first, then looks once more."""
+    seen = load(worker + WORKER_BELL * WORD)
+    store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
+    store(worker + WORKER_PARKED * WORD, 1)
+    fence()
+    if not busy(ctl, worker) and load(word(ctl, SHARED) + SHARED_STOP * WORD) == 0:
+        account(ctl, Kind.PARKS, 1)
+        sleep_on(ctl, worker + WORKER_BELL * WORD, seen, HEARTBEAT_NS)
+    store(worker + WORKER_PARKED * WORD, 0)
+
+
+@kernel
+def idle_real(ctl, worker):
+    """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
+    if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+        pause()
+        return
+    since = clock(ctl)
+    while first(peek(worker + WORKER_RING * WORD)) == RING_EMPTY:
+        for _ in range(PAUSES):
+            pause()
+        if busy(ctl, worker) or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+            return
+        if clock(ctl) - since > word(ctl, SPIN):
+            park(ctl, worker)
+            return
+
+
+@kernel
+def idle_virtual(ctl, worker):
+    """Nothing happened: let virtual time pass up to the next completion. False when that lies beyond the horizon."""
+    if peek(worker + WORKER_OUTSTANDING * WORD) == 0:
+        return False
+    due = call_word(word(ctl, NEXT_COMPLETION), peek(worker + WORKER_CQ * WORD))
+    if due > word(ctl, HORIZON):
+        return False
+    poke(ctl + NOW * WORD, max(due, word(ctl, NOW)))
+    return True
+
+
+@kernel
+def turn(ctl, worker, index):
+    """One round of the worker; returns how much happened. The order is that of a slice's life."""
+    announce_epoch(ctl, worker)
+    happened = take(ctl, worker, index)
+    if peek(worker + WORKER_DEADLINES * WORD) > 0:
+        expire(ctl, worker, index)
+    happened += post(ctl, worker, index)
+    if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+        happened += poll(ctl, worker, index)
+    return happened
+
+
+@kernel("int64(int64)", nogil=True)
+def pump(ctl):
+    """Run the worker of this control block until it stops (production) or must let others act (simulation)."""
+    index = word(ctl, ACTOR)
+    worker = worker_row(ctl, index)
+    virtual = word(ctl, VIRTUAL) != 0
+    finished = word(ctl, COUNTERS) + Kind.BATCHES_FINISHED * WORD
+    before, since = peek(finished), clock(ctl)
+    while True:
+        happened = turn(ctl, worker, index) > 0
+        if not happened:
+            happened = on_idle(ctl)
+        if virtual:
+            if peek(finished) != before:
+                return np.int64(Pump.FINISHED)
+            if not happened and not idle_virtual(ctl, worker):
+                return np.int64(Pump.IDLE)
+            if word(ctl, NOW) >= word(ctl, HORIZON):
+                return np.int64(Pump.HORIZON)
+        elif not happened:
+            raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
+            if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0 and not busy(ctl, worker):
+                return np.int64(Pump.STOPPED)
+            idle_real(ctl, worker)
+            since = clock(ctl)
+
+
+@kernel("int64(int64)", nogil=True)
+def reaper(ctl):
+    """Run the reaper of the `deferred` policy until the engine stops: free a lot, pause for a period, again."""
+    shared = word(ctl, SHARED)
+    bell, parked = shared + SHARED_REAPER_BELL * WORD, shared + SHARED_REAPER_PARKED * WORD
+    ring = word(ctl, RETIRED_RING)
+    while load(shared + SHARED_STOP * WORD) == 0 or first(ring) != RING_EMPTY:
+        seen = load(bell)
+        if reap_lot(ctl) > 0:
+            if load(shared + SHARED_STOP * WORD) == 0:
+                sleep_on(ctl, bell, seen, word(ctl, REAPER_PERIOD))
+            continue
+        store(parked, 1)
+        fence()
+        if first(ring) == RING_EMPTY and load(shared + SHARED_STOP * WORD) == 0:
+            account(ctl, Kind.PARKS, 1)
+            sleep_on(ctl, bell, seen, HEARTBEAT_NS)
+        store(parked, 0)
+    return np.int64(Pump.STOPPED)

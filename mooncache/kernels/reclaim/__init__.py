@@ -1,0 +1,1 @@
+"""Where the deletion of finished slices happens: seven policies, one contract (`base`), one file each."""

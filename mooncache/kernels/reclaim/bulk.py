@@ -1,0 +1,10 @@
+"""Free the whole chunk chain at close, with one compare-and-swap. Mooncache's default, with the pool."""
+
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.reclaim.base import free_whole
+
+
+@kernel
+def on_close(ctl, row):
+    """One generation bump a chunk, one compare-and-swap for all."""
+    free_whole(ctl, row)

@@ -1,0 +1,10 @@
+"""Free each slice in the caller's thread, at close: `freeBatchID`, the first half of the upstream fix."""
+
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.reclaim.base import free_each
+
+
+@kernel
+def on_close(ctl, row):
+    """Free the batch's slices one by one."""
+    free_each(ctl, row)

@@ -1,0 +1,220 @@
+"""From requests to a sealed batch in a worker's ring: what a caller's thread does.
+
+`prepare` cuts, acquires and fills; `publish` seals and hands over. The API does both in one call; the simulation
+lets virtual time pass in between, since a worker cannot see a batch before its submitter has finished it.
+"""
+
+import numpy as np
+
+from mooncache.errors import Status
+from mooncache.kernels import heap
+from mooncache.kernels.account import account, clock, word
+from mooncache.kernels.atomics import add, address_of, cas, fence, futex_wake, i64, load, peek, poke
+from mooncache.kernels.batch import CLOSE, SEAL, acquire_row, finish, move, release_row, slot_of
+from mooncache.kernels.handle import handle_of, resolve
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import (
+    BATCH_CURSOR,
+    BATCH_DEADLINE,
+    BATCH_FIRST,
+    BATCH_GENERATION,
+    BATCH_OFFSET,
+    BATCH_OPCODE,
+    BATCH_PEER,
+    BATCH_REMAINING,
+    BATCH_REQUESTS,
+    BATCH_SLICES,
+    BATCH_SUBMITTED_AT,
+    BATCH_UNPOSTED,
+    BATCH_WORKER,
+    CAPACITY,
+    CHUNK_NEXT,
+    CHUNK_SLICES,
+    SCRATCH,
+    SHARED,
+    SHARED_NEXT_WORKER,
+    STORE,
+    SYSCALL,
+    WORD,
+    WORKER_BELL,
+    WORKER_PARKED,
+    WORKER_RING,
+    WORKER_ROWS,
+    WORKER_WORDS,
+    WORKERS,
+    Kind,
+    Store,
+)
+from mooncache.kernels.pool import acquire, release
+from mooncache.kernels.ring import push
+from mooncache.kernels.split import COUNT_ONLY, REQUESTS, walk
+from mooncache.limits import CHUNK_SLICES as SLOTS
+
+
+@kernel
+def worker_row(ctl, worker):
+    """Address of a worker's row."""
+    return word(ctl, WORKER_ROWS) + worker * WORKER_WORDS * WORD
+
+
+@kernel
+def ring_bell(ctl, row):
+    """Wake the worker if it sleeps. Dekker's pattern: the caller's push, a fence, then this look at its flag."""
+    fence()
+    if load(row + WORKER_PARKED * WORD) != 0:
+        add(row + WORKER_BELL * WORD, 1)
+        futex_wake(word(ctl, SYSCALL), row + WORKER_BELL * WORD, 1)
+        account(ctl, Kind.WAKES, 1)
+
+
+@kernel
+def allocate_objects(ctl, row):
+    """Heap store: make the objects of all slices of a batch. Returns False, with none kept, when malloc has no more."""
+    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    batch = slot_of(ctl, row)
+    chunk = peek(row + BATCH_FIRST * WORD)
+    while chunk >= 0:
+        made = heap.allocate(ctl, batch, chunk * SLOTS, used[chunk])
+        if made < used[chunk]:
+            for slot in range(chunk * SLOTS, chunk * SLOTS + made):
+                heap.free_object(ctl, slot)
+            before = peek(row + BATCH_FIRST * WORD)
+            while before != chunk:
+                for slot in range(before * SLOTS, before * SLOTS + used[before]):
+                    heap.free_object(ctl, slot)
+                before = next_[before]
+            return False
+        chunk = next_[chunk]
+    return True
+
+
+@kernel
+def give_up(ctl, row):
+    """Undo a batch that was never filled."""
+    release(ctl, row)
+    move(row, CLOSE)
+    release_row(ctl, row)
+
+
+@kernel
+def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step):
+    """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed."""
+    if n > REQUESTS:
+        return np.int64(-Status.TOO_LARGE)
+    slices = walk(
+        ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY
+    )
+    if slices < 0:
+        return slices
+    if slices > word(ctl, CAPACITY):
+        return np.int64(-Status.TOO_LARGE)
+    row = acquire_row(ctl)
+    if row == 0:
+        return np.int64(-Status.BATCHES_EMPTY)
+    if slices > 0 and not acquire(ctl, row, slot_of(ctl, row), slices):
+        give_up(ctl, row)
+        return np.int64(-Status.POOL_EMPTY)
+    if word(ctl, STORE) == Store.HEAP and not allocate_objects(ctl, row):
+        give_up(ctl, row)
+        return np.int64(-Status.HEAP_EMPTY)
+    account(ctl, Kind.REQUESTS, n)
+    if slices > 0:
+        first = peek(row + BATCH_FIRST * WORD)
+        walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, first)
+    account(ctl, Kind.SLICES_FILLED, slices)
+    poke(row + BATCH_SLICES * WORD, slices)
+    poke(row + BATCH_REMAINING * WORD, slices)
+    poke(row + BATCH_UNPOSTED * WORD, slices)
+    poke(row + BATCH_CURSOR * WORD, peek(row + BATCH_FIRST * WORD))
+    poke(row + BATCH_OFFSET * WORD, 0)
+    poke(row + BATCH_PEER * WORD, peer)
+    poke(row + BATCH_OPCODE * WORD, opcode)
+    poke(row + BATCH_DEADLINE * WORD, deadline)
+    poke(row + BATCH_REQUESTS * WORD, n)
+    return handle_of(peek(row + BATCH_GENERATION * WORD), slot_of(ctl, row))
+
+
+@kernel
+def publish_row(ctl, row):
+    """Seal the batch and put it into a worker's ring; round robin over workers. An empty batch is finished at once."""
+    account(ctl, Kind.BATCHES_SUBMITTED, 1)
+    poke(row + BATCH_SUBMITTED_AT * WORD, clock(ctl))
+    move(row, SEAL)
+    if peek(row + BATCH_SLICES * WORD) == 0:
+        finish(ctl, row)
+        return
+    worker = add(word(ctl, SHARED) + SHARED_NEXT_WORKER * WORD, 1) % word(ctl, WORKERS)
+    poke(row + BATCH_WORKER * WORD, worker)
+    target = worker_row(ctl, worker)
+    push(peek(target + WORKER_RING * WORD), slot_of(ctl, row))
+    ring_bell(ctl, target)
+
+
+@kernel
+def submit_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step):
+    """`prepare_words` and `publish_row`."""
+    handle = prepare_words(
+        ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step
+    )
+    if handle > 0:
+        publish_row(ctl, resolve(ctl, handle))
+    return handle
+
+
+@kernel("int64(int64, int64, int64, int64, int64[::1], int64[::1], int64[::1])")
+def submit(ctl, peer, opcode, deadline, source, target, length):
+    """Submit one batch; each operand has n entries, or one that holds for all.
+
+    Returns: a handle, or minus a Status with nothing changed (the offending request's index in the scratch word).
+    """
+    n = max(source.size, target.size, length.size)
+    return submit_words(
+        ctl, peer, opcode, deadline, n,
+        address_of(source), np.int64(source.size > 1), address_of(target), np.int64(target.size > 1),
+        address_of(length), np.int64(length.size > 1),
+    )  # fmt: skip
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64)")
+def submit_one(ctl, peer, opcode, deadline, source, target, length):
+    """Submit a batch of one request; what `submit` does without arrays."""
+    operands = ctl + (SCRATCH + 2) * WORD
+    poke(operands, source)
+    poke(operands + WORD, target)
+    poke(operands + 2 * WORD, length)
+    return submit_words(ctl, peer, opcode, deadline, 1, operands, 0, operands + WORD, 0, operands + 2 * WORD, 0)
+
+
+@kernel("int64(int64, int64, int64, int64, int64[::1], int64[::1], int64[::1])")
+def prepare(ctl, peer, opcode, deadline, source, target, length):
+    """First half of `submit`: an open batch, filled, that no worker knows of yet."""
+    n = max(source.size, target.size, length.size)
+    return prepare_words(
+        ctl, peer, opcode, deadline, n,
+        address_of(source), np.int64(source.size > 1), address_of(target), np.int64(target.size > 1),
+        address_of(length), np.int64(length.size > 1),
+    )  # fmt: skip
+
+
+@kernel("int64(int64, int64)")
+def publish(ctl, handle):
+    """Second half of `submit`. Returns OK or minus STALE_HANDLE."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(-Status.STALE_HANDLE)
+    publish_row(ctl, row)
+    return np.int64(Status.OK)
+
+
+@kernel
+def request_cancel(ctl, row, handle):
+    """Ask the batch's worker, once, to answer its unposted slices itself."""
+    push(peek(worker_row(ctl, peek(row + BATCH_WORKER * WORD)) + WORKER_RING * WORD), -handle)
+    ring_bell(ctl, worker_row(ctl, peek(row + BATCH_WORKER * WORD)))
+
+
+@kernel
+def bump_generation(row):
+    """Make the batch's handle stale; False when another thread did so first."""
+    generation = load(row + BATCH_GENERATION * WORD)
+    return cas(row + BATCH_GENERATION * WORD, generation, generation + 1) == generation

@@ -1,0 +1,68 @@
+"""The part of the libibverbs ABI that kernels touch (LP64 Linux): byte offsets, sizes and constants.
+
+Every wire is a *provider* in rdma-core's sense: two function pointers in `ibv_context.ops`, reached from any queue
+pair or completion queue by its first word. Offsets were compared with the C compiler's for rdma-core 44 and 59.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+from mooncache.kernels.atomics import call_poll_cq, call_post_send, peek
+from mooncache.kernels.jit import kernel
+
+CONTEXT_POLL_CQ = 96  # struct ibv_context, ops.poll_cq
+CONTEXT_POST_SEND = 208  # ops.post_send
+CONTEXT_BYTES = 328
+QP_QP_CONTEXT = 8  # struct ibv_qp; its context is the first word
+QP_BYTES = 160
+CQ_CQ_CONTEXT = 16  # struct ibv_cq; its context is the first word
+CQ_BYTES = 128
+
+WR_BYTES = 128  # struct ibv_send_wr
+WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE, WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY = 0, 8, 16, 24, 28, 32, 40, 48
+SGE_BYTES = 16  # struct ibv_sge
+SGE_ADDR, SGE_LENGTH, SGE_LKEY = 0, 8, 12
+WC_BYTES = 48  # struct ibv_wc
+WC_WR_ID, WC_STATUS = 0, 8
+
+SEND_SIGNALED = 2
+ENOMEM = 12  # what post_send answers when its queue is full
+
+
+class WcStatus(IntEnum):
+    """`ibv_wc_status`: how a work request ended."""
+
+    SUCCESS = 0
+    LOC_LEN_ERR = 1
+    LOC_QP_OP_ERR = 2
+    LOC_PROT_ERR = 4
+    WR_FLUSH_ERR = 5
+    REM_INV_REQ_ERR = 9
+    REM_ACCESS_ERR = 10
+    REM_OP_ERR = 11
+    RETRY_EXC_ERR = 12
+    RNR_RETRY_EXC_ERR = 13
+
+
+SEND_WR = np.dtype(
+    {
+        "names": ["wr_id", "next", "sg_list", "num_sge", "opcode", "send_flags", "remote_addr", "rkey"],
+        "formats": ["<u8", "<u8", "<u8", "<i4", "<i4", "<u4", "<u8", "<u4"],
+        "offsets": [WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE, WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY],
+        "itemsize": WR_BYTES,
+    }
+)
+SGE = np.dtype([("addr", "<u8"), ("length", "<u4"), ("lkey", "<u4")])
+
+
+@kernel
+def post_send(qp, wr, bad_wr):
+    """`ibv_post_send`: 0, or an errno with the first refused work request's address written to `bad_wr`."""
+    return call_post_send(peek(peek(qp) + CONTEXT_POST_SEND), qp, wr, bad_wr)
+
+
+@kernel
+def poll_cq(cq, entries, wc):
+    """`ibv_poll_cq`: how many of up to `entries` completions were written to `wc`."""
+    return call_poll_cq(peek(peek(cq) + CONTEXT_POLL_CQ), cq, entries, wc)

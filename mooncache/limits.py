@@ -1,0 +1,72 @@
+"""Every capacity of an engine, each a sum with one line per holder, and the units everything is cut into."""
+
+from __future__ import annotations
+
+KiB = 1024
+
+CHUNK_SLICES = 256
+"""Slices in a chunk: 30,000 slices are 118 chunks, one generation bump each; a one-slice batch wastes 255 slots."""
+
+CHUNK_BITS = 8
+"""`slot >> CHUNK_BITS` is its chunk; a shift, because a signed division costs a nanosecond a slice."""
+
+SLICE_BYTES = 64 * KiB
+"""Largest slice before its tail is folded in: the upstream default, one work request's worth of wire time."""
+
+TAIL_BYTES = SLICE_BYTES // 4
+"""A remainder up to this long joins the slice before it instead of becoming a work request of its own."""
+
+BATCHES = (
+    2048  # 8 requests in flight x 80 layers x 3 batches a layer (K, V, state), rounded up
+    + 1024  # closed, waiting for the NIC or the reaper
+    + 1024  # finished, not yet closed by a slow consumer
+)
+
+POOL_SLICES = (
+    8 * 270_000  # eight of the largest production batch reported (Mooncake#826)
+    + 80 * 24_070  # one whole request of mean length not yet freed: 80 layers (problem.md, KV shapes)
+    + 108_704  # rounding up to a power of two
+)
+
+REGIONS = (
+    2 * 128  # K and V of each layer of a deep model
+    + 256  # auxiliary rows, weights, staging
+    + 512  # buffers that were cut at a device's largest registration
+)
+"""Registered regions of one engine, and of one peer."""
+
+PEERS = 256
+"""Peers of one engine: a decode fleet of 32 machines x 8 ranks."""
+
+WORKERS = 16
+"""Worker threads of one engine."""
+
+API_THREADS = 64
+"""Python threads that use one engine at the same time."""
+
+QUEUE_DEPTH = 512
+"""Work requests outstanding on one queue pair: two of the upstream's 256-deep queue pairs."""
+
+CHAIN = 128
+"""Work requests behind one doorbell: a quarter of the queue depth, so that three quarters stay busy meanwhile."""
+
+POLL_LOT = 64
+"""Completions taken by one poll: the upstream's kPollCount."""
+
+RETRIES = 3
+"""Times a slice is posted again after the connection broke under it."""
+
+CACHE_SLICES = 4096
+"""Slices a thread keeps for itself under the `thread_cache` policy: the upstream fix's ring."""
+
+REAPER_LOT = 512
+"""Slices the reaper of the `deferred` policy frees before it pauses: 0.1 ms of the worst free measured."""
+
+REAPER_PERIOD_NS = 1_000_000
+"""Pause of that reaper: a layer's transfer takes a few of them."""
+
+SPIN_NS = 50_000
+"""Idle polling before a thread sleeps: about what waking it again costs (costs.md: futex 23-58 us)."""
+
+SLICES_MAX = 1 << 31
+"""Slots a pool can have: a slot is the low word of a work request's id."""

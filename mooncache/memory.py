@@ -1,0 +1,122 @@
+"""Registered memory: what `Engine.register` takes, and the `Region` it returns."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mooncache.errors import UsageError
+from mooncache.kernels.layout import Access
+
+if TYPE_CHECKING:
+    from mooncache.engine import Engine
+    from mooncache.providers.base import Keys
+
+ACCESS = {"read": int(Access.READ), "write": int(Access.WRITE), "both": int(Access.READ | Access.WRITE)}
+
+
+class Range(NamedTuple):
+    """A stretch of memory, and the object that keeps it mapped (None when the caller vouches for it)."""
+
+    address: int
+    length: int
+    owner: Any
+    writable: bool
+
+
+def range_of(buffer: Any) -> Range:
+    """Where a buffer lies. Takes an `(address, length)` pair, a torch tensor, a NumPy array, DLPack, or any buffer.
+
+    Raises:
+        UsageError: not contiguous, empty, on a device, or nothing of the above.
+    """
+    if isinstance(buffer, tuple):
+        return _pair(buffer)
+    if hasattr(buffer, "data_ptr") and hasattr(buffer, "element_size"):
+        return _torch(buffer)
+    if not isinstance(buffer, np.ndarray):
+        if hasattr(buffer, "__dlpack__"):
+            buffer = _dlpack(buffer)
+        else:
+            try:
+                buffer = np.frombuffer(buffer, np.uint8)
+            except (TypeError, ValueError, BufferError) as error:
+                raise UsageError(
+                    f"expected an array, a tensor, a contiguous buffer or (address, length), "
+                    f"got {type(buffer).__name__}: {error}"
+                ) from error
+    if not buffer.flags.c_contiguous:
+        raise UsageError(f"expected a C-contiguous array, got strides {buffer.strides} for shape {buffer.shape}")
+    return _checked(buffer.ctypes.data, buffer.nbytes, buffer, bool(buffer.flags.writeable))
+
+
+def _pair(pair: tuple[Any, ...]) -> Range:
+    if len(pair) != 2 or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair):
+        raise UsageError(f"expected (address, length) as two integers, got {pair!r}")
+    return _checked(int(pair[0]), int(pair[1]), None, True)
+
+
+def _torch(tensor: Any) -> Range:
+    if tensor.device.type != "cpu":
+        raise UsageError(f"expected memory of the host, got a tensor on {tensor.device}; this provider cannot reach it")
+    if not tensor.is_contiguous():
+        raise UsageError(f"expected a contiguous tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
+    return _checked(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor, True)
+
+
+def _dlpack(producer: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(producer)
+    except (TypeError, RuntimeError, BufferError, ValueError) as error:
+        raise UsageError(
+            f"{type(producer).__name__} offers DLPack, but not memory that NumPy can view: {error}"
+        ) from error
+
+
+def _checked(address: int, length: int, owner: Any, writable: bool) -> Range:
+    if length <= 0 or address <= 0 or address + length >= 1 << 63:
+        raise UsageError(f"expected a range of at least one byte of user memory, got {length} bytes at {address:#x}")
+    return Range(address, length, owner, writable)
+
+
+class Region:
+    """A registered range. The buffer is kept alive and may be read or written by transfers until `unregister`.
+
+    Attributes:
+        address: of the first byte.
+        length: bytes.
+        access: "read", "write" or "both": what peers may do; the owner's own transfers may always use it.
+    """
+
+    def __init__(self, engine: Engine, memory: Range, access: str, slot: int, keys: Keys) -> None:
+        self.address, self.length, self.access = memory.address, memory.length, access
+        self._engine, self._owner, self._slot, self._keys = engine, memory.owner, slot, keys
+
+    @property
+    def registered(self) -> bool:
+        """Whether transfers may still use it."""
+        return self._engine.regions.get(self._slot) is self
+
+    def unregister(self) -> None:
+        """Withdraw the registration; afterwards no transfer touches the range and the buffer may be freed.
+
+        Raises:
+            UsageError: a batch of this engine still has slices in it (nothing is changed), or done before.
+        """
+        self._engine.unregister(self)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.registered and not self._engine.closed:
+            self.unregister()
+
+    def __repr__(self) -> str:
+        state = "" if self.registered else ", unregistered"
+        return f"<Region {self.length} bytes at {self.address:#x}, {self.access}{state}>"

@@ -1,0 +1,225 @@
+"""What software providers share: a device made of numpy words behind the verbs structs.
+
+    ibv_qp.qp_context --> queue words --> ring of completions, key table of the target
+    ibv_cq.cq_context --> list of the queues of one worker, visited in turn
+
+One queue serves one worker and one peer, so only that worker's thread posts to it and polls it. Keys are checked at the
+target's table for every work request, as a NIC does: an unregistered range is refused, not touched.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import weakref
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.errors import CapacityError, TransportError
+from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
+from mooncache.kernels.jit import Callback, kernel
+from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
+from mooncache.kernels.state import address_of
+from mooncache.kernels.verbs import (
+    CONTEXT_BYTES,
+    CONTEXT_POLL_CQ,
+    CONTEXT_POST_SEND,
+    CQ_BYTES,
+    CQ_CQ_CONTEXT,
+    QP_BYTES,
+    QP_QP_CONTEXT,
+    WC_BYTES,
+    WC_STATUS,
+    WC_WR_ID,
+    WcStatus,
+)
+from mooncache.providers.base import Descriptor, Keys, Provider
+
+# key table: REGIONS entries of
+KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
+KEY_SLOT_MASK = limits.REGIONS - 1
+# queue words
+Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
+Q_SCRATCH, QUEUE_WORDS = 9, 16
+# completion queue words
+CQ_COUNT, CQ_TURN, CQ_QUEUES = 0, 1, 2
+
+
+# ------------------------------------------------------------------------------ kernels
+@kernel
+def queue_of(qp):
+    """Address of the queue words behind an ibv_qp."""
+    return peek(qp + QP_QP_CONTEXT)
+
+
+@kernel
+def key_status(keys, rkey, address, length, opcode):
+    """Whether the target lets this range be reached under this key: a WcStatus. No sum that could overflow is formed."""
+    entry = keys + (rkey & KEY_SLOT_MASK) * KEY_WORDS * WORD
+    needed = Access.READ if opcode == Opcode.READ else Access.WRITE
+    base, end = peek(entry + KEY_BASE * WORD), peek(entry + KEY_END * WORD)
+    if load(entry + KEY * WORD) != rkey or peek(entry + KEY_ACCESS * WORD) & needed == 0:
+        return np.int64(WcStatus.REM_ACCESS_ERR)
+    if address < base or address >= end or length > end - address:
+        return np.int64(WcStatus.REM_ACCESS_ERR)
+    return np.int64(WcStatus.SUCCESS)
+
+
+@kernel
+def move_bytes(queue, keys, rkey, opcode, local, remote, length):
+    """Copy one slice if its key still holds; returns a WcStatus. `Q_MOVING` is odd meanwhile, for `unregister`."""
+    store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
+    fence()
+    status = key_status(keys, rkey, remote, length, opcode)
+    if status == WcStatus.SUCCESS:
+        if opcode == Opcode.READ:
+            copy(local, remote, length)
+        else:
+            copy(remote, local, length)
+    store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
+    return status
+
+
+@kernel
+def write_completion(wc, wr_id, status):
+    """Fill in one ibv_wc."""
+    poke(wc + WC_WR_ID, wr_id)
+    u32(wc + WC_STATUS)[0] = status
+    return wc + WC_BYTES
+
+
+# ------------------------------------------------------------------------------ the device
+class KeyTable:
+    """What a device lets peers reach. Keys are drawn at random, so that an old one names nothing by chance."""
+
+    def __init__(self) -> None:
+        self.entries = aligned(limits.REGIONS * KEY_WORDS).reshape(limits.REGIONS, KEY_WORDS)
+        self._free = list(range(limits.REGIONS - 1, -1, -1))
+
+    @property
+    def address(self) -> int:
+        return address_of(self.entries)
+
+    def add(self, address: int, length: int, access: int) -> int:
+        if not self._free:
+            raise CapacityError(f"all {limits.REGIONS} registrations of this device are in use; unregister some first")
+        slot = self._free.pop()
+        key = secrets.randbelow(1 << 20) * limits.REGIONS + slot + (1 << 30)
+        self.entries[slot, 1:] = address, address + length, access
+        self.entries[slot, KEY] = key
+        return key
+
+    def remove(self, key: int) -> None:
+        self.entries[key & KEY_SLOT_MASK, KEY] = 0
+        self._free.append(key & KEY_SLOT_MASK)
+
+    def clear(self) -> None:
+        self.entries[:, KEY] = 0
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """`Descriptor.data` of the providers whose peers live in the same process."""
+
+    process: int
+    keys: KeyTable
+
+
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+class Queue:
+    """One queue pair: an ibv_qp, its queue words, its ring of `entry_words` a completion."""
+
+    def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
+        entries = power_of_two(depth)
+        self.keys = keys  # keeps the target's table alive
+        self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
+        self.ring = aligned(entries * entry_words)
+        self.words = aligned(QUEUE_WORDS)
+        self.words[[Q_MASK, Q_LIMIT, Q_RING, Q_KEYS]] = entries - 1, depth, address_of(self.ring), keys.address
+        self.qp = aligned(QP_BYTES // WORD)
+        self.qp[0] = address_of(context)
+        self.qp[QP_QP_CONTEXT // WORD] = address_of(self.words)
+        _queues.add(self)
+
+    @property
+    def outstanding(self) -> int:
+        return int(self.words[Q_HEAD] - self.words[Q_TAIL])
+
+
+def wait_for_moves() -> None:
+    """Return when every copy that was under way when this was called has ended. Copies take microseconds."""
+    moving = [(queue, int(queue.words[Q_MOVING])) for queue in list(_queues)]
+    for queue, seen in moving:
+        while seen % 2 == 1 and int(queue.words[Q_MOVING]) == seen:
+            time.sleep(0)
+
+
+class SoftwareProvider(Provider):
+    """A provider whose device is memory: subclasses give the two functions and what a queue needs besides."""
+
+    post_send: Callback
+    poll_cq: Callback
+    entry_words: int
+
+    def __init__(self) -> None:
+        self.keys = KeyTable()
+        self.queues: list[list[Queue]] = []
+        self._closed = False
+
+    def open(self, workers: int, queue_depth: int) -> list[int]:
+        self.depth = queue_depth
+        self.context = aligned(-(-CONTEXT_BYTES // WORD))
+        self.context[CONTEXT_POST_SEND // WORD] = self.post_send.address
+        self.context[CONTEXT_POLL_CQ // WORD] = self.poll_cq.address
+        self.completion_queues = [aligned(CQ_BYTES // WORD) for _ in range(workers)]
+        self.lists = [aligned(CQ_QUEUES + limits.PEERS) for _ in range(workers)]
+        self.queues = [[] for _ in range(workers)]
+        for cq, queues in zip(self.completion_queues, self.lists, strict=True):
+            cq[0] = address_of(self.context)
+            cq[CQ_CQ_CONTEXT // WORD] = address_of(queues)
+        return [address_of(cq) for cq in self.completion_queues]
+
+    def register(self, address: int, length: int, access: int) -> Keys:
+        key = self.keys.add(address, length, access)
+        return Keys(lkey=key, rkey=key)
+
+    def unregister(self, keys: Keys) -> None:
+        self.keys.remove(keys.rkey)
+        wait_for_moves()
+
+    def describe(self) -> InProcess:
+        return InProcess(os.getpid(), self.keys)
+
+    def connect(self, peer: Descriptor) -> list[int]:
+        data = peer.data
+        if not isinstance(data, InProcess) or data.process != os.getpid():
+            raise TransportError(
+                f"provider {self.name!r} reaches engines of the same process only; peer {peer.name!r} "
+                f"uses provider {peer.provider!r} elsewhere"
+            )
+        if len(self.queues[0]) >= limits.PEERS:
+            raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
+        addresses = []
+        for worker, queues in enumerate(self.queues):
+            queue = Queue(self.context, data.keys, self.depth, self.entry_words)
+            self.prepare(queue, worker)
+            queues.append(queue)
+            listed = self.lists[worker]
+            listed[CQ_QUEUES + len(queues) - 1] = address_of(queue.words)
+            listed[CQ_COUNT] = len(queues)
+            addresses.append(address_of(queue.qp))
+        return addresses
+
+    @abstractmethod
+    def prepare(self, queue: Queue, worker: int) -> None:
+        """Set what a new queue of this provider needs besides."""
+
+    def close(self) -> None:
+        self.keys.clear()
+        wait_for_moves()

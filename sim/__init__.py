@@ -1,0 +1,1 @@
+"""The simulator: the product's own kernels, turned in virtual time."""

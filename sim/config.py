@@ -1,0 +1,308 @@
+"""A scenario: what is sent, by what engine, over what NIC. Read from YAML, strictly.
+
+    workload   what is asked for: a plain shape, a model and its prompts, or a request trace
+    prefill    when each layer's KV cache is ready         engine    how the engine is set up
+    nic        how fast the wire takes slices              decode    how long pages stay taken
+    reclaim    how the reclaim policies are set up         pairs     which stores and policies to compare
+
+An unknown key, a number without its unit, a wrong type and a value out of range are each a `ConfigError` that
+names the file, the line, the key, what was expected and what came. All models are frozen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from mooncache.errors import UsageError
+from sim import units
+from sim.errors import ConfigError, Problem, came
+from sim.models import PRESETS, DType, Transformer, token_bytes
+from sim.units import BitRate, Bytes, Duration, EventRate, FlopRate
+from sim.yaml_source import Source, read_yaml
+
+STORES = ("heap", "pool")
+POLICIES = ("leak", "inline", "on_close", "thread_cache", "deferred", "epoch", "bulk")
+PAIRS = tuple(f"{store}/{policy}" for store in STORES for policy in POLICIES)
+
+
+def _did_you_mean(name: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _preset(value: object) -> object:
+    """A preset by its name; anything else is left for pydantic to read as a mapping of dimensions."""
+    if not isinstance(value, str):
+        return value
+    if value not in PRESETS:
+        raise UsageError(f"expected a model, came {came(value)}; {_did_you_mean(value, list(PRESETS))}")
+    return PRESETS[value]
+
+
+Requests = Annotated[int, Field(gt=0, le=1_000_000)]  # each holds its layers' times in memory
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveDuration = Annotated[Duration, Field(gt=0)]
+Preset = Annotated[Transformer, BeforeValidator(_preset)]
+
+
+class _Section(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
+    """One mapping of a scenario."""
+
+
+class Arrival(_Section):
+    """When requests arrive."""
+
+    process: Literal["poisson", "fixed"] = "poisson"  # independent users; fixed: to look at one request
+    every: Duration  # mean time between arrivals; 0s: all at once
+
+
+class Shape(_Section):
+    """Slices stated outright: so many of such a size for each layer and rank."""
+
+    kind: Literal["shape"]
+    layers: PositiveInt
+    ranks: PositiveInt  # tensor parallelism; each rank has an engine of its own
+    slices: PositiveInt  # for each layer and rank
+    slice_bytes: Bytes
+    requests: Requests
+    arrival: Arrival
+    output_tokens: NonNegativeInt = 343  # mean of the Mooncake conversation trace
+
+
+class _Cache(_Section):
+    """How a model's KV cache is laid out."""
+
+    model: Preset = PRESETS["llama3-70b"]  # a preset's name, or a mapping with the fields of `Transformer`
+    page: PositiveInt = 1  # tokens; 1 is where the slice counts of the incident come from
+    ranks: PositiveInt = 4  # tensor parallelism; TP4, as in the incident
+    dtype: DType = "bf16"  # what most deployments keep KV in
+    mean_run: float = Field(default=1.0, ge=1)  # adjacent pages that merge into a slice; 1: fully scattered
+
+    @model_validator(mode="after")
+    def _heads_can_be_dealt_out(self) -> _Cache:
+        token_bytes(self.model, self.ranks, self.dtype)
+        return self
+
+
+class Model(_Cache):
+    """Prompts of one length, on a model."""
+
+    kind: Literal["model"]
+    tokens: PositiveInt  # prompt length
+    cached: Share = 0.0  # of the tokens: not computed, but sent; 0: prompts have nothing in common
+    requests: Requests
+    arrival: Arrival
+    output_tokens: NonNegativeInt = 343  # mean of the Mooncake conversation trace
+
+
+class Trace(_Cache):
+    """The requests of a trace file in the Mooncake JSONL format, on a model."""
+
+    kind: Literal["trace"]
+    path: str  # relative to the scenario's folder; once loaded, as this process can open it
+    start: NonNegativeInt = 0  # first request taken
+    limit: PositiveInt | None = None  # requests taken; null: to the end
+    prefix_cache: Literal["none", "infinite"] = "none"  # infinite: prefixes seen before are not computed
+    spread: Literal["auto", "never"] = "auto"  # auto: time stamps in buckets are spread inside them, by seed
+
+    @field_validator("path")
+    @classmethod
+    def _beside_the_scenario(cls, path: str, info: ValidationInfo) -> str:
+        return os.path.normpath(os.path.join((info.context or {}).get("folder", ""), path))
+
+
+_KINDS: dict[str, type[BaseModel]] = {"shape": Shape, "model": Model, "trace": Trace}
+
+
+class Prefill(_Section):
+    """How fast KV cache comes into being."""
+
+    instances: PositiveInt = 1  # groups of `ranks` accelerators that share the requests; 1 shows the effect
+    layer_time: Duration | None = None  # compute time of a layer; null: estimated from FLOPs, needs a model
+    flops: FlopRate = units.FLOP_RATE.parse("990T")  # an H100 SXM: 989 TFLOP/s of dense bf16 (NVIDIA)
+    efficiency: float = Field(default=0.5, gt=0, le=1)  # share reached; half is usual for prefill
+    jitter: Share = 0.05  # coefficient of variation of a layer's time: GPU kernels are steady
+
+
+class EngineShape(_Section):
+    """The transfer engine of one rank."""
+
+    submit_threads: PositiveInt = 4  # threads that submit and close; SGLang has 4 transfer queues by default
+    queue_depth: PositiveInt = 512  # work requests in flight; upstream: 2 queue pairs of 256
+    chain: PositiveInt = 128  # work requests a post; the post list of perftest's best small-message rates
+    poll_lot: PositiveInt = 64  # completions a poll; as upstream
+    slice_bytes: Bytes = units.BYTES.parse("64KiB")  # longest slice; as upstream
+    pool_slices: PositiveInt = 4_194_304  # two mean conversation requests at page 1 with nothing freed
+    arenas: Literal["own", "shared"] = "own"  # malloc arena of a rank; shared: one for all, as in containers
+
+
+class Nic(_Section):
+    """The NIC of one rank."""
+
+    rate: BitRate = units.BIT_RATE.parse("400Gbps")  # one NDR port, the usual NIC beside an H100
+    message_rate: EventRate = units.EVENT_RATE.parse("200M/s")  # ConnectX-6: 215 M/s (NVIDIA), rounded down
+    latency: Duration = units.DURATION.parse("2us")  # NDR in a cloud: below 2 us (Azure HBv4)
+
+
+class Decode(_Section):
+    """The machine that receives."""
+
+    pages: PositiveInt | None = None  # page pool, counted in pages of all layers; null: never the bottleneck
+    first_token: Duration = units.DURATION.parse("20ms")  # last layer arrived to first token: one decode step
+    token_time: Duration = units.DURATION.parse("25ms")  # pages are held output tokens x this; 40 tokens/s
+
+
+class Reclaim(_Section):
+    """Settings of the reclaim policies that have some."""
+
+    cache_slices: PositiveInt = 4096  # thread_cache: its ring; as upstream
+    period: PositiveDuration = units.DURATION.parse("1ms")  # deferred: from lot to lot; below a layer's time
+    lot: PositiveInt = 512  # deferred: slices freed in one go; 20 us of malloc's lock at 40 ns
+
+
+class Scenario(_Section):
+    """All that one comparison needs. Two equal scenarios give byte-identical results."""
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    workload: Annotated[Shape | Model | Trace, Field(discriminator="kind")]
+    prefill: Prefill = Prefill()
+    engine: EngineShape = EngineShape()
+    nic: Nic = Nic()
+    decode: Decode = Decode()
+    reclaim: Reclaim = Reclaim()
+    pairs: tuple[str, ...] = PAIRS  # "all", or a list such as [heap/inline, pool/bulk]; in PAIRS' order
+    calibration: str = "shipped"  # or the path of a calibration file of your own
+    seed: NonNegativeInt = 1  # of the first replication
+    replications: PositiveInt = 5  # 2 at least for an interval; 5 bring Student's t down to 2.8
+    mode: Literal["exact", "fast"] = "exact"  # fast: whole batches by closed form, for long traces
+
+    @property
+    def store_policies(self) -> tuple[tuple[str, str], ...]:
+        """The pairs as (store, policy), stores and policies in the order of STORES and POLICIES."""
+        split = (pair.split("/") for pair in self.pairs)
+        return tuple((store, policy) for store, policy in split)
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _all_or_a_list(cls, pairs: object) -> tuple[str, ...]:
+        if pairs == "all":
+            return PAIRS
+        if not isinstance(pairs, (list, tuple)) or not pairs:
+            raise UsageError(f"expected 'all' or a list of store/policy, came {came(pairs)}")
+        for pair in pairs:
+            if pair not in PAIRS:
+                raise UsageError(f"expected store/policy, came {came(pair)}; {_did_you_mean(pair, PAIRS)}")
+        return tuple(pair for pair in PAIRS if pair in pairs)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Scenario:
+        if not isinstance(self.workload, Shape):
+            return self
+        if self.prefill.layer_time is None:
+            message = "expected a duration, since a shape has no FLOPs to estimate one from, came nothing"
+            raise ConfigError(Problem("", "prefill.layer_time", message))
+        if self.workload.slice_bytes > self.engine.slice_bytes:
+            limit, size = map(units.BYTES.spell, (self.engine.slice_bytes, self.workload.slice_bytes))
+            message = f"expected at most engine.slice_bytes, {limit}, came {size}"
+            raise ConfigError(Problem("", "workload.slice_bytes", message))
+        return self
+
+
+def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario from a YAML file.
+
+    Args:
+        overrides: "key.path=value" each, the value being YAML ("nic.rate=200Gbps", "pairs=[heap/inline]").
+            The last one wins. They are checked as if they stood in the file.
+    Raises: ConfigError with every problem found.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        problem = Problem(str(path), "", f"expected a readable file, came {error.strerror or error}")
+        raise ConfigError(problem) from None
+    source = read_yaml(text, lambda line: f"{path}:{line}")
+    for override in overrides:
+        _override(source, override)
+    try:
+        return Scenario.model_validate(source.data, context={"folder": os.path.dirname(path)})
+    except ValidationError as error:
+        raise ConfigError(*(_problem(source, details) for details in error.errors())) from None
+
+
+def _override(source: Source, text: str) -> None:
+    """Put the value of "key.path=value" into the data, making the sections it needs."""
+    place = f"--set {text}"
+    path, equals, value = text.partition("=")
+    *sections, last = keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(Problem(place, "", f"expected key.path=value, came {came(text)}"))
+    section = source.data
+    for name in sections:
+        section = section.setdefault(name, {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        raise ConfigError(
+            Problem(place, path, f"expected a key inside a section, came {came(section)} there")
+        )
+    replacement = read_yaml(value, lambda line: place)
+    section[last] = replacement.data
+    for key in [key for key in source.where if f"{key}.".startswith(f"{path}.")]:
+        del source.where[key]
+    source.where.update({f"{path}.{key}".rstrip("."): where for key, where in replacement.where.items()})
+
+
+def _problem(source: Source, details: ErrorDetails) -> Problem:
+    """One of pydantic's findings in our words."""
+    keys, section = _locate([str(part) for part in details["loc"]])
+    kind, value = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        known = list(section.model_fields)
+        message = f"expected a known key, came {keys[-1]!r}; {_did_you_mean(keys[-1], known)}"
+    elif kind == "missing":
+        message = "expected a value, came nothing"
+    elif kind == "value_error":
+        error = details["ctx"]["error"]
+        message = str(error)
+        if isinstance(error, ConfigError):  # two sections disagree: it says itself which key is meant
+            keys, message = error.problems[0].key.split("."), error.problems[0].message
+    elif kind.startswith("union_tag"):
+        tag = value.get("kind") if isinstance(value, dict) else None
+        keys, message = [*keys, "kind"], f"expected shape, model or trace, came {came(tag)}"
+    elif kind.startswith("model"):
+        message = f"expected a mapping of keys, came {came(value)}"
+    else:
+        wanted = details["msg"].removeprefix("Input should be ")
+        article = "a value " if kind.startswith(("greater", "less")) else ""
+        message = f"expected {article}{wanted}, came {came(value)}"
+    places = (source.where.get(".".join(keys[:depth])) for depth in range(len(keys), -1, -1))
+    return Problem(next(place for place in places if place), ".".join(keys), message)
+
+
+def _locate(names: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """The key path of pydantic's location, and the section that its last key is, or should be, in."""
+    keys = names
+    section: type[BaseModel] = Scenario
+    if names[:1] == ["workload"] and len(names) > 1:  # pydantic puts the kind in between
+        section, names = _KINDS[names[1]], names[2:]
+        keys = ["workload", *names]
+    for name in names[:-1]:
+        section = cast("type[BaseModel]", section.model_fields[name].annotation)
+    return keys, section
