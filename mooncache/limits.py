@@ -59,8 +59,8 @@ RETRIES = 3
 CACHE_SLICES = 4096
 """Slices a thread keeps for itself under the `thread_cache` policy: the upstream fix's ring."""
 
-REAPER_LOT = 512
-"""Slices the reaper of the `deferred` policy frees before it pauses: 0.1 ms of the worst free measured."""
+REAPER_LOT = 16_384
+"""Slices the reaper of the `deferred` policy frees before it pauses: 16 M/s, more than one worker completes."""
 
 REAPER_PERIOD_NS = 1_000_000
 """Pause of that reaper: a layer's transfer takes a few of them."""

@@ -117,6 +117,7 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
     if word(ctl, STORE) == Store.HEAP and not allocate_objects(ctl, row):
         give_up(ctl, row)
         return np.int64(-Status.HEAP_EMPTY)
+    account(ctl, Kind.BATCHES_SUBMITTED, 1)
     account(ctl, Kind.REQUESTS, n)
     if slices > 0:
         first = peek(row + BATCH_FIRST * WORD)
@@ -137,7 +138,6 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
 @kernel
 def publish_row(ctl, row):
     """Seal the batch and put it into a worker's ring; round robin over workers. An empty batch is finished at once."""
-    account(ctl, Kind.BATCHES_SUBMITTED, 1)
     poke(row + BATCH_SUBMITTED_AT * WORD, clock(ctl))
     move(row, SEAL)
     if peek(row + BATCH_SLICES * WORD) == 0:

@@ -1,0 +1,86 @@
+"""`mooncache bench`: measures this machine with the real engine. Each bench asserts that it did its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from mooncache.cli import gil as gil_bench
+from mooncache.cli import lifecycle as lifecycle_bench
+from mooncache.cli import placement as placement_bench
+from mooncache.cli import soak as soak_bench
+from mooncache.cli.measure import show_json
+
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine with the real engine.")
+
+JSON = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout.")
+
+
+def show(report: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], None]) -> None:
+    """Print a report for a program or for people."""
+    (show_json if as_json else table)(report)
+
+
+@bench.command()
+def lifecycle(
+    slices: list[int] = typer.Option(
+        list(lifecycle_bench.SLICES),
+        min=1,
+        max=lifecycle_bench.MILLION,
+        help="Slices of a batch. Repeatable.",
+    ),
+    store: list[str] = typer.Option(list(lifecycle_bench.STORES), help="pool or heap. Repeatable."),
+    policy: list[str] = typer.Option(
+        list(lifecycle_bench.POLICIES), help="Where slices are deleted. Repeatable."
+    ),
+    thread: list[str] = typer.Option(
+        list(lifecycle_bench.THREADS),
+        help="Whether the submitting thread closes, or an other one. Repeatable.",
+    ),
+    repeat: int = typer.Option(
+        None, min=1, help="Lives of each batch [default: 2 to 1,000, by size and policy]."
+    ),
+    json: bool = JSON,
+) -> None:
+    """Submit, complete and release: what each costs, per slice and per batch, for every place of deletion."""
+    show(lifecycle_bench.run(slices, store, policy, thread, repeat), json, lifecycle_bench.show)
+
+
+@bench.command()
+def gil(
+    seconds: float = typer.Option(10.0, min=0.1, help="How long to measure, both ways together."),
+    json: bool = JSON,
+) -> None:
+    """A running transfer and its submits, without and with a busy Python thread beside them."""
+    show(gil_bench.run(seconds), json, gil_bench.show)
+
+
+@bench.command()
+def soak(
+    layers: int = typer.Option(2000, min=4, help="Batches in all."),
+    slices: int = typer.Option(30_000, min=1, max=1_000_000, help="Slices of a batch."),
+    json: bool = JSON,
+) -> None:
+    """Two submitting threads, one worker, many layers: does memory stay flat, does every slot come back?
+
+    Exit status 1 if not.
+    """
+    report = soak_bench.run(layers, slices)
+    show(report, json, soak_bench.show)
+    if report["violations"]:
+        raise typer.Exit(1)
+
+
+@bench.command()
+def placement(
+    layers: int = typer.Option(80, min=1, help="Batches of each rank."),
+    slices: int = typer.Option(25_000, min=1, max=1_000_000, help="Slices of a batch."),
+    ranks: int = typer.Option(4, min=1, max=64, help="Engines that send, each with its own thread."),
+    pair: list[str] = typer.Option(list(placement_bench.PAIRS), help="store+policy. Repeatable."),
+    quick: bool = typer.Option(False, "--quick", help="At most 10 layers, one round instead of three."),
+    json: bool = JSON,
+) -> None:
+    """The incident with the real engine on an emulated NIC: how much of a worker's time goes into freeing?"""
+    show(placement_bench.run(layers, slices, ranks, pair, quick), json, placement_bench.show)

@@ -1,0 +1,281 @@
+"""Measures a calibration file on this machine: the real kernels, the real malloc, no model.
+
+Three parts. Calls from Python are timed around the API. A worker's stages are timed by a worker that reads the clock
+between them, on a thread of its own, so that it finds its data in another core's cache as a real one does. The
+allocator is measured in fresh processes (`sim.malloc_bench`), because its state is the process's.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+import numpy as np
+
+from mooncache import Engine
+from mooncache.kernels import calls, layout
+from mooncache.kernels.account import clock, raise_word, word
+from mooncache.kernels.atomics import peek
+from mooncache.kernels.complete import poll
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import COUNTERS, WORD, Kind
+from mooncache.kernels.pump import post, take
+from mooncache.kernels.submit import worker_row
+from mooncache.providers.emulated import Emulated, Nic
+from sim.costs import TABLES, Calibration, Machine, Point
+
+SIZES = (256, 4096, 30_000, 120_000)  # slices of a batch
+SLICE_BYTES = 512
+PAIRS = (1, 2, 4)
+TAKE, POST, POLL = 0, 1, 2
+FREE_WIRE = Nic(bits_per_s=10**15, messages_per_s=10**12, latency_ns=0, move_bytes=False)
+
+
+# ------------------------------------------------------------------------------ kernels
+@kernel("int64(int64, int64, int64)", nogil=True)
+def staged_worker(ctl, slices, stages):
+    """A worker that adds the time of each stage, ns, to int64[3] at `stages`, until `slices` have completed."""
+    index = word(ctl, layout.ACTOR)
+    worker = worker_row(ctl, index)
+    done = word(ctl, COUNTERS) + Kind.COMPLETED * WORD
+    until = peek(done) + slices
+    while peek(done) < until:
+        start = clock(ctl)
+        take(ctl, worker, index)
+        taken = clock(ctl)
+        post(ctl, worker, index)
+        posted = clock(ctl)
+        poll(ctl, worker, index)
+        raise_word(stages + TAKE * WORD, taken - start)
+        raise_word(stages + POST * WORD, posted - taken)
+        raise_word(stages + POLL * WORD, clock(ctl) - posted)
+    return 0
+
+
+@kernel("int64(int64, int64)", nogil=True)
+def empty_polls(ctl, n):
+    """ns of `n` polls that find nothing."""
+    worker = worker_row(ctl, word(ctl, layout.ACTOR))
+    start = clock(ctl)
+    for _ in range(n):
+        poll(ctl, worker, 0)
+    return clock(ctl) - start
+
+
+@kernel("int64(int64, int64)", nogil=True)
+def clock_reads(ctl, n):
+    """ns of `n` readings of the clock."""
+    start = clock(ctl)
+    for _ in range(n):
+        clock(ctl)
+    return clock(ctl) - start
+
+
+# ------------------------------------------------------------------------------ measuring
+class Bench:
+    """A pair of engines of one process and scattered requests between them."""
+
+    def __init__(self, **engine: Any) -> None:
+        self.source = Engine(provider=Emulated(FREE_WIRE), **engine)
+        self.target = Engine(provider=Emulated(FREE_WIRE))
+        most = max(SIZES)
+        memory = np.zeros((2, 2 * most * SLICE_BYTES), np.uint8)
+        base = [e.register(m).address for e, m in zip((self.source, self.target), memory, strict=True)]
+        order = np.random.Generator(np.random.Philox(key=[1, 2])).permutation(most)
+        self.addresses = [b + 2 * SLICE_BYTES * order.astype(np.int64) for b in base]
+        self.length = np.full(most, SLICE_BYTES, np.int64)
+
+    def write(self, slices: int) -> Any:
+        """Submit so many slices."""
+        source, target = (a[:slices] for a in self.addresses)
+        if slices == 1:
+            return self.source.write(self.target.name, int(source[0]), int(target[0]), SLICE_BYTES)
+        return self.source.write(self.target.name, source, target, self.length[:slices])
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.source.close()
+        self.target.close()
+
+
+def point(samples: list[float], slices: int, pairs: int = 1) -> Point:
+    """Median and spread of repeats, ns per unit."""
+    p5, p50, p95 = (max(0.0, round(float(v), 3)) for v in np.percentile(samples, (5, 50, 95)))
+    return Point(slices=slices, pairs=pairs, ns=p50, p5=p5, p95=p95, repeats=len(samples))
+
+
+def repeats_for(slices: int) -> int:
+    """More repeats of what is short."""
+    return int(np.clip(3_000_000 // slices, 25, 400))
+
+
+def timed_batches(bench: Bench, slices: int) -> tuple[list[float], list[float]]:
+    """ns of each submit and of each close of batches of so many slices, one after the other."""
+    submits, closes = [], []
+    now = time.perf_counter_ns
+    for _ in range(repeats_for(slices) + 3):
+        start = now()
+        batch = bench.write(slices)
+        submitted = now()
+        batch.wait()
+        waited = now()
+        batch.close()
+        closes.append(now() - waited)
+        submits.append(submitted - start)
+    return submits[3:], closes[3:]
+
+
+def measure_calls() -> Iterator[tuple[str, Point]]:
+    """Submit and close from Python, on the pool."""
+    with Bench(policy="on_close") as bench:
+        submits, closes = timed_batches(bench, 1)
+        call, close = float(np.median(submits)), float(np.median(closes))
+        yield "submit_call", point([float(v) for v in submits], 1)
+        yield "close_call", point([float(v) for v in closes], 1)
+        for n in SIZES:
+            submits, closes = timed_batches(bench, n)
+            yield "fill", point([(v - call) / n for v in submits], n)
+            yield "free_slice", point([(v - close) / n for v in closes], n)
+    with Bench(policy="bulk") as bench:
+        close = float(np.median(timed_batches(bench, 1)[1]))
+        for n in SIZES[1:]:
+            chunks = -(-n // 256)
+            yield "free_chunk", point([(v - close) / chunks for v in timed_batches(bench, n)[1]], n)
+
+
+def measure_cache() -> Iterator[tuple[str, Point]]:
+    """The thread cache: objects out of it and into it, in batches that fit."""
+    n = 4096
+    with Bench(policy="bulk") as pool:
+        fill = float(np.median(timed_batches(pool, n)[0]))
+    with Bench(policy="thread_cache", store="heap") as cached:
+        submits, closes = timed_batches(cached, n)
+        yield "reuse", point([(v - fill) / n for v in submits], n)
+        yield "keep", point([v / n for v in closes], n)
+
+
+def measure_wake() -> Iterator[tuple[str, Point]]:
+    """From a batch's end until the thread that slept for it runs again."""
+    slow = Nic(latency_ns=400_000, move_bytes=False)
+    with Engine(provider=Emulated(slow), spin_ns=0) as source, Engine(provider=Emulated(slow)) as target:
+        memory = np.zeros((2, SLICE_BYTES), np.uint8)
+        here, there = source.register(memory[0]), target.register(memory[1])
+        samples = []
+        for _ in range(300):
+            with source.write(target.name, here.address, there.address, SLICE_BYTES) as batch:
+                batch.wait()
+                woken = time.monotonic_ns()
+                samples.append(woken - calls.read_word(source.ctl, batch._handle, layout.BATCH_FINISHED_AT))
+    yield "wake", point([float(v) for v in samples], 1)
+
+
+def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
+    """ns of each stage of a staged worker for one batch, repeatedly."""
+    engine = bench.source
+    calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
+    for thread in engine._threads:
+        thread.join()
+    (worker,) = engine._workers
+    samples = []
+    for _ in range(repeats_for(slices) + 3):
+        stages = np.zeros(3, np.int64)
+        batch = bench.write(slices)
+        thread = threading.Thread(target=staged_worker, args=(worker.ctl, slices, stages.ctypes.data))
+        thread.start()
+        thread.join()
+        batch.close()
+        samples.append(stages)
+    return samples[3:]
+
+
+def measure_worker() -> Iterator[tuple[str, Point]]:
+    """A worker's stages. A doorbell's own cost is the difference between chains of 1 and of 128."""
+    with Bench() as bench:
+        (worker,) = bench.source._workers
+        clock_ns = clock_reads(worker.ctl, 100_000) / 100_000
+        empty = [empty_polls(worker.ctl, 10_000) / 10_000 for _ in range(50)]
+        yield "poll", point(empty, 1)
+        poll_ns = float(np.median(empty))
+        single = stage_times(bench, 1)
+    batch = [float(sum(s)) - 4 * clock_ns for s in single]
+    posts = {}
+    for chain in (1, 128):
+        with Bench(chain=chain) as bench:
+            posts[chain] = [s[POST] / 30_000 for s in stage_times(bench, 30_000)]
+    doorbell = (float(np.median(posts[1])) - float(np.median(posts[128]))) * 128 / 127
+    yield "doorbell", point([max(0.0, v - float(np.median(posts[128]))) * 128 / 127 for v in posts[1]], 30_000)
+    for n in SIZES:
+        with Bench() as bench:
+            samples = stage_times(bench, n)
+        lots = -(-n // 64)
+        work_request = [(s[POST] - n / 128 * doorbell - lots * clock_ns) / n for s in samples]
+        completion = [(s[POLL] - lots * (poll_ns + clock_ns)) / n for s in samples]
+        yield "work_request", point(work_request, n)
+        yield "completion", point(completion, n)
+    once = poll_ns + doorbell
+    yield "batch", point([max(0.0, v - once) for v in batch], 1)
+
+
+def measure_malloc() -> Iterator[tuple[str, Point]]:
+    """The allocator, alone and with others on one arena, each case in a process of its own."""
+    for pairs in PAIRS:
+        environment = dict(os.environ)
+        if pairs > 1:
+            environment["MALLOC_ARENA_MAX"] = "1"
+        for n in SIZES[1:]:
+            command = [sys.executable, "-m", "sim.malloc_bench", str(n), str(pairs)]
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+            for table, samples in json.loads(output).items():
+                yield table, point(samples, n, pairs)
+
+
+PARTS: tuple[tuple[str, Callable[[], Iterator[tuple[str, Point]]]], ...] = (
+    ("calls from Python", measure_calls),
+    ("thread cache", measure_cache),
+    ("waking a thread", measure_wake),
+    ("worker", measure_worker),
+    ("malloc and free", measure_malloc),
+)
+
+
+def machine() -> Machine:
+    """Where this runs."""
+    with open("/proc/cpuinfo") as lines:
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return Machine(
+        cpu=models[0] if models else platform.machine(),
+        cores=len(os.sched_getaffinity(0)),
+        kernel=platform.release(),
+        libc=" ".join(platform.libc_ver()),
+        python=platform.python_version(),
+        numba=numba.__version__,
+        numpy=np.__version__,
+    )
+
+
+def calibrate(name: str, told: Callable[[str], None]) -> Calibration:
+    """Measure everything; `told` hears of each part as it begins."""
+    tables: dict[str, list[Point]] = {table: [] for table in TABLES}
+    gc.collect()
+    gc.disable()
+    try:
+        for title, part in PARTS:
+            told(title)
+            for table, measured in part():
+                tables[table].append(measured)
+    finally:
+        gc.enable()
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return Calibration(format=1, name=name, measured=today, machine=machine(), tables=tables)

@@ -1,0 +1,138 @@
+"""Arrivals, prefill instances, ranks and the decode side: who acts when, in SimPy.
+
+    arrivals --> queue --> instance: waits for decode pages, then computes layer after layer
+                                 |  each layer, as soon as it is computed, to every rank
+                                 v
+                             rank (exact or fast) --> last layer on all ranks --> first token --> pages come back
+
+About a thousand events a request. Time is integer picoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import simpy
+
+from sim.config import Scenario
+from sim.rank import FOREVER, Figures, Layer, Steps
+from sim.workload import Request, Workload
+
+
+class RankModel(Protocol):
+    """What the cluster needs of a rank, exact or fast."""
+
+    tasks: simpy.Store
+
+    def figures(self) -> Figures:
+        """What the rank did so far."""
+        ...
+
+
+MakeRank = Callable[[simpy.Environment, Callable[[], int]], RankModel]
+
+
+class Decode:
+    """The decode side's page pool: a request holds its pages from its admission until its last token."""
+
+    def __init__(self, env: simpy.Environment, scenario: Scenario) -> None:
+        self.env, self.settings = env, scenario.decode
+        self.pages = None
+        if scenario.decode.pages is not None:
+            self.pages = simpy.Container(env, capacity=scenario.decode.pages, init=scenario.decode.pages)
+
+    def admit(self, request: Request) -> Steps:
+        """Wait until the request's pages are free, and take them. First come, first served."""
+        if self.pages is not None:
+            yield self.pages.get(request.pages)
+
+    def serve(self, request: Request) -> Steps:
+        """Decode the request's tokens and give its pages back."""
+        if self.pages is not None:
+            yield self.env.timeout(self.settings.first_token + request.output_tokens * self.settings.token_time)
+            yield self.pages.put(request.pages)
+
+
+@dataclass
+class Outcome:
+    """What happened, by request; int64 picoseconds."""
+
+    response: np.ndarray  # [requests]  arrival to first token
+    stall: np.ndarray  # [requests, layers]  layer computed to its last slice arrived, slowest rank
+
+
+class Cluster:
+    """All actors of one run."""
+
+    def __init__(self, scenario: Scenario, workload: Workload, make_rank: MakeRank) -> None:
+        self.env = simpy.Environment(initial_time=0)
+        self.scenario, self.workload = scenario, workload
+        self.queue = simpy.Store(self.env)
+        self.decode = Decode(self.env, scenario)
+        self.next_arrival = 0
+        self.next_ready = [0] * scenario.prefill.instances  # no layer becomes ready before that
+        self.ranks = [
+            [make_rank(self.env, lambda i=i: self._ready_at(i)) for _ in range(workload.ranks)]  # type: ignore[misc]
+            for i in range(scenario.prefill.instances)
+        ]
+        requests = len(workload.requests)
+        self.outcome = Outcome(np.zeros(requests, np.int64), np.zeros((requests, workload.layers), np.int64))
+        self.missing = np.full(requests, workload.layers * workload.ranks)  # layers yet to arrive
+        self.left = requests
+
+    def run(self, progress: Callable[[int], None] | None = None) -> Outcome:
+        """Simulate until the last request has its first token. `progress` is told of each that has."""
+        self.progress = progress
+        self.over = self.env.event()
+        self.env.process(self._arrivals())
+        for index in range(len(self.ranks)):
+            self.env.process(self._instance(index))
+        if self.left:
+            self.env.run(until=self.over)
+        return self.outcome
+
+    def _ready_at(self, instance: int) -> int:
+        """Earliest time at which any layer can become ready at this instance."""
+        return max(self.next_ready[instance], 0) if self.next_ready[instance] >= 0 else self.next_arrival
+
+    def _arrivals(self) -> Steps:
+        for request in self.workload.requests:
+            self.next_arrival = request.arrival_ps
+            yield self.env.timeout(request.arrival_ps - self.env.now)
+            yield self.queue.put(request)
+        self.next_arrival = FOREVER
+
+    def _instance(self, index: int) -> Steps:
+        while True:
+            self.next_ready[index] = -1  # idle: bounded by the next arrival
+            request: Request = yield self.queue.get()
+            yield from self.decode.admit(request)
+            for layer, compute in enumerate(request.layer_ps.tolist()):
+                self.next_ready[index] = self.env.now + compute
+                yield self.env.timeout(compute)
+                for rank in self.ranks[index]:
+                    rank.tasks.put(
+                        Layer(
+                            request.index, layer, request.slices, request.slice_bytes, self.env.now, self._arrived
+                        )
+                    )
+
+    def _arrived(self, task: Layer) -> None:
+        """All slices of one layer of one rank have arrived."""
+        lag = task.done_ps - task.ready_ps
+        stall = self.outcome.stall
+        stall[task.request, task.layer] = max(stall[task.request, task.layer], lag)
+        self.missing[task.request] -= 1
+        if self.missing[task.request] == 0:
+            request = self.workload.requests[task.request]
+            first_token = task.done_ps + self.scenario.decode.first_token
+            self.outcome.response[task.request] = first_token - request.arrival_ps
+            self.env.process(self.decode.serve(request))
+            self.left -= 1
+            if self.progress is not None:
+                self.progress(task.request)
+            if self.left == 0:
+                self.over.succeed()

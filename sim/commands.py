@@ -1,0 +1,88 @@
+"""The simulator's commands; `mooncache` finds them by entry point."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mooncache.errors import UsageError
+from mooncache.kernels import jit
+from sim import report
+from sim.compare import Comparison, Job, Run, conclude, jobs_of, run_all
+from sim.config import load_scenario
+from sim.costs import load_calibration
+
+
+def compare(
+    scenario: Annotated[Path, typer.Argument(help="YAML file; configs/ has some to start from.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as nic.rate=200Gbps.")] = [],  # noqa: B006
+    trace: Annotated[Path | None, typer.Option(help="Replay this request trace (Mooncake JSONL).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first replication.")] = None,
+    replications: Annotated[int | None, typer.Option(min=1, help="Repeats under other seeds.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Simulations side by side; default: one a core.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder for result.json, summary.md and the chart.")] = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Where should finished slices be deleted? Compare stores and policies on one scenario."""
+    overrides = list(set_)
+    if trace is not None:
+        overrides.append(f"workload.path={json.dumps(str(trace.resolve()))}")
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    if replications is not None:
+        overrides.append(f"replications={replications}")
+    asked = load_scenario(scenario, overrides)
+    if trace is not None and asked.workload.kind != "trace":
+        raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {asked.workload.kind}")
+    load_calibration(asked.calibration)
+    jit.prewarm()
+    started = time.perf_counter()
+    runs = _run(jobs_of(asked), processes, Console(stderr=True, quiet=as_json))
+    seconds = time.perf_counter() - started
+    found = conclude(asked, runs)
+    speed = found.slices / seconds
+    folder = report.write(found, results, {"slices_per_second": round(speed), "seconds": round(seconds, 3)})
+    if as_json:
+        typer.echo(json.dumps(_one_object(found, speed)))
+        return
+    console = Console()
+    report.print_table(found, console)
+    console.print(f"\n{found.slices:,} slices simulated at {speed / 1e6:,.0f} M/s. Written: {folder}/summary.md", highlight=False)
+
+
+def _one_object(found: Comparison, speed: float) -> dict[str, object]:
+    return {**found.result, "slices_per_second": round(speed)}
+
+
+def _run(jobs: Sequence[Job], processes: int | None, console: Console) -> list[Run]:
+    """Simulate with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("simulating", total=len(jobs))
+        runs = []
+        for run in run_all(jobs, processes):
+            runs.append(run)
+            progress.update(task, advance=1, description=f"{run.job.pair}, replication {run.job.replication + 1}")
+        return runs
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option(help="File to write; name it as `calibration:` in a scenario.")] = Path("calibration.json"),
+    name: Annotated[str, typer.Option(help="How reports call it.")] = "this machine",
+) -> None:
+    """Measure what the engine's work costs on this machine, for the simulation."""
+    from sim.calibrate import calibrate as measure
+
+    console = Console(stderr=True)
+    jit.prewarm()
+    calibration = measure(name, lambda part: console.print(f"measuring: {part}"))
+    output.write_text(calibration.model_dump_json(indent=1) + "\n")
+    console.print(f"wrote {output}", highlight=False)
+

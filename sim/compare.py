@@ -1,0 +1,286 @@
+"""The main job: the same requests under every pair of slice store and reclaim policy.
+
+Replications share their random streams across pairs, so each request is compared with itself: `added_ms` is its
+response time minus that of the same request, in the same replication, under `leak` on the same store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import simpy
+
+from sim.cluster import Cluster, RankModel
+from sim.config import PAIRS, Scenario, Trace
+from sim.costs import PS_PER_NS, Calibration, digest, load_calibration, prices
+from sim.fast import BatchCosts, FastRank
+from sim.rank import Figures, Rank
+from sim.statistics import holm, mean_interval, paired_p_value, paired_ratio, percentile
+from sim.workload import Workload, build_workload
+
+PS_PER_US, PS_PER_MS = 10**6, 10**9
+REFERENCE = "pool/bulk"  # what response times are compared with
+TIE = 0.001  # response times this close are equal; then the least CPU time for freeing decides
+SAMPLE_REQUESTS = 4  # of a fast run, simulated exactly as well
+
+
+class Job(NamedTuple):
+    """One simulation: a pair under one replication."""
+
+    scenario: Scenario
+    pair: str
+    replication: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one simulation found. Times are ps."""
+
+    job: Job
+    response: np.ndarray  # int64[requests]
+    stall: np.ndarray  # int64[requests, layers]
+    figures: Figures  # sums over ranks; high water: the highest rank's
+    slices: int
+
+
+def simulate(job: Job) -> Run:
+    """Run one job. Deterministic: the same job gives the same run in any process."""
+    scenario = job.scenario
+    store, policy = job.pair.split("/")
+    calibration = load_calibration(scenario.calibration)
+    workload = build_workload(scenario, scenario.seed + job.replication)
+    mean = round(np.mean([request.slices for request in workload.requests]))
+    price = prices(calibration, scenario, policy, mean)
+    wake_ps = round(calibration.ns("wake", mean) * PS_PER_NS)
+    costs = BatchCosts(scenario, store, policy, price)
+
+    def make_rank(env: simpy.Environment, next_ready: Callable[[], int]) -> RankModel:
+        if scenario.mode == "fast":
+            return FastRank(env, scenario, policy, costs, wake_ps)
+        return Rank(env, scenario, store, policy, price, wake_ps, next_ready)
+
+    cluster = Cluster(scenario, workload, make_rank)
+    outcome = cluster.run()
+    each = [rank.figures() for ranks in cluster.ranks for rank in ranks]
+    total = Figures(*(sum(column) for column in zip(*each, strict=True)))
+    figures = total._replace(high_water_slices=max(f.high_water_slices for f in each))
+    return Run(job, outcome.response, outcome.stall, figures, workload.total_slices)
+
+
+def jobs_of(scenario: Scenario) -> list[Job]:
+    """All simulations of a comparison; `leak` on each store is among them, asked for or not."""
+    needed = {*scenario.pairs, *(f"{pair.split('/')[0]}/leak" for pair in scenario.pairs)}
+    return [
+        Job(scenario, pair, replication)
+        for replication in range(scenario.replications)
+        for pair in PAIRS
+        if pair in needed
+    ]
+
+
+def run_all(jobs: Sequence[Job], processes: int | None = None) -> Iterator[Run]:
+    """Simulate all jobs, side by side, and yield their runs in order."""
+    processes = min(len(jobs), processes or os.cpu_count() or 1)
+    if processes <= 1:
+        yield from map(simulate, jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the parent's kernels mid-flight
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(simulate, jobs)
+
+
+# ------------------------------------------------------------------------------ findings
+@dataclass(frozen=True)
+class PolicyResult:
+    """One line of the comparison; see the README for what each figure means."""
+
+    store: str
+    policy: str
+    added_ms_mean: float
+    added_ms_ci95: float | None  # half width; None with one replication
+    stall_us_p50: float
+    stall_us_p99: float
+    worker_free_share: float  # of the worker's busy time
+    worker_ns_per_slice: float
+    freeing_ns_per_slice: float  # of all threads
+    close_us_mean: float
+    pool_high_water_slices: int  # of one rank
+    leaked_slices: int  # of all ranks, in one replication
+    response_ms_mean: float
+    response_ratio: float | None  # to pool/bulk, geometric mean over replications
+    response_ratio_ci95: tuple[float, float] | None
+    response_p_value: float | None  # Holm-corrected over all pairs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a comparison found; `result` is what is written as result.json."""
+
+    scenario: Scenario
+    calibration: Calibration
+    policies: list[PolicyResult]
+    verdict: str
+    notes: tuple[str, ...]
+    slices: int
+
+    @property
+    def run_name(self) -> str:
+        """Name of the results folder: the same question has the same name."""
+        asked = self.scenario.model_dump_json(exclude={"calibration"}) + digest(self.calibration)
+        return f"{self.scenario.name}-{hashlib.blake2b(asked.encode(), digest_size=4).hexdigest()}"
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return {
+            "scenario": self.scenario.name,
+            "seed": self.scenario.seed,
+            "replications": self.scenario.replications,
+            "mode": self.scenario.mode,
+            "calibration": {
+                "name": self.calibration.name,
+                "digest": digest(self.calibration),
+                "measured": self.calibration.measured,
+                "machine": self.calibration.machine.model_dump(),
+            },
+            "slices": self.slices,
+            "policies": [asdict(policy) for policy in self.policies],
+            "notes": list(self.notes),
+            "verdict": self.verdict,
+        }
+
+
+def conclude(scenario: Scenario, runs: Sequence[Run]) -> Comparison:
+    """Turn the runs of all jobs into the comparison."""
+    by_pair: dict[str, list[Run]] = {}
+    for run in runs:
+        by_pair.setdefault(run.job.pair, []).append(run)
+    policies = [_policy_result(pair, by_pair) for pair in scenario.pairs]
+    calibration = load_calibration(scenario.calibration)
+    workload = build_workload(scenario, scenario.seed)
+    notes = (*workload.notes, *_notes(scenario, calibration))
+    if scenario.mode == "fast":
+        notes = (*notes, fast_difference(scenario))
+    verdict = _verdict(scenario, policies, workload)
+    return Comparison(
+        scenario, calibration, _with_p_values(policies, by_pair), verdict, notes, sum(run.slices for run in runs)
+    )
+
+
+def _means(runs: Sequence[Run]) -> list[float]:
+    """Mean response time of each replication, ms."""
+    return [float(run.response.mean()) / PS_PER_MS for run in runs]
+
+
+def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
+    runs, (store, policy) = by_pair[pair], pair.split("/")
+    base = by_pair[f"{store}/leak"]
+    added = mean_interval(
+        [float((run.response - leak.response).mean()) / PS_PER_MS for run, leak in zip(runs, base, strict=True)]
+    )
+    stall = np.concatenate([run.stall.ravel() for run in runs])
+    total = Figures(*(sum(column) for column in zip(*(run.figures for run in runs), strict=True)))
+    reference = by_pair.get(REFERENCE)
+    ratio = paired_ratio(_means(runs), _means(reference)) if reference else None
+    return PolicyResult(
+        store=store,
+        policy=policy,
+        added_ms_mean=added.mean,
+        added_ms_ci95=added.half_width,
+        stall_us_p50=percentile(stall, 50) / PS_PER_US,
+        stall_us_p99=percentile(stall, 99) / PS_PER_US,
+        worker_free_share=total.freeing_ps / max(1, total.busy_ps),
+        worker_ns_per_slice=total.busy_ps / PS_PER_NS / sum(run.slices for run in runs),
+        freeing_ns_per_slice=total.all_freeing_ps / PS_PER_NS / sum(run.slices for run in runs),
+        close_us_mean=total.close_ps / max(1, total.closes) / PS_PER_US,
+        pool_high_water_slices=max(run.figures.high_water_slices for run in runs),
+        leaked_slices=total.leaked_slices // len(runs),
+        response_ms_mean=float(np.mean(_means(runs))),
+        response_ratio=ratio.ratio if ratio else None,
+        response_ratio_ci95=(ratio.low, ratio.high) if ratio and ratio.low is not None and ratio.high else None,
+        response_p_value=None,
+    )
+
+
+def _with_p_values(policies: list[PolicyResult], by_pair: dict[str, list[Run]]) -> list[PolicyResult]:
+    """Add the chance that a pair's difference from pool/bulk is one, corrected for so many comparisons."""
+    reference = by_pair.get(REFERENCE)
+    if reference is None or len(reference) < 2:
+        return policies
+    others = [p for p in policies if f"{p.store}/{p.policy}" != REFERENCE]
+    values = holm([paired_p_value(_means(by_pair[f"{p.store}/{p.policy}"]), _means(reference)) for p in others])
+    corrected = dict(zip((id(p) for p in others), values, strict=True))
+    return [PolicyResult(**{**asdict(p), "response_p_value": corrected.get(id(p))}) for p in policies]
+
+
+def _notes(scenario: Scenario, calibration: Calibration) -> list[str]:
+    """What a reader must know to trust the figures."""
+    machine = calibration.machine
+    return [
+        f"CPU costs: calibration {calibration.name!r}, measured {calibration.measured} on {machine.cpu} "
+        f"({machine.cores} cores, {machine.libc}); the wire is the scenario's",
+        "stall: from the moment a layer is computed until its last slice has arrived on the slowest rank",
+    ]
+
+
+def fast_difference(scenario: Scenario) -> str:
+    """Simulate a sample in both modes and say how far they are apart."""
+    asked = scenario.workload
+    sample = asked.model_copy(
+        update={"limit": SAMPLE_REQUESTS} if isinstance(asked, Trace) else {"requests": SAMPLE_REQUESTS}
+    )
+    pair = scenario.pairs[-1]
+    both = {
+        mode: simulate(Job(scenario.model_copy(update={"mode": mode, "workload": sample}), pair, 0))
+        for mode in ("fast", "exact")
+    }
+    response = _apart(both["fast"].response, both["exact"].response)
+    stall = _apart(both["fast"].stall, both["exact"].stall)
+    return (
+        f"fast mode: over the first {len(both['exact'].response)} requests under {pair}, mean response time differs "
+        f"from the exact mode by {response:.4%}, mean stall by {stall:.3%}"
+    )
+
+
+def _apart(fast: np.ndarray, exact: np.ndarray) -> float:
+    return abs(float(fast.mean()) - float(exact.mean())) / float(exact.mean())
+
+
+def _verdict(scenario: Scenario, policies: list[PolicyResult], workload: Workload) -> str:
+    """One sentence: which placement to choose, which hurts most, and by which mechanism."""
+    freeing = [p for p in policies if p.policy != "leak"]
+    if not freeing:
+        return "Only leaking engines were compared: each runs out of memory in the end."
+    fastest = min(p.response_ms_mean for p in freeing)
+    best = min(
+        (p for p in freeing if p.response_ms_mean <= fastest * (1 + TIE)), key=lambda p: p.freeing_ns_per_slice
+    )
+    worst = max(freeing, key=lambda p: p.added_ms_mean)
+    name = "{0.store} + {0.policy}".format
+    sentence = f"Choose {name(best)}: it adds {max(0.0, best.added_ms_mean):.1f} ms to a response"
+    if worst is best or worst.added_ms_mean < 1:
+        return f"{sentence}, and no other placement that was compared adds more than 1 ms."
+    return f"{sentence}; {name(worst)} adds {worst.added_ms_mean:.0f} ms, because {_mechanism(worst, workload)}."
+
+
+def _mechanism(worst: PolicyResult, workload: Workload) -> str:
+    """Why a placement adds what it adds, from its own figures."""
+    slices = float(np.mean([request.slices for request in workload.requests]))
+    compute = float(np.mean([request.layer_ps.mean() for request in workload.requests])) / PS_PER_MS
+    worker = worst.worker_ns_per_slice * slices / 1e6
+    if worst.worker_free_share > 0.2:
+        slower = "longer than" if worker > compute else "next to"
+        return (
+            f"freeing slices takes {worst.worker_free_share:.0%} of the worker's time: a layer keeps it busy for "
+            f"{worker:.1f} ms, {slower} the {compute:.1f} ms in which the next layer is computed, and transfers fall behind"
+        )
+    return (
+        f"the submitting thread spends {worst.close_us_mean / 1000:.1f} ms on freeing at each close, "
+        "and the next layer waits for it"
+    )

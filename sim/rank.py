@@ -1,0 +1,301 @@
+"""One rank in virtual time: the product's own state, kernels and NIC, turned by SimPy.
+
+    layer ready --> tasks --> thread: submit ......... waits ........ close --> next task
+                                  |  publish              ^  finished
+                                  v                       |
+                              worker: pump ( take, post, poll, complete, reclaim )
+                                         |  post_send, poll_cq
+                                         v
+                                       NIC in virtual time
+
+A thread takes a layer, submits it, sleeps until it is done, and closes it, as synchronous serving code does. The
+worker's `pump` runs ahead of SimPy's clock only as far as nothing else can act on this rank: up to the horizon, or to
+the end of a batch. Slices never become SimPy events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import simpy
+
+from mooncache.errors import Status
+from mooncache.kernels import calls, layout, submit
+from mooncache.kernels.layout import Kind, Opcode, Policy, Store
+from mooncache.kernels.pump import Pump, pump
+from mooncache.kernels.reclaim import leak
+from mooncache.kernels.reclaim.dispatch import reap
+from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
+from mooncache.providers import emulated
+from mooncache.providers.base import Descriptor
+from sim.config import Scenario
+from sim.costs import Prices
+
+PEER = 0
+BASE = 1 << 40  # where the made-up source and target regions begin; no byte of them is ever touched
+SPAN = 1 << 44
+FOREVER = (1 << 62) - 1
+LATE = 2  # SimPy priority of a worker's turn: at the same instant, everybody else acts first
+Steps = Generator[simpy.Event, Any, None]
+
+
+@dataclass
+class Layer:
+    """One layer of one request on one rank, and when what happened to it (ps)."""
+
+    request: int
+    layer: int
+    slices: int
+    slice_bytes: int
+    ready_ps: int
+    done: Callable[[Layer], None]
+    done_ps: int = 0
+    close_ps: int = 0  # what closing it cost the thread
+
+
+class Figures(NamedTuple):
+    """What a rank did, besides transferring."""
+
+    busy_ps: int  # worker's time with something to do
+    freeing_ps: int  # of that, inside the reclaim policy
+    all_freeing_ps: int  # the same of all threads: worker, callers, reaper
+    close_ps: int  # callers' time in close
+    closes: int
+    high_water_slices: int  # most slices that existed at once
+    leaked_slices: int
+
+
+def nic_of(scenario: Scenario) -> emulated.Nic:
+    """The scenario's NIC."""
+    return emulated.Nic(
+        bits_per_s=scenario.nic.rate,
+        messages_per_s=scenario.nic.message_rate,
+        latency_ns=scenario.nic.latency / emulated.PS_PER_NS,
+        move_bytes=False,
+    )
+
+
+def settings_of(scenario: Scenario, store: str, policy: str) -> Settings:
+    """The engine settings that the scenario describes."""
+    return Settings(
+        store=Store[store.upper()],
+        policy=Policy[policy.upper()],
+        slices=scenario.engine.pool_slices,
+        peers=1,
+        slice_bytes=scenario.engine.slice_bytes,
+        queue_depth=scenario.engine.queue_depth,
+        chain=scenario.engine.chain,
+        poll_lot=scenario.engine.poll_lot,
+        cache_slices=scenario.reclaim.cache_slices,
+        reaper_lot=scenario.reclaim.lot,
+    )
+
+
+class VirtualEngine:
+    """An engine's state with virtual clocks: one worker, `threads` callers, a reaper, an emulated NIC to one peer."""
+
+    def __init__(self, settings: Settings, nic: emulated.Nic, prices: Prices, threads: int) -> None:
+        self.state = State(settings, virtual=True)
+        self.worker = self._block(prices, 0)
+        self.callers = [self._block(prices) for _ in range(threads)]
+        self.reaper = self._block(prices)
+        clock = address_of(self.worker.words) + layout.NOW * layout.WORD
+        self.provider = emulated.Emulated(nic, clocks=[clock])
+        (self.cq,) = self.provider.open(1, settings.queue_depth)
+        self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
+        self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
+        self.remote = RegionTable("the decode side")
+        keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
+        self.state.regions.add(BASE, SPAN, keys.lkey, layout.Access.WRITE)
+        self.remote.add(BASE, SPAN, keys.rkey, layout.Access.WRITE)
+        peer = Descriptor("decode", self.provider.name, (), self.provider.describe())
+        self.state.connect(PEER, self.remote, self.provider.connect(peer))
+        self._operands: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def _block(self, prices: Prices, actor: int = -1) -> Block:
+        block = Block(self.state, actor)
+        block.words[layout.COST_FIXED] = address_of(prices.fixed)
+        block.words[layout.COST_EACH] = address_of(prices.each)
+        self._prices = prices  # keeps the arrays alive
+        return block
+
+    def prepare(self, caller: Block, slices: int, slice_bytes: int) -> int:
+        """Fill an open batch of so many scattered slices; returns its handle, or minus a Status."""
+        operands = self._operands.get((slices, slice_bytes))
+        if operands is None:
+            if len(self._operands) > 64:
+                self._operands.clear()
+            address = BASE + 2 * slice_bytes * np.arange(slices, dtype=np.int64)  # gaps, so that nothing is adjacent
+            operands = self._operands[slices, slice_bytes] = address, np.full(1, slice_bytes, np.int64)
+        address, length = operands
+        return int(submit.prepare(caller.ctl, PEER, Opcode.WRITE.value, 0, address, address, length))
+
+    def row(self, handle: int) -> np.ndarray:
+        """The batch row that a handle names; int64[BATCH_WORDS]."""
+        row: np.ndarray = self.state.batch_rows[handle & 0xFFFFFFFF]
+        return row
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64[KINDS]: work done by all actors."""
+        return sum((b.counters for b in [*self.callers, self.worker, self.reaper]), np.zeros(len(Kind), np.int64))
+
+
+class Rank:
+    """A virtual engine with its threads, worker and reaper as SimPy actors."""
+
+    def __init__(
+        self, env: simpy.Environment, scenario: Scenario, store: str, policy: str, prices: Prices, wake_ps: int,
+        next_ready: Callable[[], int],
+    ) -> None:  # fmt: skip
+        threads = scenario.engine.submit_threads
+        self.env, self.wake_ps, self.next_ready = env, wake_ps, next_ready
+        self.engine = VirtualEngine(settings_of(scenario, store, policy), nic_of(scenario), prices, threads)
+        self.policy = Policy[policy.upper()]
+        self.period_ps = scenario.reclaim.period
+        self.tasks = simpy.Store(env)
+        self.running: dict[int, simpy.Event] = {}  # handle -> event of its end
+        self.ends = [FOREVER] * threads  # when each thread is done with what it computes now
+        self.starved: deque[simpy.Event] = deque()  # threads that wait for slots
+        self.close_ps = self.closes = 0
+        self.turn_number = 0
+        self.asleep = True
+        self.reaping: simpy.Event = env.event()
+        for index, caller in enumerate(self.engine.callers):
+            env.process(self._thread(index, caller))
+        if self.policy == Policy.DEFERRED:
+            env.process(self._reaper())
+
+    def figures(self) -> Figures:
+        """What this rank did so far."""
+        engine, worker, leaked = self.engine, self.engine.worker, int(self.engine.counts[Kind.SLICES_LEAKED])
+        return Figures(
+            busy_ps=int(worker.spent.sum()),
+            freeing_ps=int(worker.words[layout.TIME_FREEING]),
+            all_freeing_ps=sum(
+                int(block.words[layout.TIME_FREEING]) for block in (*engine.callers, worker, engine.reaper)
+            ),
+            close_ps=self.close_ps,
+            closes=self.closes,
+            high_water_slices=max(leaked, engine.state.high_water_slices),
+            leaked_slices=leaked,
+        )
+
+    # ------------------------------------------------------------------------------ threads
+    def _spend(self, index: int, caller: Block) -> simpy.Event:
+        """Let the virtual time that a kernel has just cost its thread pass."""
+        end = int(caller.words[layout.NOW])
+        self.ends[index] = end
+        return self.env.timeout(end - self.env.now)
+
+    def _thread(self, index: int, caller: Block) -> Steps:
+        engine, env = self.engine, self.env
+        while True:
+            self.ends[index] = FOREVER
+            task: Layer = yield self.tasks.get()
+            while True:
+                caller.words[layout.NOW] = env.now
+                handle = engine.prepare(caller, task.slices, task.slice_bytes)
+                if handle > 0:
+                    break
+                yield from self._wait_for_slots(index, caller, -handle)
+            yield self._spend(index, caller)
+            self.ends[index] = FOREVER
+            self.running[handle] = env.event()
+            submit.publish(caller.ctl, handle)
+            self._ring()
+            task.done_ps = yield self.running[handle]
+            task.done(task)
+            self.ends[index] = env.now + self.wake_ps
+            yield env.timeout(self.wake_ps)
+            caller.words[layout.NOW] = env.now
+            calls.close(caller.ctl, handle, False)
+            task.close_ps = int(caller.words[layout.NOW]) - env.now
+            self.close_ps += task.close_ps
+            self.closes += 1
+            yield self._spend(index, caller)
+            self._slots_came_back()
+            if self.policy == Policy.DEFERRED and not self.reaping.triggered:
+                self.reaping.succeed()
+            if self.policy == Policy.EPOCH:
+                self._ring()
+
+    def _wait_for_slots(self, index: int, caller: Block, status: int) -> Steps:
+        if status not in (Status.POOL_EMPTY, Status.BATCHES_EMPTY):
+            raise AssertionError(f"submit was refused with {Status(status).name}")  # the scenario was checked before
+        if self.policy == Policy.LEAK and leak.restart(caller.ctl):
+            return
+        self.ends[index] = FOREVER
+        waiting = self.env.event()
+        self.starved.append(waiting)
+        yield waiting
+
+    def _slots_came_back(self) -> None:
+        while self.starved:
+            self.starved.popleft().succeed()
+
+    # ------------------------------------------------------------------------------ worker
+    def _ring(self) -> None:
+        """The worker has something new to look at: if it sleeps, let it have a turn now."""
+        if self.asleep:
+            self._schedule(self.env.now)
+
+    def _at(self, time: int) -> simpy.Event:
+        """An event at a given time, behind all others of that instant."""
+        event = simpy.Event(self.env)
+        event._ok, event._value = True, None
+        self.env.schedule(event, priority=LATE, delay=time - self.env.now)  # type: ignore[arg-type]
+        return event
+
+    def _schedule(self, at: int) -> None:
+        """Let the worker's next turn be at `at`; a turn that was scheduled before is off."""
+        self.turn_number += 1
+        self.asleep = False
+        number = self.turn_number
+        self._at(at).callbacks.append(lambda _: self._turn() if number == self.turn_number else None)
+
+    def _turn(self) -> None:
+        words = self.engine.worker.words
+        words[layout.NOW] = max(int(words[layout.NOW]), self.env.now)
+        words[layout.HORIZON] = min(self.next_ready(), *self.ends)
+        why = pump(self.engine.worker.ctl)
+        now = int(words[layout.NOW])
+        if why == Pump.FINISHED:
+            self._finish_batches()
+        if self.starved:
+            self._at(now).callbacks.append(lambda _: self._slots_came_back())  # what inline or epoch freed
+        if why == Pump.IDLE:
+            due = int(emulated.next_completion.ready().ctypes(self.engine.cq))
+            if due < emulated.NEVER:
+                self._schedule(max(due, self.env.now))
+            self.asleep = True  # a new batch may still come before `due`
+        else:
+            self._schedule(now)
+
+    def _finish_batches(self) -> None:
+        for handle in list(self.running):
+            row = self.engine.row(handle)
+            if row[layout.BATCH_REMAINING] == 0:
+                at = int(row[layout.BATCH_FINISHED_AT])
+                self.env.process(self._announce(self.running.pop(handle), at))
+
+    def _announce(self, event: simpy.Event, at: int) -> Steps:
+        yield self.env.timeout(at - self.env.now)
+        event.succeed(at)
+
+    # ------------------------------------------------------------------------------ reaper
+    def _reaper(self) -> Steps:
+        block = self.engine.reaper
+        while True:
+            block.words[layout.NOW] = self.env.now
+            if reap(block.ctl) == 0:
+                self.reaping = self.env.event()
+                yield self.reaping
+                continue
+            yield self.env.timeout(int(block.words[layout.NOW]) - self.env.now)
+            self._slots_came_back()
+            yield self.env.timeout(self.period_ps)

@@ -1,0 +1,49 @@
+"""Profiles of hypothesis, and fixtures that give everything back whatever the test does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.helpers import Pair
+from tests.kernels.entries import Gated
+
+# Compiling within the first example takes seconds, hence no deadline.
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=50, stateful_step_count=40, suppress_health_check=_SLOW
+)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True, suppress_health_check=_SLOW
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., Pair]]:
+    """Makes pairs of engines and closes them all."""
+    made: list[Pair] = []
+
+    def make(*arguments: Any, **options: Any) -> Pair:
+        made.append(Pair(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.close()
+
+
+@pytest.fixture
+def pair(pairs: Callable[..., Pair]) -> Pair:
+    """Two engines over loopback."""
+    return pairs()
+
+
+@pytest.fixture
+def gated(pairs: Callable[..., Pair]) -> Pair:
+    """Two engines whose transfers stay running until `here.provider.open_gate()`."""
+    return pairs(Gated(), Gated())

@@ -1,0 +1,294 @@
+"""Entry points that tests call parts through, and a wire whose completions a test lets out one by one.
+
+All in one module: each is compiled in the test process, once, and cached like the product's own.
+"""
+
+import ctypes
+
+import numpy as np
+
+from mooncache.kernels import account as accounts
+from mooncache.kernels import atomics, batch, handle, pool, regions, ring
+from mooncache.kernels.atomics import i64, pause, peek, poke
+from mooncache.kernels.jit import callback, kernel
+from mooncache.kernels.layout import BATCH_FIRST, BATCH_ROWS, BATCH_WORDS, CHUNK_NEXT, RING_EMPTY, WORD
+from mooncache.kernels.verbs import CQ_CQ_CONTEXT
+from mooncache.providers import loopback
+from mooncache.providers.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
+from mooncache.providers.software import (
+    CQ_COUNT,
+    CQ_QUEUES,
+    Q_HEAD,
+    Q_MASK,
+    Q_NIC,
+    Q_RING,
+    Q_TAIL,
+    write_completion,
+)
+
+
+# ------------------------------------------------------------------------------ atomics
+@kernel("int64(int64, int64)", nogil=True)
+def add_many(address, n):
+    for _ in range(n):
+        atomics.add(address, 1)
+    return np.int64(n)
+
+
+@kernel("int64(int64, int64)", nogil=True)
+def cas_many(address, n):
+    """Add by compare-and-swap; returns how often another thread was faster."""
+    lost = 0
+    for _ in range(n):
+        old = atomics.load(address)
+        while True:
+            seen = atomics.cas(address, old, old + 1)
+            if seen == old:
+                break
+            lost += 1
+            old = seen
+    return np.int64(lost)
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def exchange_many(address, first, n):
+    """Put n tokens into a one-word mailbox; returns the sum of all that came out."""
+    total = np.int64(0)
+    for i in range(n):
+        total += atomics.exchange(address, first + i)
+    return total
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def send(flag, payload, n):
+    """Write a payload plainly, then release it by the flag, n times; each is answered before the next."""
+    for i in range(1, n + 1):
+        for k in range(8):
+            poke(payload + k * WORD, i * 8 + k)
+        atomics.store(flag, i)
+        while atomics.load(flag) != -i:
+            pause()
+    return np.int64(n)
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def receive(flag, payload, n):
+    """Returns how many payload words were not what the flag had promised."""
+    torn = 0
+    for i in range(1, n + 1):
+        while atomics.load(flag) != i:
+            pause()
+        for k in range(8):
+            torn += peek(payload + k * WORD) != i * 8 + k
+        atomics.store(flag, -i)
+    return np.int64(torn)
+
+
+@kernel("int64(int64, int64, int64, int64)", nogil=True)
+def sleep(syscall, address, expected, timespec):
+    return atomics.futex_wait(syscall, address, expected, timespec)
+
+
+@kernel("int64(int64, int64, int64)")
+def wake(syscall, address, threads):
+    return atomics.futex_wake(syscall, address, threads)
+
+
+@kernel("int64(int64, int64, int64)")
+def copy_bytes(target, source, length):
+    atomics.copy(target, source, length)
+    return np.int64(0)
+
+
+@kernel("int64(int64, int64, int64)")
+def fill(target, byte, length):
+    atomics.fill_bytes(target, byte, length)
+    return np.int64(0)
+
+
+# ------------------------------------------------------------------------------ rings
+@kernel("int64(int64, int64, int64)", nogil=True)
+def push_many(words, first, n):
+    for i in range(n):
+        ring.push(words, first + i)
+    return np.int64(n)
+
+
+@kernel("int64(int64, int64[::1])", nogil=True)
+def pop_many(words, taken):
+    """Fill `taken`, waiting for entries."""
+    for i in range(taken.size):
+        value = ring.pop(words)
+        while value == RING_EMPTY:
+            pause()
+            value = ring.pop(words)
+        taken[i] = value
+    return np.int64(taken.size)
+
+
+@kernel("int64(int64)")
+def pop_one(words):
+    return ring.pop(words)
+
+
+@kernel("int64(int64)")
+def look(words):
+    return ring.first(words)
+
+
+# ------------------------------------------------------------------------------ pool, handles, batches, regions
+@kernel("int64(int64, int64, int64, int64)")
+def acquire(ctl, row, slot, slices):
+    return np.int64(pool.acquire(ctl, row, slot, slices))
+
+
+@kernel("int64(int64, int64)")
+def release(ctl, row):
+    pool.release(ctl, row)
+    return np.int64(0)
+
+
+@kernel("int64(int64, int64, int64)")
+def free_slot(ctl, row, slot):
+    """Free one slot, and its chunk with its last one; returns the slots of the chunk still live."""
+    left = pool.mark_free(ctl, slot)
+    if left == 0:
+        pool.release_chunk(ctl, row, slot // 256)
+    return np.int64(left)
+
+
+@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
+def churn(ctl, slot, rounds, most, owners):
+    """Acquire and release chains of 1 to `most` chunks; marks what it holds, returns how often a mark was taken."""
+    row = peek(ctl + BATCH_ROWS * WORD) + slot * BATCH_WORDS * WORD
+    owner, next_ = i64(owners), i64(peek(ctl + CHUNK_NEXT * WORD))
+    twice, size = np.int64(0), np.int64(slot)
+    for _ in range(rounds):
+        size = (size * 5 + 3) % most
+        if not pool.acquire(ctl, row, slot, (size + 1) * 256):
+            pause()
+            continue
+        chunk = peek(row + BATCH_FIRST * WORD)
+        while chunk >= 0:
+            twice += owner[chunk] != 0
+            owner[chunk] = slot + 1
+            chunk = next_[chunk]
+        chunk = peek(row + BATCH_FIRST * WORD)
+        while chunk >= 0:
+            twice += owner[chunk] != slot + 1
+            owner[chunk] = 0
+            chunk = next_[chunk]
+        pool.release(ctl, row)
+    return twice
+
+
+@kernel("int64(int64, int64)")
+def handle_of(generation, slot):
+    return np.int64(handle.handle_of(generation, slot))
+
+
+@kernel("int64(int64, int64)")
+def resolve(ctl, name):
+    return np.int64(handle.resolve(ctl, name))
+
+
+@kernel("int64(int64)")
+def acquire_row(ctl):
+    return np.int64(batch.acquire_row(ctl))
+
+
+@kernel("int64(int64, int64)")
+def move(row, event):
+    return np.int64(batch.move(row, event))
+
+
+@kernel("int64(int64, int64, int64)")
+def find(table, address, hint):
+    return np.int64(regions.find(table, address, hint))
+
+
+@kernel("int64(int64, int64, int64)")
+def account(ctl, kind, n):
+    accounts.account(ctl, kind, n)
+    return np.int64(0)
+
+
+@kernel("int64(int64)")
+def clock(ctl):
+    return np.int64(accounts.clock(ctl))
+
+
+# ------------------------------------------------------------------------------ a wire with a gate
+@callback("int32(int64, int32, int64)")
+def gated_poll_cq(cq, entries, wc):
+    """Loopback's poll_cq, as long as the gate's count lasts; a gate below 0 is open for good."""
+    queues = peek(cq + CQ_CQ_CONTEXT)
+    taken = np.int64(0)
+    for i in range(peek(queues + CQ_COUNT * WORD)):
+        queue = peek(queues + (CQ_QUEUES + i) * WORD)
+        gate = peek(queue + Q_NIC * WORD)
+        left = atomics.load(gate)
+        if left == 0:
+            continue
+        most = np.int64(entries) - taken
+        if left > 0:
+            most = min(most, left)
+        tail, mask = peek(queue + Q_TAIL * WORD), peek(queue + Q_MASK * WORD)
+        n = min(most, peek(queue + Q_HEAD * WORD) - tail)
+        for k in range(n):
+            entry = peek(queue + Q_RING * WORD) + ((tail + k) & mask) * ENTRY_WORDS * WORD
+            wc = write_completion(wc, peek(entry + ENTRY_ID * WORD), peek(entry + ENTRY_STATUS * WORD))
+        poke(queue + Q_TAIL * WORD, tail + n)
+        if left > 0:
+            atomics.cas(gate, left, left - n)
+        taken += n
+    return np.int32(taken)
+
+
+@callback("int64(int64)")
+def never(cq):
+    """`next_completion` of a wire that does not say: beyond every horizon."""
+    return np.int64((1 << 62) - 1)
+
+
+class Gated(Loopback):
+    """Loopback that keeps its completions until the gate opens: batches run exactly as long as a test wants."""
+
+    poll_cq = gated_poll_cq
+
+    def __init__(self, *, opened: bool = False) -> None:
+        super().__init__()
+        self.gate = np.full(1, -1 if opened else 0, np.int64)
+
+    def prepare(self, queue, worker):
+        queue.words[Q_NIC] = self.gate.ctypes.data
+
+    def open_gate(self) -> None:
+        self.gate[0] = -1
+
+    def shut_gate(self) -> None:
+        self.gate[0] = 0
+
+    def let(self, completions: int) -> None:
+        """Let so many completions pass; the gate is shut after the last."""
+        self.gate[0] += completions
+
+    def entries(self, worker: int = 0, peer: int = 0) -> np.ndarray:
+        """(wr_id, status) of the completions that wait; a view, so that a test can forge them."""
+        queue = self.queues[worker][peer]
+        head, tail, mask = (int(queue.words[word]) for word in (Q_HEAD, Q_TAIL, Q_MASK))
+        table = queue.ring.reshape(-1, ENTRY_WORDS)
+        assert head - tail <= mask + 1
+        assert (tail & mask) + head - tail <= mask + 1, "the view would wrap; use a deeper queue"
+        return table[tail & mask : (tail & mask) + head - tail]
+
+    def inject(self, wr_id: int, status: int, worker: int = 0, peer: int = 0) -> None:
+        """Append a completion that nobody asked for. Only while the worker stands still (a rig)."""
+        queue = self.queues[worker][peer]
+        head, mask = int(queue.words[Q_HEAD]), int(queue.words[Q_MASK])
+        queue.ring.reshape(-1, ENTRY_WORDS)[head & mask] = wr_id, status
+        queue.words[Q_HEAD] = head + 1
+
+
+POST_SEND = loopback.post_send
+SYSCALL_ADDRESS = int(ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0)

@@ -1,0 +1,166 @@
+"""Slow, obvious twins of the kernels, in plain Python."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mooncache.errors import Status
+
+
+# ------------------------------------------------------------------------------ regions
+class Range(NamedTuple):
+    """A registered range: its base, its end, the slot it got, what the peer may do (1 read, 2 write)."""
+
+    base: int
+    end: int
+    slot: int
+    access: int = 3
+
+
+def region_of(regions: list[Range], address: int) -> Range | None:
+    """The region that contains the address."""
+    for region in regions:
+        if region.base <= address < region.end:
+            return region
+    return None
+
+
+# ------------------------------------------------------------------------------ split
+class Cut(NamedTuple):
+    """One slice."""
+
+    source: int
+    target: int
+    length: int
+    first: int
+    last: int
+    local: int
+    remote: int
+
+
+class Refused(Exception):
+    """The call is refused; `request` is the one at fault."""
+
+    def __init__(self, status: Status, request: int) -> None:
+        super().__init__(status, request)
+        self.status, self.request = status, request
+
+
+def runs(requests: list[tuple[int, int, int]], longest: int) -> list[list[int]]:
+    """Indices of requests that follow one another at both ends, together. Stops at the first bad length."""
+    grouped: list[list[int]] = []
+    for i, (source, target, length) in enumerate(requests):
+        if i > 0 and grouped and grouped[-1][-1] == i - 1:
+            before = requests[i - 1]
+            if source == before[0] + before[2] and target == before[1] + before[2]:
+                grouped[-1].append(i)
+                continue
+        grouped.append([i])
+    return grouped
+
+
+def cut(
+    requests: list[tuple[int, int, int]], local: list[Range], remote: list[Range], *, slice_bytes: int,
+    needs: int = 2, longest: int = 1 << 40,
+) -> list[Cut]:  # fmt: skip
+    """The slices of the requests (source, target, length), or Refused."""
+    slices: list[Cut] = []
+    for run in runs(requests, longest):
+        for i in run:
+            if not 0 < requests[i][2] <= longest:
+                raise Refused(Status.LENGTH, i)
+        slices += cut_run(requests, run, local, remote, slice_bytes, needs)
+    return slices
+
+
+def cut_run(
+    requests: list[tuple[int, int, int]], run: list[int], local: list[Range], remote: list[Range], slice_bytes: int,
+    needs: int,
+) -> list[Cut]:  # fmt: skip
+    source, target, _ = requests[run[0]]
+    total = sum(requests[i][2] for i in run)
+
+    def carrier(position: int) -> int:
+        """The request that the run's byte at `position` belongs to."""
+        for i in run:
+            if position < requests[i][2]:
+                return i
+            position -= requests[i][2]
+        raise AssertionError("beyond the run")
+
+    slices, done = [], 0
+    while done < total:
+        here = region_of(local, source + done)
+        if here is None:
+            raise Refused(Status.SOURCE_NOT_REGISTERED, carrier(done))
+        there = region_of(remote, target + done)
+        if there is None:
+            raise Refused(Status.TARGET_NOT_REGISTERED, carrier(done))
+        if not there.access & needs:
+            raise Refused(Status.ACCESS_DENIED, carrier(done))
+        length = min(total - done, here.end - source - done, there.end - target - done)
+        if length > slice_bytes + slice_bytes // 4:  # a shorter tail joins the slice
+            length = slice_bytes
+        slices.append(
+            Cut(source + done, target + done, length, carrier(done), carrier(done + length - 1), here.slot, there.slot)
+        )
+        done += length
+    return slices
+
+
+# ------------------------------------------------------------------------------ failures
+def failed_requests(slices: list[Cut], states: list[int]) -> dict[int, int]:
+    """{request: status of its first failed slice}; states of 301 and above are failures."""
+    failed: dict[int, int] = {}
+    for slice_, state in zip(slices, states, strict=True):
+        if state >= Status.CANCELLED:
+            for request in range(slice_.first, slice_.last + 1):
+                failed.setdefault(request, state)
+    return dict(sorted(failed.items()))
+
+
+# ------------------------------------------------------------------------------ the pool
+class Pool:
+    """A set of free chunks, and what each owner holds."""
+
+    def __init__(self, chunks: int) -> None:
+        self.free = set(range(chunks))
+        self.held: dict[int, list[int]] = {}
+
+    def acquire(self, owner: int, chain: list[int]) -> None:
+        assert len(set(chain)) == len(chain)
+        assert set(chain) <= self.free, "a chunk was handed out twice"
+        self.free -= set(chain)
+        self.held[owner] = chain
+
+    def release(self, owner: int) -> None:
+        self.free |= set(self.held.pop(owner))
+
+    def release_one(self, owner: int, chunk: int) -> None:
+        self.held[owner].remove(chunk)
+        self.free.add(chunk)
+        if not self.held[owner]:
+            del self.held[owner]
+
+
+# ------------------------------------------------------------------------------ the batch state table
+BATCH_TABLE = {
+    ("FREE", "ACQUIRE"): "OPEN",
+    ("OPEN", "SEAL"): "SEALED",
+    ("OPEN", "CLOSE"): "DRAINING",
+    ("SEALED", "FINISH"): "RECLAIMABLE",
+    ("SEALED", "CLOSE"): "DRAINING",
+    ("RECLAIMABLE", "CLOSE"): "DRAINING",
+    ("DRAINING", "FINISH"): "DRAINING",
+    ("DRAINING", "RECLAIM"): "FREE",
+}
+"""(state, event) -> state; whatever is not listed is refused and changes nothing."""
+
+
+# ------------------------------------------------------------------------------ what arrived
+def arrived(source: np.ndarray, target: np.ndarray, at: int, to: int, length: int) -> bool | None:
+    """True when all bytes are there, False when none is, None when only some are."""
+    same = source[at : at + length] == target[to : to + length]
+    return True if same.all() else False if not target[to : to + length].any() else None
