@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from sim import report
 from sim.compare import Comparison, Job, Run, conclude, jobs_of, run_all
 from sim.config import load_scenario
 from sim.costs import load_calibration
+
+
+WIDTH = 100  # columns, where the output is no terminal
 
 
 def compare(
@@ -52,7 +56,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(_one_object(found, speed)))
         return
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     report.print_table(found, console)
     console.print(f"\n{found.slices:,} slices simulated at {speed / 1e6:,.0f} M/s. Written: {folder}/summary.md", highlight=False)
 

@@ -27,7 +27,7 @@ from sim.workload import Workload, build_workload
 
 PS_PER_US, PS_PER_MS = 10**6, 10**9
 REFERENCE = "pool/bulk"  # what response times are compared with
-TIE = 0.001  # response times this close are equal; then the least CPU time for freeing decides
+TIE = 0.001  # response times this close are equal; the least CPU time for freeing decides, then the simplest policy
 SAMPLE_REQUESTS = 4  # of a fast run, simulated exactly as well
 
 
@@ -258,9 +258,8 @@ def _verdict(scenario: Scenario, policies: list[PolicyResult], workload: Workloa
     if not freeing:
         return "Only leaking engines were compared: each runs out of memory in the end."
     fastest = min(p.response_ms_mean for p in freeing)
-    best = min(
-        (p for p in freeing if p.response_ms_mean <= fastest * (1 + TIE)), key=lambda p: p.freeing_ns_per_slice
-    )
+    ties = [p for p in freeing if p.response_ms_mean <= fastest * (1 + TIE)]
+    best = min(reversed(ties), key=lambda p: round(p.freeing_ns_per_slice, 1))
     worst = max(freeing, key=lambda p: p.added_ms_mean)
     name = "{0.store} + {0.policy}".format
     sentence = f"Choose {name(best)}: it adds {max(0.0, best.added_ms_mean):.1f} ms to a response"

@@ -16,13 +16,13 @@ from sim.compare import Comparison, PolicyResult
 COLUMNS = (
     ("store + policy", "which kind of slice, and where it is deleted"),
     ("added ms", "to a response, against leak on the same store; 95 % interval over replications"),
-    ("stall p50", "ms from a layer computed to its last slice arrived, median"),
-    ("p99", "the same, 99th percentile"),
-    ("ns/slice", "busy time of the transfer worker"),
-    ("freeing", "share of that spent on deletion"),
+    ("stall ms p50", "from a layer computed to its last slice arrived, median"),
+    ("stall ms p99", "the same, 99th percentile"),
+    ("worker ns/slice", "busy time of the transfer worker"),
+    ("of it freeing", "share of that spent on deletion"),
     ("close us", "caller's time in close, mean"),
-    ("alive", "most slices alive in one rank"),
-    ("leaked", "slices never freed"),
+    ("slices alive", "most in one rank"),
+    ("slices leaked", "never freed, in one replication"),
 )
 
 
@@ -30,12 +30,12 @@ def _count(n: int) -> str:
     """A count in four characters or so."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
-            return f"{n / size:.3g} {unit}"
+            return f"{n / size:.3g}{unit}"
     return str(n)
 
 
 def _interval(mean: float, half_width: float | None) -> str:
-    return f"{mean:,.1f}" if half_width is None else f"{mean:,.1f} ± {half_width:,.1f}"
+    return f"{mean:,.1f}" if half_width is None else f"{mean:,.1f} ±{half_width:,.1f}"
 
 
 def row(policy: PolicyResult) -> list[str]:
@@ -56,9 +56,11 @@ def row(policy: PolicyResult) -> list[str]:
 def print_table(comparison: Comparison, console: Console) -> None:
     """The table, the notes and the verdict."""
     scenario = comparison.scenario
-    table = Table(title=scenario.description or scenario.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, (title, _) in enumerate(COLUMNS):
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+    title = scenario.description or scenario.name
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, (heading, _) in enumerate(COLUMNS):
+        words = heading.rsplit(" ", 1) if index else [heading]
+        table.add_column("\n".join(words), justify="right" if index else "left", no_wrap=True)
     worst = max(policy.added_ms_mean for policy in comparison.policies)
     for policy in comparison.policies:
         bad = policy.added_ms_mean > 1 and policy.added_ms_mean > worst / 2

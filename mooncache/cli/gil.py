@@ -186,7 +186,7 @@ def show(report: dict[str, Any]) -> None:
     rows.append(["ratio", ratio, slower, rows[1][3] / rows[0][3]])
     columns = ("transfer", "throughput\nGB/s", f"submit p50\nµs per {SLICES:,} slices", "submit p99\nµs")
     says = (
-        f"Beside a busy Python thread the transfer keeps {ratio:.0%} of its throughput: the worker never "
-        f"takes the GIL. A submit takes {slower:.2f} times as long: it keeps the GIL once it has it."
+        f"Beside a busy Python thread the transfer has {ratio:.0%} of its throughput alone, since the worker "
+        f"never takes the GIL; a submit takes {slower:.2f} times as long, since it holds the GIL to its end."
     )
     show_table("The engine and the GIL", columns, rows, says)

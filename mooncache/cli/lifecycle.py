@@ -193,7 +193,7 @@ def run(
     threads = list(dict.fromkeys(threads))
     one = measure(1, [("pool", "bulk")], ["same"], repeats)[0]
     results = [row for n in dict.fromkeys(slices) for row in measure(n, pairs, threads, repeats)]
-    report = {
+    report: dict[str, Any] = {
         "bench": "lifecycle",
         "results": results,
         "release_ratio_heap_on_close_to_pool_bulk": release_ratio(results),
@@ -225,17 +225,15 @@ def release_ratio(results: Sequence[dict[str, Any]]) -> float | None:
 def show(report: dict[str, Any]) -> None:
     """The report for people."""
     columns = (
-        "store", "policy", "closed by", "slices", "submit\nns/slice", "complete\nns/slice",
-        "release p50\nµs/batch", "release p99\nµs/batch", "longest step\nms",
+        "store", "policy", "closing\nthread", "slices", "submit\nns/slice", "complete\nns/slice",
+        "release\np50 µs", "release\np99 µs", "longest\nstep ms",
     )  # fmt: skip
     rows = [[*row.values()][: len(columns)] for row in report["results"]]
-    for row in rows:
-        row[2] += " thread"
     ratio = report["release_ratio_heap_on_close_to_pool_bulk"]
     says = f"Submitting a single slice takes {report['submit_one_us_p50']:,.3g} µs with pool + bulk."
     if ratio:
         says = (
-            f"Closing a batch takes its caller {ratio:,.0f} times as long with heap + on_close, which frees slice "
-            f"by slice, as with pool + bulk, which gives the whole chain back at once. {says}"
+            f"Closing a batch takes its caller {ratio:,.0f} times as long with heap + on_close, which frees "
+            f"slice by slice, as with pool + bulk, which gives the whole chain back at once. {says}"
         )
     show_table("Life of a slice: medians", columns, rows, says)

@@ -110,7 +110,7 @@ def wait_until_quiet(engine: Engine) -> Stats:
 # ------------------------------------------------------------------------------ measuring
 @contextmanager
 def on_own_cores() -> Iterator[Callable[[Engine], None]]:
-    """Keep the calling thread, and those it starts, on one core; each engine passed to what this yields on another.
+    """Keep the calling thread, and those it starts, on one core, and engines given to what is yielded on another.
 
     Linux likes to wake a worker on the very core of the submitter that rang its bell, and then a submit lasts
     until the worker has finished, or not, as it happens. With a single core there is nothing to choose.
@@ -194,10 +194,11 @@ def show_json(report: dict[str, Any]) -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], says: str) -> None:
     """A table of figures, the sentence that says what they mean, and where they were measured."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if isinstance(rows[0][at], str) else "right")
     for row in rows:

@@ -1,8 +1,9 @@
 """`mooncache bench placement`: the incident, really run: how much worker time goes into freeing slices?
 
-Each rank is an engine, its peer and a Python thread of its own, which sends layer after layer over an emulated
-400 Gb/s NIC with few layers in flight, as a layer-wise prefill does. Who frees shows in the engines' own clocks.
-These run on while a thread waits for a core: where ranks outnumber cores, compare shares and wall times, not sums.
+Each rank is an engine, its peer and a Python thread of its own, which sends layer after layer over an
+emulated 400 Gb/s NIC with few layers in flight, as a layer-wise prefill does. Who frees shows in the engines'
+own clocks. These run on while a thread waits for a core: where ranks outnumber cores, compare shares and wall
+times, not sums. All submits of the process share one GIL.
 """
 
 from __future__ import annotations
@@ -136,10 +137,10 @@ def row(store: str, policy: str, rounds: Sequence[dict[str, float]]) -> dict[str
 def show(report: dict[str, Any]) -> None:
     """The report for people."""
     columns = (
-        "store", "policy", "wall time\ns", "workers busy\ns", "workers freeing\ns", "callers freeing\ns",
-        "reapers freeing\ns", "freeing share of\nworker time",
+        "store", "policy", "wall\ns", "workers\nbusy s", "workers\nfreeing s", "callers\nfreeing s",
+        "reapers\nfreeing s", "freeing share\nof workers",
     )  # fmt: skip
-    rows = [[*row.values(), f"{row['worker_free_share']:.1%}"] for row in report["results"]]
+    rows = [[*list(row.values())[:-1], f"{row['worker_free_share']:.1%}"] for row in report["results"]]
     slow, fast = (pick(report["results"], key=lambda row: row["seconds"]) for pick in (max, min))
     says = (
         f"{slow['store']} + {slow['policy']} needs {slow['seconds'] / fast['seconds']:.2f} times as long as "
