@@ -7,10 +7,10 @@ STAMP := .venv/.made
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz clean
+.PHONY: help setup demo test check bench fuzz notebooks clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP)  ## make .venv with Mooncache in editable form and its development tools
 
@@ -26,14 +26,19 @@ check: setup  ## lint, format, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup  ## measure this machine: slice lifecycle and the GIL, into results/
+bench: setup  ## measure this machine, into results/
 	mkdir -p results
 	$(BIN)/mooncache bench lifecycle --json > results/bench_lifecycle.json
 	$(BIN)/mooncache bench gil --json > results/bench_gil.json
-	@echo "Written: results/bench_lifecycle.json results/bench_gil.json"
+	$(BIN)/mooncache bench soak --json > results/bench_soak.json
+	$(BIN)/mooncache bench placement --json > results/bench_placement.json
+	@echo "Written: results/bench_lifecycle.json, _gil, _soak and _placement"
 
 fuzz: setup  ## run the seeded random tests with many more examples
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests -m fuzz
+
+notebooks: setup  ## make .ipynb files beside notebooks/*.py, to open in Jupyter
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 
 clean:  ## remove the environment, caches and build products; results/ stays
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov build dist *.egg-info

@@ -40,6 +40,7 @@ class Batch:
 
     @property
     def peer(self) -> str:
+        """Name of the peer."""
         return self._peer
 
     @property
@@ -78,6 +79,8 @@ class Batch:
             return ()
         request, why = np.zeros(self.requests, np.int64), np.zeros(self.requests, np.int64)
         count = calls.failures(self._engine.ctl, self._handle, request, why)
+        if Status.REMOTE_ACCESS in why[:count]:
+            self._engine.refresh(self._peer)
         return tuple(
             Failure(int(i), Status(int(code)), REASON[Status(int(code))])
             for i, code in zip(request[:count], why[:count], strict=True)
@@ -150,7 +153,9 @@ class Batch:
     def __enter__(self) -> Batch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._closed:
             self.close()
 

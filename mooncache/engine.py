@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from time import monotonic_ns
 from types import TracebackType
@@ -19,7 +20,8 @@ import numpy as np
 from mooncache.batch import Batch
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
 from mooncache.kernels import calls, jit, layout, pump, submit
-from mooncache.kernels.layout import Kind, Opcode, Policy, Store, words_of
+from mooncache.kernels.layout import Access, Kind, Opcode, Policy, Store, words_of
+from mooncache.kernels.split import REQUESTS
 from mooncache.kernels.state import Block, RegionTable, Settings, State
 from mooncache.memory import ACCESS, Range, Region, range_of
 from mooncache.providers.base import Descriptor, Provider, RemoteRegion
@@ -105,17 +107,22 @@ class Engine:
         self._lock = threading.RLock()
         self.regions: dict[int, Region] = {}
         self._peers: dict[str, Peer] = {}
-        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._awaiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = {}
-        self._state = State(self._settings, event_fd=self._event_fd)
+        self._loops: set[asyncio.AbstractEventLoop] = set()
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
-        self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
-        self._reaper = Block(self._state)
-        queues = self.provider.open(self._settings.workers, self._settings.queue_depth)
-        self._state.worker_rows[:, layout.WORKER_CQ] = queues
-        jit.prewarm()
-        self.name = self._enter_directory(name)
+        with ExitStack() as undo:  # if anything below fails, what stands above it is given back
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.callback(os.close, self._event_fd)
+            self._state = State(self._settings, event_fd=self._event_fd)
+            self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
+            self._reaper = Block(self._state)
+            queues = self.provider.open(self._settings.workers, self._settings.queue_depth)
+            undo.callback(self.provider.close)
+            self._state.worker_rows[:, layout.WORKER_CQ] = queues
+            jit.prewarm()
+            self.name = self._enter_directory(name)
+            undo.pop_all()
         self._threads = self._start_threads()
 
     def _enter_directory(self, name: str | None) -> str:
@@ -156,10 +163,12 @@ class Engine:
     def _block_of_thread(self) -> Block:
         """A block for a thread that calls for the first time; blocks of threads that ended are used again."""
         with self._lock:
+            own = threading.current_thread().ident or 0  # also makes a thread that Python did not start known below
             alive = {thread.ident for thread in threading.enumerate()}
-            ended = next((ident for ident in self._blocks if ident not in alive), None)
+            # A new thread may have the number of one that ended.
+            ended = own if own in self._blocks else next((i for i in self._blocks if i not in alive), None)
             block = Block(self._state) if ended is None else self._blocks.pop(ended)
-            self._blocks[threading.get_ident()] = block
+            self._blocks[own] = block
             return block
 
     # ------------------------------------------------------------------------------ memory
@@ -185,7 +194,8 @@ class Engine:
             return self._register(memory, access)
 
     def _register(self, memory: Range, access: str) -> Region:
-        slot = self._state.regions.add(memory.address, memory.length, 0, ACCESS[access])
+        own = Access.LOCAL if memory.writable else 0
+        slot = self._state.regions.add(memory.address, memory.length, 0, ACCESS[access] | own)
         try:
             keys = self.provider.register(memory.address, memory.length, ACCESS[access])
         except BaseException:
@@ -200,12 +210,13 @@ class Engine:
         with self._lock:
             if not region.registered:
                 raise UsageError(f"{region!r} is not registered with engine {self.name!r}")
-            busy = calls.region_in_use(self.ctl, region._slot)
+            table = self._state.regions
+            busy = calls.withdraw(self.ctl, region._slot, table.position(region._slot))
             if busy:
                 raise UsageError(f"{region!r} is in use by {busy} slices; wait for their batches, then unregister it")
             del self.regions[region._slot]
-            self._state.regions.remove(region._slot)
             self.provider.unregister(region._keys)
+            table.recycle(region._slot)
 
     # ------------------------------------------------------------------------------ peers
     def describe(self) -> Descriptor:
@@ -223,10 +234,13 @@ class Engine:
             TransportError: no such engine, or one with another provider. CapacityError: too many peers.
         """
         self._check_open()
+        if name in self._peers:
+            return self._peers[name]
+        # This takes the peer's lock, so never while holding one's own: it may be connecting to us.
+        described = self._look_up(name)
         with self._lock:
             peer = self._peers.get(name)
             if peer is None:
-                described = self._look_up(name)
                 if len(self._peers) >= self._settings.peers:
                     raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
                 peer = Peer(len(self._peers), name)
@@ -247,6 +261,13 @@ class Engine:
                 "both ends need the same"
             )
         return described
+
+    def refresh(self, name: str) -> None:
+        """Look at a peer's regions again, since it refused one that this engine believed in. No error if it is gone."""
+        with suppress(TransportError):
+            regions = self._look_up(name).regions
+            with self._lock:
+                self._peers[name].refresh(regions)
 
     # ------------------------------------------------------------------------------ transfers
     def write(
@@ -284,7 +305,7 @@ class Engine:
         """`local` and `remote` are what the kernels call source and target: a read's bytes flow the other way."""
         if self.closed:
             self._check_open()
-        to = peer if isinstance(peer, Peer) else self._peers.get(peer) or self.connect(peer)
+        to = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer) or self.connect(peer)
         deadline = 0 if timeout is None else monotonic_ns() + round(timeout * 1e9)
         ctl = self.ctl
         if type(local) is int and type(remote) is int and type(length) is int:
@@ -295,32 +316,37 @@ class Engine:
             operands, kernel, requests = arrays, submit.submit, max(a.size for a in arrays)
         handle = kernel(ctl, to.index, opcode.value, deadline, *operands)
         if handle < 0:
-            handle = self._try_again(-handle, kernel, ctl, to, opcode, deadline, operands)
+            handle = self._try_again(kernel, ctl, to, opcode, deadline, operands)
         return Batch(self, handle, to.name, requests)
 
+    def _own(self, peer: Peer) -> Peer:
+        if self._peers.get(peer.name) is not peer:
+            raise UsageError(f"{peer!r} belongs to another engine; give its name, or what this one's connect() returns")
+        return peer
+
     def _try_again(
-        self, status: int, kernel: jit.Kernel, ctl: int, peer: Peer, opcode: Opcode, deadline: int, operands: Any
+        self, kernel: jit.Kernel, ctl: int, peer: Peer, opcode: Opcode, deadline: int, operands: Any
     ) -> int:
         """A submit was refused: wait for capacity, look at the peer's regions once more, or say what is wrong."""
         refreshed = False
         while True:
+            self._check_open()
+            bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
+            handle = int(kernel(ctl, peer.index, opcode.value, deadline, *operands))
+            if handle >= 0:
+                return handle
+            status = Status(-handle)
             if status in (Status.POOL_EMPTY, Status.BATCHES_EMPTY):
-                self._wait_for_capacity(ctl, status, deadline)
+                self._wait_for_capacity(ctl, status, deadline, bell)
             elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not refreshed:
                 refreshed = True
+                regions = self._look_up(peer.name).regions
                 with self._lock:
-                    peer.refresh(self._look_up(peer.name).regions)
+                    peer.refresh(regions)
             else:
-                raise self._refusal(Status(status), ctl, peer, opcode, operands)
-            bell = calls.capacity_bell(ctl)
-            handle = int(kernel(ctl, peer.index, opcode.value, deadline, *operands))
-            if handle > 0:
-                return handle
-            status = -handle
-            self._local.bell = bell
+                raise self._refusal(status, ctl, peer, opcode, operands)
 
-    def _wait_for_capacity(self, ctl: int, status: int, deadline: int) -> None:
-        self._check_open()
+    def _wait_for_capacity(self, ctl: int, status: Status, deadline: int, bell: int) -> None:
         left = 100_000_000 if deadline == 0 else min(100_000_000, deadline - monotonic_ns())
         if left <= 0 or self._settings.policy == Policy.LEAK:
             what = "batch rows" if status == Status.BATCHES_EMPTY else "slots"
@@ -330,15 +356,17 @@ class Engine:
                 else "and none came back before the timeout; close finished batches, or give the engine more"
             )
             raise CapacityError(f"too few free {what}: {self!r}, {why}")
-        calls.wait_capacity(ctl, getattr(self._local, "bell", -1), left)
+        calls.wait_capacity(ctl, bell, left)
 
     def _refusal(self, status: Status, ctl: int, peer: Peer, opcode: Opcode, operands: Any) -> Exception:
         """The exception that says which request was refused, why, and what would have been right."""
         if status == Status.TOO_LARGE:
             return CapacityError(
                 f"the batch needs more slices than the pool has slots ({self._settings.chunks * 256}) or more than "
-                f"{submit.REQUESTS} requests; split it, or give the engine more slices"
+                f"{REQUESTS} requests; split it, or give the engine more slices"
             )
+        if status == Status.CLOSED:
+            return EngineClosed(f"engine {self.name!r} is closed")
         if status == Status.HEAP_EMPTY:
             return CapacityError("malloc has no more memory for slice objects")
         index = calls.refused_request(ctl)
@@ -354,6 +382,10 @@ class Engine:
                 f"{where}: the {here} range [{local:#x}, +{length}) is not inside this engine's registered regions: "
                 f"{_nearest(self._state.regions, local)}"
             )
+        if status == Status.READ_ONLY:
+            return UsageError(
+                f"{where}: the {here} range [{local:#x}, +{length}) is read-only memory; read into a writable buffer"
+            )
         doing = "reading" if opcode == Opcode.READ else "writing"
         why = "does not permit " + doing if status == Status.ACCESS_DENIED else "has not registered all of it"
         return UsageError(
@@ -367,7 +399,9 @@ class Engine:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         self._check_open()
-        loop.add_reader(self._event_fd, self._announce)
+        with self._lock:
+            self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
+            loop.add_reader(self._event_fd, self._announce)
         self._awaiting[id(future)] = (loop, future)
         future.add_done_callback(lambda f: self._awaiting.pop(id(f), None))
         future._mooncache_handle = handle  # type: ignore[attr-defined]
@@ -377,26 +411,35 @@ class Engine:
 
     def _announce(self) -> None:
         """The eventfd was written: resolve the futures of all batches that are done, in whichever loop they are."""
-        try:
+        with suppress(BlockingIOError):  # another event loop was faster
             os.eventfd_read(self._event_fd)
-        except BlockingIOError:
-            pass
         for loop, future in list(self._awaiting.values()):
             handle = future._mooncache_handle  # type: ignore[attr-defined]
-            if calls.status(self.ctl, handle) != Status.NOT_FINISHED:
-                loop.call_soon_threadsafe(_resolve, future)
+            if calls.status(self.ctl, handle) != Status.NOT_FINISHED and not _tell(loop, _resolve, future):
+                self._awaiting.pop(id(future), None)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Stop watching the eventfd, from within a loop; the last one to do so closes it, so that no loop ever watches
+        another file under its number."""
+        with self._lock:
+            if loop is not None:
+                loop.remove_reader(self._event_fd)
+                self._loops.discard(loop)
+            if not self._loops:
+                os.close(self._event_fd)
 
     # ------------------------------------------------------------------------------ looking
     def stats(self) -> Stats:
         """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
         with self._lock:
             callers = list(self._blocks.values())
-        total = sum((b.counters for b in [*callers, *self._workers, self._reaper]), np.zeros(len(Kind), np.int64))
+        blocks = [*callers, *self._workers, self._reaper]
+        total = sum((b.counters for b in blocks), np.zeros(len(Kind), np.int64))
         rows = self._state.batch_rows[:, layout.BATCH_STATE]
         return Stats(
             counts=words_of(Kind, total),
             capacity_slices=self._settings.chunks * 256,
-            free_slices=self._state.free_slices + sum(_cached_slots(self._settings, b) for b in callers),
+            free_slices=self._state.free_slices + sum(_cached_slots(self._settings, b) for b in blocks),
             high_water_slices=self._state.high_water_slices,
             open_batches=int(np.count_nonzero(rows)),
             worker_busy_s=tuple(int(b.words[layout.TIME_BUSY]) / 1e9 for b in self._workers),
@@ -429,24 +472,31 @@ class Engine:
             self.closed = True
         with _directory_lock:
             _engines.pop(self.name, None)
-        calls.close_all(self.ctl)
         calls.stop(self.ctl)
-        deadline = monotonic_ns() + round(JOIN_SECONDS * 1e9)
-        for thread in self._threads:
-            thread.join(max(0.0, (deadline - monotonic_ns()) / 1e9))
-        for loop, future in list(self._awaiting.values()):
-            loop.call_soon_threadsafe(_resolve, future)
-        hanging = [thread.name for thread in self._threads if thread.is_alive()]
+        workers, reapers = self._threads[: len(self._workers)], self._threads[len(self._workers) :]
+        hanging = _join(workers, JOIN_SECONDS)
         if hanging:
-            _abandoned.append(self._state)  # the threads still use it
+            calls.abandon(self.ctl)
+            _join(workers, JOIN_SECONDS / 10)
+        calls.stop_reaper(self.ctl)
+        _join(reapers, JOIN_SECONDS)
+        for loop, future in list(self._awaiting.values()):
+            _tell(loop, _resolve, future)
+        if hanging:  # the NIC may still use these, and a worker that could not leave as well
+            _abandoned.append((self._state, self._workers, self._reaper, self.provider, self._peers))
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         self.provider.close()
-        os.close(self._event_fd)
+        with self._lock:
+            self._loops = {loop for loop in self._loops if _tell(loop, self._leave, loop)}
+            if not self._loops:
+                self._leave()
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -454,7 +504,7 @@ class Engine:
             self.close()
 
 
-_abandoned: list[State] = []
+_abandoned: list[object] = []
 
 
 @atexit.register
@@ -468,8 +518,9 @@ def _settings(store: str, policy: str, settings: dict[str, int]) -> Settings:
     for name in settings:
         if name not in known:
             raise UsageError(f"unknown setting {name!r}; there are: {', '.join(sorted(known))}")
+    changed: dict[str, Any] = {**settings}
     try:
-        return replace(Settings(**settings), store=Store[store.upper()], policy=Policy[policy.upper()])
+        return replace(Settings(), store=Store[store.upper()], policy=Policy[policy.upper()], **changed)
     except KeyError as error:
         raise UsageError(
             f"expected a store of {[s.name.lower() for s in Store]} and a policy of "
@@ -493,7 +544,7 @@ def _words(*values: int) -> tuple[int, ...]:
     return values
 
 
-def _arrays(*operands: Operand) -> tuple[np.ndarray, ...]:
+def _arrays(*operands: Any) -> tuple[np.ndarray, ...]:
     """The operands as int64 arrays; a single value becomes an array of one, which holds for all requests."""
     sizes = {o.size for o in operands if isinstance(o, np.ndarray)}
     if len(sizes) > 1:
@@ -531,6 +582,23 @@ def _nearest(table: RegionTable, address: int) -> str:
 def _cached_slots(settings: Settings, block: Block) -> int:
     """Slots of chunks that a thread keeps for itself under thread_cache on the pool."""
     return int(block.words[layout.CACHE_COUNT]) if settings.store == Store.POOL else 0
+
+
+def _join(threads: list[threading.Thread], seconds: float) -> list[str]:
+    """Wait for threads to end, all together for so long; names of those that did not."""
+    deadline = monotonic_ns() + round(seconds * 1e9)
+    for thread in threads:
+        thread.join(max(0.0, (deadline - monotonic_ns()) / 1e9))
+    return [thread.name for thread in threads if thread.is_alive()]
+
+
+def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:
+    """Have a function called in an event loop; False when that loop is closed."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -113,7 +113,9 @@ class Region:
     def __enter__(self) -> Region:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.registered and not self._engine.closed:
             self.unregister()
 

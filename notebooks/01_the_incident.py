@@ -133,5 +133,5 @@ assert all(p.leaked_slices == 0 for p in found.policies if p.policy != "leak")
 assert by_name["pool + leak"].leaked_slices == found.slices / len(runs)
 assert worst.worker_free_share > 0.5 > bulk.worker_free_share
 assert worst.worker_ns_per_slice > 5 * bulk.worker_ns_per_slice
-assert worst.added_ms_mean > bulk.added_ms_mean
+assert worst.response_ms_mean > bulk.response_ms_mean
 assert prices(calibration, scenario, "leak", slices).each.min() >= 0

@@ -123,7 +123,8 @@ def repeats_for(slices: int) -> int:
 
 def timed_batches(bench: Bench, slices: int) -> tuple[list[float], list[float]]:
     """ns of each submit and of each close of batches of so many slices, one after the other."""
-    submits, closes = [], []
+    submits: list[float] = []
+    closes: list[float] = []
     now = time.perf_counter_ns
     for _ in range(repeats_for(slices) + 3):
         start = now()

@@ -17,6 +17,8 @@ from typing import Protocol
 import numpy as np
 import simpy
 
+from mooncache.errors import UsageError
+from sim.clock import Environment
 from sim.config import Scenario
 from sim.rank import FOREVER, Figures, Layer, Steps
 from sim.workload import Request, Workload
@@ -32,13 +34,14 @@ class RankModel(Protocol):
         ...
 
 
-MakeRank = Callable[[simpy.Environment, Callable[[], int]], RankModel]
+IDLE, WAITING = -1, -2  # instead of a time: for the next request to arrive, for decode pages
+MakeRank = Callable[[Environment, Callable[[], int]], RankModel]
 
 
 class Decode:
     """The decode side's page pool: a request holds its pages from its admission until its last token."""
 
-    def __init__(self, env: simpy.Environment, scenario: Scenario) -> None:
+    def __init__(self, env: Environment, scenario: Scenario) -> None:
         self.env, self.settings = env, scenario.decode
         self.pages = None
         if scenario.decode.pages is not None:
@@ -68,12 +71,13 @@ class Cluster:
     """All actors of one run."""
 
     def __init__(self, scenario: Scenario, workload: Workload, make_rank: MakeRank) -> None:
-        self.env = simpy.Environment(initial_time=0)
+        self.env = Environment()
         self.scenario, self.workload = scenario, workload
         self.queue = simpy.Store(self.env)
         self.decode = Decode(self.env, scenario)
         self.next_arrival = 0
         self.next_ready = [0] * scenario.prefill.instances  # no layer becomes ready before that
+        self.first_layer = [0] * scenario.prefill.instances  # compute time of the first layer of a waiting request
         self.ranks = [
             [make_rank(self.env, lambda i=i: self._ready_at(i)) for _ in range(workload.ranks)]  # type: ignore[misc]
             for i in range(scenario.prefill.instances)
@@ -84,19 +88,29 @@ class Cluster:
         self.left = requests
 
     def run(self, progress: Callable[[int], None] | None = None) -> Outcome:
-        """Simulate until the last request has its first token. `progress` is told of each that has."""
+        """Simulate until nothing is left to do: all is sent, closed, freed and decoded.
+
+        `progress` is told of each request that has its first token.
+        Raises: UsageError if the threads of a rank wait for slots that nobody will give back.
+        """
         self.progress = progress
-        self.over = self.env.event()
         self.env.process(self._arrivals())
         for index in range(len(self.ranks)):
             self.env.process(self._instance(index))
+        self.env.run()
         if self.left:
-            self.env.run(until=self.over)
+            raise UsageError(
+                f"engine.pool_slices: expected more than {self.scenario.engine.pool_slices}: {self.left} requests "
+                "wait for ever for slots that other threads keep in their caches"
+            )
         return self.outcome
 
     def _ready_at(self, instance: int) -> int:
         """Earliest time at which any layer can become ready at this instance."""
-        return max(self.next_ready[instance], 0) if self.next_ready[instance] >= 0 else self.next_arrival
+        next_ready = self.next_ready[instance]
+        if next_ready == WAITING:
+            return self.env.now + self.first_layer[instance]  # pages may come back at any time
+        return self.next_arrival if next_ready == IDLE else next_ready
 
     def _arrivals(self) -> Steps:
         for request in self.workload.requests:
@@ -107,8 +121,9 @@ class Cluster:
 
     def _instance(self, index: int) -> Steps:
         while True:
-            self.next_ready[index] = -1  # idle: bounded by the next arrival
+            self.next_ready[index] = IDLE
             request: Request = yield self.queue.get()
+            self.next_ready[index], self.first_layer[index] = WAITING, int(request.layer_ps[0])
             yield from self.decode.admit(request)
             for layer, compute in enumerate(request.layer_ps.tolist()):
                 self.next_ready[index] = self.env.now + compute
@@ -134,5 +149,3 @@ class Cluster:
             self.left -= 1
             if self.progress is not None:
                 self.progress(task.request)
-            if self.left == 0:
-                self.over.succeed()

@@ -20,13 +20,14 @@ from sim.compare import Comparison, Job, Run, conclude, jobs_of, run_all
 from sim.config import load_scenario
 from sim.costs import load_calibration
 
-
 WIDTH = 100  # columns, where the output is no terminal
 
 
 def compare(
     scenario: Annotated[Path, typer.Argument(help="YAML file; configs/ has some to start from.")],
-    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as nic.rate=200Gbps.")] = [],  # noqa: B006
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as nic.rate=200Gbps.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Replay this request trace (Mooncake JSONL).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first replication.")] = None,
     replications: Annotated[int | None, typer.Option(min=1, help="Repeats under other seeds.")] = None,
@@ -35,7 +36,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Where should finished slices be deleted? Compare stores and policies on one scenario."""
-    overrides = list(set_)
+    overrides = list(changes or ())
     if trace is not None:
         overrides.append(f"workload.path={json.dumps(str(trace.resolve()))}")
     if seed is not None:
@@ -44,7 +45,8 @@ def compare(
         overrides.append(f"replications={replications}")
     asked = load_scenario(scenario, overrides)
     if trace is not None and asked.workload.kind != "trace":
-        raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {asked.workload.kind}")
+        kind = asked.workload.kind
+        raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}")
     load_calibration(asked.calibration)
     jit.prewarm()
     started = time.perf_counter()
@@ -58,7 +60,8 @@ def compare(
         return
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     report.print_table(found, console)
-    console.print(f"\n{found.slices:,} slices simulated at {speed / 1e6:,.0f} M/s. Written: {folder}/summary.md", highlight=False)
+    simulated = f"{found.slices:,} slices simulated at {speed / 1e6:,.0f} M/s"
+    console.print(f"\n{simulated}. Written: {folder}/summary.md", highlight=False)
 
 
 def _one_object(found: Comparison, speed: float) -> dict[str, object]:
@@ -78,7 +81,9 @@ def _run(jobs: Sequence[Job], processes: int | None, console: Console) -> list[R
 
 
 def calibrate(
-    output: Annotated[Path, typer.Option(help="File to write; name it as `calibration:` in a scenario.")] = Path("calibration.json"),
+    output: Annotated[
+        Path, typer.Option(help="File to write; name it as `calibration:` in a scenario.")
+    ] = Path("calibration.json"),
     name: Annotated[str, typer.Option(help="How reports call it.")] = "this machine",
 ) -> None:
     """Measure what the engine's work costs on this machine, for the simulation."""

@@ -101,7 +101,7 @@ class Calibration(_Strict):
         rows = []
         for each in measured:
             row = sorted((point.slices, point.ns) for point in points if point.pairs == each)
-            rows.append(float(np.interp(slices, *zip(*row, strict=True))))
+            rows.append(float(np.interp(slices, [n for n, _ in row], [ns for _, ns in row])))
         return float(np.interp(pairs, measured, rows))
 
 

@@ -1,8 +1,8 @@
 """Ranks without slices: whole batches by what a few of them cost when they were simulated exactly.
 
-For long traces. Two batches of n slices, back to back on an exact rank, give four times: what a submit costs the thread,
-from publication to the last slice (`latency`), how much later the second ends than the first (`occupancy`), and what
-a close costs. Between measured n they are interpolated linearly, which they nearly are. Then
+For long traces. Two batches of n slices, back to back on an exact rank, give four times: what a submit costs its
+thread, from publication to the last slice (`latency`), how much later the second ends than the first (`occupancy`),
+and what a close costs. Between measured n they are interpolated linearly, which they nearly are. Then
 
     done = max(published + latency(n), done of the batch before + occupancy(n))
 
@@ -18,6 +18,7 @@ import numpy as np
 import simpy
 
 from mooncache.kernels import layout
+from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
 from sim.rank import FOREVER, Figures, Layer, Rank, Steps
@@ -39,7 +40,7 @@ class BatchCost(NamedTuple):
 
 def measure(scenario: Scenario, store: str, policy: str, prices: Prices, slices: int, slice_bytes: int) -> BatchCost:
     """Simulate two batches back to back, exactly."""
-    env = simpy.Environment(initial_time=0)
+    env = Environment()
     two = scenario.model_copy(
         update={
             "engine": scenario.engine.model_copy(update={"submit_threads": 2, "pool_slices": 2 * slices + 512}),
@@ -95,7 +96,7 @@ class FastRank:
     """What `Rank` does, by batch: threads as SimPy processes, the worker as one equation."""
 
     def __init__(
-        self, env: simpy.Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int
+        self, env: Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int
     ) -> None:
         self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, policy == "leak"
         self.tasks = simpy.Store(env)

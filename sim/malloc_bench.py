@@ -4,7 +4,7 @@ fresh      each of PAIRS threads allocates, nothing is freed
 same       each of PAIRS threads allocates a layer, then frees it itself
 contended  PAIRS pairs: one thread allocates a layer while its partner frees the layer before
 
-Prints JSON: table -> ns per slice of each layer. MALLOC_ARENA_MAX=1 in the environment makes all threads share an arena.
+Prints JSON: table -> ns per slice of each layer. With MALLOC_ARENA_MAX=1 in the environment all threads share an arena.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def alternate(ctl, freeing, objects, n, times):
 
 
 def run(threads: list[threading.Thread]) -> None:
+    """Start all, wait for all."""
     for thread in threads:
         thread.start()
     for thread in threads:

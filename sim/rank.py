@@ -32,6 +32,7 @@ from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
 from mooncache.providers import emulated
 from mooncache.providers.base import Descriptor
+from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
 
@@ -149,7 +150,7 @@ class Rank:
     """A virtual engine with its threads, worker and reaper as SimPy actors."""
 
     def __init__(
-        self, env: simpy.Environment, scenario: Scenario, store: str, policy: str, prices: Prices, wake_ps: int,
+        self, env: Environment, scenario: Scenario, store: str, policy: str, prices: Prices, wake_ps: int,
         next_ready: Callable[[], int],
     ) -> None:  # fmt: skip
         threads = scenario.engine.submit_threads
@@ -159,7 +160,7 @@ class Rank:
         self.period_ps = scenario.reclaim.period
         self.tasks = simpy.Store(env)
         self.running: dict[int, simpy.Event] = {}  # handle -> event of its end
-        self.ends = [FOREVER] * threads  # when each thread is done with what it computes now
+        self.ends = [FOREVER] * (threads + 1)  # when each thread, and the reaper, is done with what it does now
         self.starved: deque[simpy.Event] = deque()  # threads that wait for slots
         self.close_ps = self.closes = 0
         self.turn_number = 0
@@ -240,9 +241,9 @@ class Rank:
 
     # ------------------------------------------------------------------------------ worker
     def _ring(self) -> None:
-        """The worker has something new to look at: if it sleeps, let it have a turn now."""
+        """The worker has something new to look at: if it sleeps, let it have a turn as soon as its last one is over."""
         if self.asleep:
-            self._schedule(self.env.now)
+            self._schedule(max(self.env.now, int(self.engine.worker.words[layout.NOW])))
 
     def _at(self, time: int) -> simpy.Event:
         """An event at a given time, behind all others of that instant."""
@@ -261,13 +262,14 @@ class Rank:
     def _turn(self) -> None:
         words = self.engine.worker.words
         words[layout.NOW] = max(int(words[layout.NOW]), self.env.now)
-        words[layout.HORIZON] = min(self.next_ready(), *self.ends)
+        watched = bool(self.starved) and self.policy in (Policy.INLINE, Policy.EPOCH)  # a turn may free what they want
+        words[layout.HORIZON] = 0 if watched else min(self.next_ready(), *self.ends)
         why = pump(self.engine.worker.ctl)
         now = int(words[layout.NOW])
         if why == Pump.FINISHED:
             self._finish_batches()
-        if self.starved:
-            self._at(now).callbacks.append(lambda _: self._slots_came_back())  # what inline or epoch freed
+        if watched:
+            self._at(now).callbacks.append(lambda _: self._slots_came_back())
         if why == Pump.IDLE:
             due = int(emulated.next_completion.ready().ctypes(self.engine.cq))
             if due < emulated.NEVER:
@@ -293,9 +295,11 @@ class Rank:
         while True:
             block.words[layout.NOW] = self.env.now
             if reap(block.ctl) == 0:
+                self.ends[-1] = FOREVER
                 self.reaping = self.env.event()
                 yield self.reaping
                 continue
-            yield self.env.timeout(int(block.words[layout.NOW]) - self.env.now)
+            yield self._spend(-1, block)
             self._slots_came_back()
+            self.ends[-1] = self.env.now + self.period_ps
             yield self.env.timeout(self.period_ps)

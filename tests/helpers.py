@@ -24,7 +24,7 @@ from mooncache.limits import CHUNK_SLICES
 from mooncache.providers.base import Descriptor, Provider
 from tests.kernels.entries import Gated, never
 
-LIMIT = 30.0  # seconds: far more than anything here takes; only a hang gets there
+LIMIT = 60.0  # seconds: far more than anything here takes; only a hang gets there
 POLICIES = ("leak", "inline", "on_close", "thread_cache", "deferred", "epoch", "bulk")
 STORES = ("pool", "heap")
 SMALL: dict[str, int] = {"slices": 4096, "batches": 64, "peers": 4}
@@ -156,22 +156,17 @@ def assert_balanced(engine: Engine) -> Stats:
     assert c["stale"] == 0
     assert c["slices_filled"] == c["completed"] + c["failed"]
     assert c["slices_freed"] + c["slices_dropped"] + c["slices_leaked"] == c["slices_filled"]
-    assert c["completions"] == c["work_requests"] == c["completed"] + c["retried"] + c["failed"] - unposted(stats)
+    assert c["completions"] == c["work_requests"]  # each answered once
+    assert c["completed"] + c["retried"] + c["failed"] >= c["completions"]  # the rest failed unposted
     assert c["batches_submitted"] == c["batches_finished"] == c["batches_closed"]
     if settings.store == layout.Store.HEAP:
-        assert c["heap_allocated"] + c["heap_reused"] == c["slices_filled"]
-        # What is in a thread's cache at the end counts as cached and was not reused.
-        assert c["heap_allocated"] + c["heap_reused"] == c["heap_freed"] + c["heap_cached"] + c["slices_leaked"]
+        made = c["heap_allocated"] + c["heap_reused"]
+        assert made == c["slices_filled"]
+        assert made == c["heap_freed"] + c["heap_cached"] + c["slices_leaked"]
     else:
         assert c["heap_allocated"] == c["heap_reused"] == c["heap_freed"] == c["heap_cached"] == 0
     assert_free_list_whole(engine._state, leaked_slots(engine) // CHUNK_SLICES)
     return stats
-
-
-def unposted(stats: Stats) -> int:
-    """Slices that failed without ever having been posted: what the counts leave for them."""
-    c = stats.counts
-    return c["completed"] + c["retried"] + c["failed"] - c["work_requests"]
 
 
 def free_chunks(state: State) -> list[int]:
@@ -221,7 +216,7 @@ class Rig:
             self.arena = np.zeros(1 << 16, np.uint8)
             base = self.arena.ctypes.data
             keys = self.provider.register(base, 1 << 16, layout.Access.WRITE | layout.Access.READ)
-            self.state.regions.add(base, 1 << 16, keys.lkey, 3)
+            self.state.regions.add(base, 1 << 16, keys.lkey, 7)
             self.remote.add(base, 1 << 16, keys.rkey, 3)
 
     def _block(self, actor: int) -> Block:

@@ -11,7 +11,7 @@ from mooncache.errors import Status
 
 # ------------------------------------------------------------------------------ regions
 class Range(NamedTuple):
-    """A registered range: its base, its end, the slot it got, what the peer may do (1 read, 2 write)."""
+    """A registered range: base, end, the slot it got, and who may: 1 peers read, 2 peers write, 4 own reads write."""
 
     base: int
     end: int
@@ -48,16 +48,15 @@ class Refused(Exception):
         self.status, self.request = status, request
 
 
-def runs(requests: list[tuple[int, int, int]], longest: int) -> list[list[int]]:
-    """Indices of requests that follow one another at both ends, together. Stops at the first bad length."""
+def runs(requests: list[tuple[int, int, int]]) -> list[list[int]]:
+    """Indices of requests, those that follow one another at both ends together."""
     grouped: list[list[int]] = []
-    for i, (source, target, length) in enumerate(requests):
-        if i > 0 and grouped and grouped[-1][-1] == i - 1:
-            before = requests[i - 1]
-            if source == before[0] + before[2] and target == before[1] + before[2]:
-                grouped[-1].append(i)
-                continue
-        grouped.append([i])
+    for i, (source, target, _) in enumerate(requests):
+        before = requests[i - 1]
+        if i > 0 and source == before[0] + before[2] and target == before[1] + before[2]:
+            grouped[-1].append(i)
+        else:
+            grouped.append([i])
     return grouped
 
 
@@ -67,12 +66,20 @@ def cut(
 ) -> list[Cut]:  # fmt: skip
     """The slices of the requests (source, target, length), or Refused."""
     slices: list[Cut] = []
-    for run in runs(requests, longest):
+    for run in runs(requests):
         for i in run:
             if not 0 < requests[i][2] <= longest:
                 raise Refused(Status.LENGTH, i)
         slices += cut_run(requests, run, local, remote, slice_bytes, needs)
     return slices
+
+
+def cut_or_refuse(*arguments, **options) -> list[Cut] | Refused:
+    """What `cut` returns or raises."""
+    try:
+        return cut(*arguments, **options)
+    except Refused as refused:
+        return refused
 
 
 def cut_run(
@@ -95,6 +102,8 @@ def cut_run(
         here = region_of(local, source + done)
         if here is None:
             raise Refused(Status.SOURCE_NOT_REGISTERED, carrier(done))
+        if needs == 1 and not here.access & 4:  # a read writes here
+            raise Refused(Status.READ_ONLY, carrier(done))
         there = region_of(remote, target + done)
         if there is None:
             raise Refused(Status.TARGET_NOT_REGISTERED, carrier(done))

@@ -64,9 +64,7 @@ def absent(point: EntryPoint, error: Exception) -> Any:
     """What stands in for a command that cannot be imported."""
 
     def command() -> None:
-        raise UsageError(
-            f"{point.name} comes from {point.value}, which cannot be imported: {error}"
-        ) from error
+        raise UsageError(f"{point.name} comes from {point.value}, which cannot be imported: {error}") from error
 
     command.__doc__ = f"Not available: {error}."
     return command

@@ -32,19 +32,20 @@ def lifecycle(
         help="Slices of a batch. Repeatable.",
     ),
     store: list[str] = typer.Option(list(lifecycle_bench.STORES), help="pool or heap. Repeatable."),
-    policy: list[str] = typer.Option(
-        list(lifecycle_bench.POLICIES), help="Where slices are deleted. Repeatable."
-    ),
+    policy: list[str] = typer.Option(list(lifecycle_bench.POLICIES), help="Where slices are deleted. Repeatable."),
     thread: list[str] = typer.Option(
         list(lifecycle_bench.THREADS),
-        help="Whether the submitting thread closes, or an other one. Repeatable.",
+        help="Who closes: the submitting thread (same), or another (other). Repeatable.",
     ),
-    repeat: int = typer.Option(
+    repeat: int | None = typer.Option(
         None, min=1, help="Lives of each batch [default: 2 to 1,000, by size and policy]."
     ),
     json: bool = JSON,
 ) -> None:
-    """Submit, complete and release: what each costs, per slice and per batch, for every place of deletion."""
+    """Submit, complete and release: what each costs, per slice and per batch, for every place of deletion.
+
+    Callers run on one core and workers on another, if there are two.
+    """
     show(lifecycle_bench.run(slices, store, policy, thread, repeat), json, lifecycle_bench.show)
 
 
@@ -53,7 +54,10 @@ def gil(
     seconds: float = typer.Option(10.0, min=0.1, help="How long to measure, both ways together."),
     json: bool = JSON,
 ) -> None:
-    """A running transfer and its submits, without and with a busy Python thread beside them."""
+    """A running transfer and its submits, without and with a busy Python thread beside them.
+
+    Python threads run on one core and the worker on another, if there are two: it is the GIL that is measured.
+    """
     show(gil_bench.run(seconds), json, gil_bench.show)
 
 

@@ -78,9 +78,7 @@ class Case:
     def visit(self, count: int, closer: Executor) -> None:
         """Live `count` lives and note their times."""
         source, target, length = self.traffic.operands
-        close: Callable[[Batch], int] = (
-            closed if self.thread == "same" else lambda b: closer.submit(closed, b).result()
-        )
+        close: Callable[[Batch], int] = closed if self.thread == "same" else lambda b: closer.submit(closed, b).result()
         for life in range(-self.warm_up, count):
             begin = perf_counter_ns()
             batch = self.engine.write(self.sink, source, target, length)
@@ -98,9 +96,7 @@ class Case:
 
     def result(self) -> dict[str, Any]:
         """One row of the report, once the engine's counts are found to be those of the work asked for."""
-        expect_counts(
-            wait_until_quiet(self.engine), self.lives * self.slices, self.lives, self.store, self.policy
-        )
+        expect_counts(wait_until_quiet(self.engine), self.lives * self.slices, self.lives, self.store, self.policy)
         return {
             "store": self.store,
             "policy": self.policy,
@@ -110,6 +106,7 @@ class Case:
             "complete_ns_per_slice": round(median(self.complete) / self.slices, 2),
             "release_us_p50": round(median(self.release) / 1e3, 3),
             "release_us_p99": round(quantile(self.release, 0.99) / 1e3, 3),
+            "step_ms_p50": round(max(map(median, (self.submit, self.complete, self.release))) / 1e6, 3),
             "step_ms_max": round(max(map(max, (self.submit, self.complete, self.release))) / 1e6, 3),
             "repeats": self.repeats,
         }
@@ -142,9 +139,7 @@ def measure(
         sink = stack.enter_context(Engine(provider=Emulated(FREE_WIRE), slices=1, peers=1))
         sink.register(traffic.target_buffer)
         cases = [
-            opened(
-                stack, sink.name, traffic, store, policy, thread, repeats or repeats_of(store, policy, slices)
-            )
+            opened(stack, sink.name, traffic, store, policy, thread, repeats or repeats_of(store, policy, slices))
             for (store, policy), thread in product(pairs, threads)
         ]
         for case in cases:
@@ -158,9 +153,7 @@ def measure(
         return [case.result() for case in cases]
 
 
-def opened(
-    stack: ExitStack, sink: str, traffic: Traffic, store: str, policy: str, thread: str, repeats: int
-) -> Case:
+def opened(stack: ExitStack, sink: str, traffic: Traffic, store: str, policy: str, thread: str, repeats: int) -> Case:
     """A case with its own engine, whose pool holds two batches, or all if it never frees any."""
     case = Case(sink, traffic, store, policy, thread, repeats)
     batches = repeats + case.rounds * case.warm_up if policy == "leak" else 2
@@ -202,7 +195,7 @@ def run(
     if MILLION in slices:
         bulk = find(results, "pool", "bulk", MILLION)
         report["million"] = bulk and {
-            key: bulk[key] for key in ("release_us_p50", "release_us_p99", "step_ms_max")
+            key: bulk[key] for key in ("release_us_p50", "release_us_p99", "step_ms_p50", "step_ms_max")
         }
     return report | {"provenance": provenance()}
 
@@ -222,13 +215,19 @@ def release_ratio(results: Sequence[dict[str, Any]]) -> float | None:
     return None
 
 
+SHOWN = (
+    "store", "policy", "thread", "slices", "submit_ns_per_slice", "complete_ns_per_slice", "release_us_p50",
+    "release_us_p99", "step_ms_max",
+)  # fmt: skip
+
+
 def show(report: dict[str, Any]) -> None:
     """The report for people."""
     columns = (
-        "store", "policy", "closing\nthread", "slices", "submit\nns/slice", "complete\nns/slice",
+        "store", "policy", "closed\nby", "slices", "submit\nns per\nslice", "complete\nns per\nslice",
         "release\np50 µs", "release\np99 µs", "longest\nstep ms",
     )  # fmt: skip
-    rows = [[*row.values()][: len(columns)] for row in report["results"]]
+    rows = [[row[key] for key in SHOWN] for row in report["results"]]
     ratio = report["release_ratio_heap_on_close_to_pool_bulk"]
     says = f"Submitting a single slice takes {report['submit_one_us_p50']:,.3g} µs with pool + bulk."
     if ratio:

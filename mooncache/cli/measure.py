@@ -69,9 +69,7 @@ def slots_of(slices: int) -> int:
 def expect(what: str, came: object, expected: object) -> None:
     """Raise FingerprintError unless both are equal."""
     if came != expected:
-        raise FingerprintError(
-            f"{what}: expected {expected}, came {came}; the figures of this run mean nothing"
-        )
+        raise FingerprintError(f"{what}: expected {expected}, came {came}; the figures of this run mean nothing")
 
 
 def expect_counts(stats: Stats, slices: int, batches: int, store: str, policy: str) -> None:
@@ -96,21 +94,19 @@ def expect_counts(stats: Stats, slices: int, batches: int, store: str, policy: s
 
 
 def wait_until_quiet(engine: Engine) -> Stats:
-    """Wait until the engine holds no batch, so that all slots are back; returns its last stats."""
+    """Wait until the engine holds no batch, so that all slots are back; returns its stats from then on."""
     deadline = time.monotonic() + QUIET_S
-    while (stats := engine.stats()).open_batches > 0:
+    while (holds := engine.stats().open_batches) > 0:
         if time.monotonic() > deadline:
-            raise FingerprintError(
-                f"{engine!r} still holds {stats.open_batches} batches after {QUIET_S:.0f} s"
-            )
+            raise FingerprintError(f"{engine!r} still holds {holds} batches after {QUIET_S:.0f} s")
         time.sleep(2e-4)
-    return stats
+    return engine.stats()  # anew: the counts above were read before the batches were counted
 
 
 # ------------------------------------------------------------------------------ measuring
 @contextmanager
 def on_own_cores() -> Iterator[Callable[[Engine], None]]:
-    """Keep the calling thread, and those it starts, on one core, and engines given to what is yielded on another.
+    """Keep this thread, and those it starts, on one core, and the workers of engines passed to it on another.
 
     Linux likes to wake a worker on the very core of the submitter that rang its bell, and then a submit lasts
     until the worker has finished, or not, as it happens. With a single core there is nothing to choose.
@@ -121,18 +117,30 @@ def on_own_cores() -> Iterator[Callable[[Engine], None]]:
     others = sorted(before - {caller} - cpus_of(siblings)) or sorted(before - {caller}) or [caller]
 
     def keep_apart(engine: Engine) -> None:
-        for thread in threading.enumerate():
-            if (
-                thread.name.startswith((f"{engine.name}-worker", f"{engine.name}-reaper"))
-                and thread.native_id
-            ):
-                os.sched_setaffinity(thread.native_id, {others[0]})
+        for thread in threads_of(engine):
+            os.sched_setaffinity(thread, {others[0]})
 
     os.sched_setaffinity(0, {caller})
     try:
         yield keep_apart
     finally:
         os.sched_setaffinity(0, before)
+
+
+def threads_of(engine: Engine) -> list[int]:
+    """Linux's ids of an engine's own threads: workers and reaper."""
+    names = f"{engine.name}-worker-", f"{engine.name}-reaper"
+    return [t.native_id for t in threading.enumerate() if t.name.startswith(names) and t.native_id]
+
+
+def taken_ns(engine: Engine) -> int:
+    """How long an engine's threads, ready to run, have waited for a core that another process had.
+
+    Threads that may share a core with the caller are left out: they wait for this process as well.
+    """
+    apart = [t for t in threads_of(engine) if not os.sched_getaffinity(t) & os.sched_getaffinity(0)]
+    waits = [Path(f"/proc/self/task/{thread}/schedstat") for thread in apart]
+    return sum(int(path.read_text().split()[1]) for path in waits if path.exists())
 
 
 def cpus_of(path: Path) -> set[int]:
@@ -192,17 +200,24 @@ def show_json(report: dict[str, Any]) -> None:
     print()
 
 
+def figure(cell: object) -> str:
+    """A cell as text: floats with three digits that count, or all those before the point."""
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], says: str) -> None:
     """A table of figures, the sentence that says what they mean, and where they were measured."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if isinstance(rows[0][at], str) else "right")
     for row in rows:
-        table.add_row(*(f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*map(figure, row))
     console = Console()
     console.print(table)
     console.print(says, highlight=False)

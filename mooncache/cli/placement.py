@@ -62,9 +62,7 @@ def once(store: str, policy: str, layers: int, ranks: int, traffic: Traffic) -> 
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(ranks, "mooncache-rank"))
         engines = [
-            stack.enter_context(
-                Engine(provider=Emulated(nic), store=store, policy=policy, slices=slots, peers=1)
-            )
+            stack.enter_context(Engine(provider=Emulated(nic), store=store, policy=policy, slices=slots, peers=1))
             for _ in range(ranks)
         ]
         sinks = [stack.enter_context(Engine(provider=Emulated(nic), slices=1, peers=1)) for _ in range(ranks)]
@@ -147,7 +145,5 @@ def show(report: dict[str, Any]) -> None:
         f"{fast['store']} + {fast['policy']}; its workers free slices for "
         f"{slow['worker_free_share']:.0%} of their time."
     )
-    title = (
-        f"{report['ranks']} ranks x {report['layers']} layers x {report['slices']:,} slices, sums over ranks"
-    )
+    title = f"{report['ranks']} ranks x {report['layers']} layers x {report['slices']:,} slices, sums over ranks"
     show_table(title, columns, rows, says)

@@ -64,9 +64,13 @@ class Soak:
                 if layer % self.period == 0 or layer == self.each:
                     self.quiet_point(flying, layer)
         except BaseException:
-            self.holding.abort()
-            self.released.abort()
+            self.abort()
             raise
+
+    def abort(self) -> None:
+        """Let no thread get past its next quiet point."""
+        self.holding.abort()
+        self.released.abort()
 
     def quiet_point(self, flying: deque[Batch], layer: int) -> None:
         """Finish what is in flight, look, close the last batch, look again."""
@@ -105,9 +109,7 @@ def run(layers: int, slices: int) -> dict[str, Any]:
         raise UsageError(f"expected an even number of layers for {SUBMITTERS} threads, got {layers}")
     traffic = scattered(slices, 512)
     with (
-        Engine(
-            provider=Emulated(FREE_WIRE), slices=SUBMITTERS * IN_FLIGHT * slots_of(slices), peers=1
-        ) as engine,
+        Engine(provider=Emulated(FREE_WIRE), slices=SUBMITTERS * IN_FLIGHT * slots_of(slices), peers=1) as engine,
         Engine(provider=Emulated(FREE_WIRE), slices=1, peers=1) as sink,
     ):
         engine.register(traffic.source_buffer)
@@ -120,9 +122,7 @@ def run(layers: int, slices: int) -> dict[str, Any]:
     check_end(soak, layers, slices, stats)
     growth = growth_bytes(soak.samples, layers) / MIB
     if growth > GROWTH_MIB:
-        soak.violations.append(
-            f"resident memory grew by {growth:.2f} MiB after the first layers, at most {GROWTH_MIB}"
-        )
+        soak.violations.append(f"resident memory grew by {growth:.2f} MiB after the first layers, at most {GROWTH_MIB}")
     return {
         "bench": "soak",
         "verdict": "violated" if soak.violations else "ok",
@@ -145,8 +145,12 @@ def run_threads(soak: Soak) -> None:
     """Run the submitters to their end; the first one's exception ends them all."""
     with ThreadPoolExecutor(SUBMITTERS, "mooncache-submitter") as pool, progress("soak", 1) as bar:
         runs = [pool.submit(soak.submitter) for _ in range(SUBMITTERS)]
-        for failed in wait(runs, return_when=FIRST_EXCEPTION).done:
-            failed.result()
+        try:
+            for ended in wait(runs, return_when=FIRST_EXCEPTION).done:
+                ended.result()
+        except BaseException:
+            soak.abort()
+            raise
         bar()
 
 

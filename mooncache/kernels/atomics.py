@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+intrinsic: Any = extending.intrinsic  # Numba's own annotation counts the typing context as an argument
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _X86 = platform.machine() in ("x86_64", "AMD64")
 SYS_FUTEX = 202 if _X86 else 98  # x86-64; every architecture with the generic table, aarch64 among them

@@ -49,6 +49,8 @@ from mooncache.kernels.pool import EVERY_THREAD, pop_chain, push_chain, wake_wai
 
 
 class State(IntEnum):
+    """Where a batch is in its life."""
+
     FREE = 0
     OPEN = 1
     SEALED = 2
@@ -57,6 +59,8 @@ class State(IntEnum):
 
 
 class Event(IntEnum):
+    """What moves it on."""
+
     ACQUIRE = 0
     SEAL = 1
     FINISH = 2

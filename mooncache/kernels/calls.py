@@ -1,12 +1,24 @@
-"""What a caller can do with a batch it holds a handle to: wait, ask, cancel, close. And what an engine tells workers."""
+"""What a caller can do with a batch it holds a handle to: wait, ask, cancel, close. And how an engine stops."""
 
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import add, exchange, fence, futex_wait, futex_wake, i16, i32, i64, load, pause, peek, poke, store
+from mooncache.kernels.account import account, clock, word
+from mooncache.kernels.atomics import (
+    add,
+    exchange,
+    fence,
+    futex_wake,
+    i16,
+    i32,
+    i64,
+    load,
+    pause,
+    peek,
+    store,
+)
 from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, finished, move
-from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
+from mooncache.kernels.handle import FREE, GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_AWAITED,
@@ -15,16 +27,17 @@ from mooncache.kernels.layout import (
     BATCH_FIRST,
     BATCH_GENERATION,
     BATCH_REMAINING,
-    BATCH_SLICES,
     BATCH_STATE,
     BATCH_WAITERS,
     BATCHES,
     CHUNK_NEXT,
     CHUNK_SLICES,
-    SCRATCH,
+    LOCAL_TABLE,
+    REFUSED,
     SHARED,
     SHARED_BELL,
     SHARED_REAPER_BELL,
+    SHARED_REAPER_STOP,
     SHARED_STOP,
     SHARED_WAITERS,
     SLICE_FIRST,
@@ -39,8 +52,9 @@ from mooncache.kernels.layout import (
     Kind,
 )
 from mooncache.kernels.pool import EVERY_THREAD
-from mooncache.kernels.pump import NS_PER_S, PAUSES, sleep_on
+from mooncache.kernels.pump import ABANDONED, PAUSES, sleep_on
 from mooncache.kernels.reclaim.dispatch import retire
+from mooncache.kernels.regions import take_out
 from mooncache.kernels.submit import bump_generation, request_cancel, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
@@ -167,6 +181,8 @@ def close(ctl, handle, keep_failed):
 def quiesced(ctl, handle):
     """1 when no more bytes of the batch can move, whether it is closed or not; else 0."""
     slot = handle & SLOT_MASK
+    if handle < 0 or slot >= word(ctl, BATCHES):
+        return 1
     row = batch_row(ctl, slot)
     ahead = (load(row + BATCH_GENERATION * WORD) - (handle >> 32)) & GENERATION_MASK
     if ahead > 1:
@@ -174,7 +190,7 @@ def quiesced(ctl, handle):
     state = load(row + BATCH_STATE * WORD)
     if ahead == 1:
         return np.int64(state != DRAINING or load(row + BATCH_REMAINING * WORD) == 0)
-    return np.int64(state == RECLAIMABLE)
+    return np.int64(state == RECLAIMABLE or state == FREE)
 
 
 @kernel("int64(int64, int64, int64[::1], int64[::1])")
@@ -202,7 +218,7 @@ def failures(ctl, handle, request, why):
     return n
 
 
-@kernel("int64(int64, int64)")
+@kernel
 def region_in_use(ctl, region):
     """Slices without an answer whose local region is the slot `region`: while there are any it must stay registered."""
     state, local = i16(word(ctl, SLICE_STATE)), i16(word(ctl, SLICE_LOCAL))
@@ -221,15 +237,44 @@ def region_in_use(ctl, region):
     return n
 
 
+@kernel("int64(int64, int64, int64)")
+def withdraw(ctl, region, at):
+    """Forget the local region with slot `region` at position `at` of its table, unless slices still use it.
+
+    One call, which holds the GIL: no submit can come in between. Returns how many slices use it; 0: it is gone.
+    """
+    users = region_in_use(ctl, region)
+    if users == 0:
+        take_out(word(ctl, LOCAL_TABLE), at)
+    return users
+
+
 @kernel("int64(int64)")
 def stop(ctl):
-    """Tell workers and reaper to leave once they are idle, and wake them."""
-    shared = word(ctl, SHARED)
+    """Close every batch, whoever holds it, refuse new ones, and let workers leave once they are idle.
+
+    One call, which holds the GIL: no submit can come in between. Returns how many batches it closed.
+    """
+    shared, closed = word(ctl, SHARED), 0
+    for slot in range(word(ctl, BATCHES)):
+        row = batch_row(ctl, slot)
+        state = load(row + BATCH_STATE * WORD)
+        if state == OPEN or state == SEALED or state == RECLAIMABLE:
+            close_batch(ctl, handle_of(load(row + BATCH_GENERATION * WORD), slot), False)
+            closed += 1
     store(shared + SHARED_STOP * WORD, 1)
     for i in range(word(ctl, WORKERS)):
         bell = worker_row(ctl, i) + WORKER_BELL * WORD
         add(bell, 1)
         futex_wake(word(ctl, SYSCALL), bell, EVERY_THREAD)
+    return closed
+
+
+@kernel("int64(int64)")
+def stop_reaper(ctl):
+    """Let the reaper leave once it has freed everything. Only after the workers, which still hand it batches."""
+    shared = word(ctl, SHARED)
+    store(shared + SHARED_REAPER_STOP * WORD, 1)
     add(shared + SHARED_REAPER_BELL * WORD, 1)
     futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, EVERY_THREAD)
     return 0
@@ -238,17 +283,11 @@ def stop(ctl):
 @kernel("int64(int64)")
 def refused_request(ctl):
     """Index of the request that the last refused submit of this thread stumbled over."""
-    return word(ctl, SCRATCH)
+    return word(ctl, REFUSED)
 
 
 @kernel("int64(int64)")
-def close_all(ctl):
-    """Close every batch that is still open, whoever holds it; returns how many."""
-    closed = 0
-    for slot in range(word(ctl, BATCHES)):
-        row = batch_row(ctl, slot)
-        state = load(row + BATCH_STATE * WORD)
-        if state == OPEN or state == SEALED or state == RECLAIMABLE:
-            close_batch(ctl, handle_of(load(row + BATCH_GENERATION * WORD), slot), False)
-            closed += 1
-    return closed
+def abandon(ctl):
+    """Let workers leave without the NIC's last answers. Whatever it still writes to must never be freed."""
+    store(word(ctl, SHARED) + SHARED_STOP * WORD, ABANDONED)
+    return 0

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import i8, i16, i64, peek, poke, store, u32
+from mooncache.kernels.atomics import i8, i16, i64, peek, store, u32
 from mooncache.kernels.batch import finish
 from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
@@ -140,8 +140,8 @@ def poll(ctl, worker, index):
     )
     batch, done, answered = np.int64(-1), np.int64(0), np.int64(0)
     row, endpoint = np.int64(0), np.int64(0)
-    known = np.int64(-1)  # generation and chunk of the last completion, so that they are looked up once a chunk
-    for i in range(taken):
+    known = np.int64(-(1 << 63))  # generation and chunk of the last completion, looked up once a chunk; none yet
+    for _ in range(taken):
         wr_id, wc_status = peek(wc + WC_WR_ID), np.int64(u32(wc + WC_STATUS)[0])
         wc += WC_BYTES
         slot = wr_id & SLOT_MASK

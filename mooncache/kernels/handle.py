@@ -3,15 +3,16 @@
 from mooncache.kernels.account import word
 from mooncache.kernels.atomics import load
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import BATCH_GENERATION, BATCH_ROWS, BATCH_WORDS, BATCHES, WORD
+from mooncache.kernels.layout import BATCH_GENERATION, BATCH_ROWS, BATCH_STATE, BATCH_WORDS, BATCHES, WORD
 
 SLOT_MASK = (1 << 32) - 1
 GENERATION_MASK = (1 << 31) - 1
+FREE, DRAINING = 0, 3  # batch.State: nobody may hold a handle to such a row
 
 
 @kernel
 def handle_of(generation, slot):
-    """The handle of a batch row, or a slice's work request id: always positive."""
+    """The handle of a batch row, or a slice's work request id: never negative."""
     return ((generation & GENERATION_MASK) << 32) | slot
 
 
@@ -22,12 +23,22 @@ def batch_row(ctl, slot):
 
 
 @kernel
-def resolve(ctl, handle):
-    """Address of the batch row that `handle` names, or 0 when it names none: stale, forged or closed."""
+def row_of(ctl, handle):
+    """Address of the batch row whose generation `handle` has, in whatever state, or 0 when there is none."""
     slot = handle & SLOT_MASK
-    if handle <= 0 or slot >= word(ctl, BATCHES):
+    if handle < 0 or slot >= word(ctl, BATCHES):
         return 0
     row = batch_row(ctl, slot)
     if load(row + BATCH_GENERATION * WORD) & GENERATION_MASK != handle >> 32:
         return 0
     return row
+
+
+@kernel
+def resolve(ctl, handle):
+    """Address of the batch row that `handle` names, or 0 when it names none: stale, forged or closed."""
+    row = row_of(ctl, handle)
+    if row == 0:
+        return 0
+    state = load(row + BATCH_STATE * WORD)
+    return 0 if state == FREE or state == DRAINING else row

@@ -13,6 +13,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     CACHE_COUNT,
     CACHE_OBJECTS,
+    COUNTERS,
     FREE,
     MALLOC,
     OBJECT_BATCH,
@@ -75,6 +76,7 @@ def allocate(ctl, batch, slot, n):
     for i in range(reused, n):
         objects[slot + i] = new_object(ctl, batch)
         if objects[slot + i] == 0:
+            raise_word(word(ctl, COUNTERS) + Kind.HEAP_ALLOCATED * WORD, i - n)
             return np.int64(i)
     return n
 

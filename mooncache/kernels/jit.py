@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, overload
 
 import numba
-from numba import config as numba_config
 
 log = logging.getLogger("mooncache")
 
+_numba_config: Any = numba.config  # it makes its attributes at run time
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("kernels", "providers", "errors.py", "limits.py")
 _lock = threading.RLock()
@@ -69,12 +69,12 @@ def cache_dir() -> Path:
 def _keyed_cache() -> Iterator[None]:
     """Numba reads `config.CACHE_DIR` while a function is decorated; lend it ours and give it back."""
     with _lock:
-        before = numba_config.CACHE_DIR
-        numba_config.CACHE_DIR = str(cache_dir())
+        before = _numba_config.CACHE_DIR
+        _numba_config.CACHE_DIR = str(cache_dir())
         try:
             yield
         finally:
-            numba_config.CACHE_DIR = before
+            _numba_config.CACHE_DIR = before
 
 
 class Entry:
@@ -91,6 +91,7 @@ class Entry:
         _entries.append(self)
 
     def build(self) -> Any:
+        """Compile, or load from the cache."""
         raise NotImplementedError
 
     def ready(self) -> Any:
@@ -119,6 +120,7 @@ class Kernel(Entry):
         self.nogil = nogil
 
     def build(self) -> Any:
+        """Compile for the one signature."""
         with _keyed_cache():
             dispatcher = numba.njit(nogil=self.nogil, cache=True, error_model="numpy")(self.function)
             dispatcher.compile(self.signature)
@@ -133,11 +135,13 @@ class Callback(Entry):
     """A C function written in Python; `address` is what goes into a provider's table of operations."""
 
     def build(self) -> Any:
+        """Compile with the C calling convention."""
         with _keyed_cache():
             return numba.cfunc(self.signature, cache=True, error_model="numpy")(self.function)
 
     @property
     def address(self) -> int:
+        """Of the machine code; valid as long as the process lives."""
         return int(self.ready().address)
 
 

@@ -175,6 +175,7 @@ CACHE_COUNT = _next()  # thread_cache: slices kept, chunks x 256 or heap objects
 CACHE_OBJECTS = _next()  # thread_cache on the heap: int64[CACHE_SLICES] slice objects kept
 SCRATCH = _next()  # 8 words: timespec, bad_wr, single-request operands
 _SCRATCH_END = [_next() for _ in range(7)]
+REFUSED = _next()  # index of the request that the last refused submit stumbled over
 WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
 GATHERS = _next()  # worker: ibv_sge[CHAIN]
 COMPLETIONS = _next()  # worker: ibv_wc[POLL_LOT]
@@ -191,13 +192,14 @@ SHARED_WAITERS = 32  # threads asleep on it
 SHARED_NEXT_WORKER = 40  # round robin of batches over workers
 SHARED_EPOCH = 48
 SHARED_RETIRED_LOCK = 56  # held by whoever takes from the retired ring
-SHARED_STOP = 64  # 1: workers and reaper leave when idle
+SHARED_STOP = 64  # 1: workers leave when idle; 2: at once
 SHARED_REAPER_BELL = 72  # futex
 SHARED_REAPER_PARKED = 80
 SHARED_LOW = 88  # fewest free chunks ever seen
 SHARED_LEAKED_CHUNKS = 96  # tag << 24 | chunk + 1: chunks that the leak policy forgot
 SHARED_LEAKED_COUNT = 104
-SHARED_WORDS = 112
+SHARED_REAPER_STOP = 112  # 1: the reaper leaves when it has freed all; set when the workers have left
+SHARED_WORDS = 120
 
 # ------------------------------------------------------------------ batch rows
 BATCH_STATE = 0  # State (kernels/batch.py); its low half is the futex of waiters
@@ -263,6 +265,7 @@ class Access(IntEnum):
 
     READ = 1
     WRITE = 2
+    LOCAL = 4  # not for peers: the owner's own reads may write here, since the memory is not read-only
 
 
 # ------------------------------------------------------------------ rings
@@ -270,7 +273,7 @@ RING_TAIL = 0  # next ticket; producers
 RING_HEAD = 8  # next to take; the consumer
 RING_MASK = 16
 RING_ENTRIES = 24  # int64[mask + 1]; EMPTY when not filled
-RING_EMPTY = -(1 << 63)  # never a handle, its negative, or a slot
+RING_EMPTY = -(1 << 63)  # never a handle, its complement, or a slot
 
 # ------------------------------------------------------------------ the heap store's slice object (216 bytes)
 OBJECT_BYTES = 216

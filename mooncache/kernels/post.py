@@ -152,7 +152,7 @@ def answer_unposted(ctl, row, n, status):
 
 @kernel
 def post_chain(ctl, worker, endpoint, row, n):
-    """Build and post the next `n` slices of the batch; returns how many left the queue (posted, or refused for good)."""
+    """Build and post the next `n` slices of the batch; returns how many left the queue, posted or refused for good."""
     next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
     chunk, offset = peek(row + BATCH_CURSOR * WORD), peek(row + BATCH_OFFSET * WORD)
     wr, built = word(ctl, WORK_REQUESTS), np.int64(0)
@@ -257,7 +257,8 @@ def post_batches(ctl, worker, endpoint):
 @kernel
 def post_retries(ctl, worker, index):
     """Post slices from the retry ring, a chain of one batch at a time; returns how many left it."""
-    ring, owner, state = peek(worker + WORKER_RETRY_RING * WORD), i64(word(ctl, CHUNK_BATCH)), i16(word(ctl, SLICE_STATE))
+    ring, owner = peek(worker + WORKER_RETRY_RING * WORD), i64(word(ctl, CHUNK_BATCH))
+    state = i16(word(ctl, SLICE_STATE))
     moved = np.int64(0)
     while True:
         slot = first(ring)

@@ -13,7 +13,7 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import call_word, fence, futex_wait, load, pause, peek, poke, store
 from mooncache.kernels.complete import endpoint_row, poll
-from mooncache.kernels.handle import batch_row, resolve
+from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     ACTOR,
@@ -26,7 +26,6 @@ from mooncache.kernels.layout import (
     HORIZON,
     NEXT_COMPLETION,
     NOW,
-    PEERS,
     POLICY,
     REAPER_PERIOD,
     RETIRED_RING,
@@ -35,6 +34,7 @@ from mooncache.kernels.layout import (
     SHARED,
     SHARED_REAPER_BELL,
     SHARED_REAPER_PARKED,
+    SHARED_REAPER_STOP,
     SHARED_STOP,
     SPIN,
     SYSCALL,
@@ -51,7 +51,6 @@ from mooncache.kernels.layout import (
     WORKER_QUEUED,
     WORKER_RETRY_RING,
     WORKER_RING,
-    WORKERS,
     Kind,
     Policy,
 )
@@ -63,6 +62,7 @@ from mooncache.kernels.submit import worker_row
 
 NS_PER_S = 1_000_000_000
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
+ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
 PAUSES = 64  # between two looks at the clock while spinning
 
 
@@ -91,14 +91,14 @@ def take(ctl, worker, index):
             poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
             enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
         else:
-            cancel_entry(ctl, worker, index, -entry)
+            cancel_entry(ctl, worker, index, ~entry)
 
 
 @kernel
 def cancel_entry(ctl, worker, index, handle):
     """Stop posting for the batch that `handle` names, if it still is that batch and has slices without an answer."""
-    named = resolve(ctl, handle)
-    if named != 0 and load(named + BATCH_REMAINING * WORD) > 0 and resolve(ctl, handle) != 0:
+    named = row_of(ctl, handle)
+    if named != 0 and load(named + BATCH_REMAINING * WORD) > 0 and row_of(ctl, handle) != 0:
         stop_posting(ctl, worker, index, named, Status.CANCELLED)
 
 
@@ -223,7 +223,9 @@ def pump(ctl):
                 return np.int64(Pump.HORIZON)
         elif not happened:
             raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
-            if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0 and not busy(ctl, worker):
+            stop = load(word(ctl, SHARED) + SHARED_STOP * WORD)
+            if stop == ABANDONED or (stop != 0 and not busy(ctl, worker)):
+                store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)  # or the others would wait for it for ever
                 return np.int64(Pump.STOPPED)
             idle_real(ctl, worker)
             since = clock(ctl)
@@ -235,15 +237,15 @@ def reaper(ctl):
     shared = word(ctl, SHARED)
     bell, parked = shared + SHARED_REAPER_BELL * WORD, shared + SHARED_REAPER_PARKED * WORD
     ring = word(ctl, RETIRED_RING)
-    while load(shared + SHARED_STOP * WORD) == 0 or first(ring) != RING_EMPTY:
+    while load(shared + SHARED_REAPER_STOP * WORD) == 0 or first(ring) != RING_EMPTY:
         seen = load(bell)
         if reap_lot(ctl) > 0:
-            if load(shared + SHARED_STOP * WORD) == 0:
+            if load(shared + SHARED_REAPER_STOP * WORD) == 0:
                 sleep_on(ctl, bell, seen, word(ctl, REAPER_PERIOD))
             continue
         store(parked, 1)
         fence()
-        if first(ring) == RING_EMPTY and load(shared + SHARED_STOP * WORD) == 0:
+        if first(ring) == RING_EMPTY and load(shared + SHARED_REAPER_STOP * WORD) == 0:
             account(ctl, Kind.PARKS, 1)
             sleep_on(ctl, bell, seen, HEARTBEAT_NS)
         store(parked, 0)

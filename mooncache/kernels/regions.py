@@ -3,13 +3,15 @@
 Bases ascend, so a range is found by bisection; the last hit is tried first, because requests come in runs over one
 layer's buffer (four nanoseconds against twenty, costs.md). A slice keeps the region's slot, which stays the same while
 other regions come and go.
+
+`insert` and `remove` hold the GIL, as every call that looks a range up does: a table is never seen half changed.
 """
 
 import numpy as np
 
-from mooncache.kernels.atomics import i64, peek
+from mooncache.kernels.atomics import i64, peek, poke
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import TABLE_BASES, TABLE_COUNT, TABLE_ENDS, WORD
+from mooncache.kernels.layout import TABLE_BASES, TABLE_COUNT, TABLE_ENDS, TABLE_SLOTS, WORD
 
 
 @kernel
@@ -29,3 +31,32 @@ def find(table, address, hint):
     if low > 0 and address < ends[low - 1]:
         return low - 1
     return np.int64(-1)
+
+
+@kernel("int64(int64, int64, int64, int64, int64)")
+def insert(table, at, base, end, slot):
+    """Enter a range at position `at`; the table must have room. Returns how many ranges there are now."""
+    bases, ends = i64(peek(table + TABLE_BASES * WORD)), i64(peek(table + TABLE_ENDS * WORD))
+    slots, count = i64(peek(table + TABLE_SLOTS * WORD)), peek(table + TABLE_COUNT * WORD)
+    for i in range(count, at, -1):
+        bases[i], ends[i], slots[i] = bases[i - 1], ends[i - 1], slots[i - 1]
+    bases[at], ends[at], slots[at] = base, end, slot
+    poke(table + TABLE_COUNT * WORD, count + 1)
+    return count + 1
+
+
+@kernel
+def take_out(table, at):
+    """Forget the range at position `at`."""
+    bases, ends = i64(peek(table + TABLE_BASES * WORD)), i64(peek(table + TABLE_ENDS * WORD))
+    slots, count = i64(peek(table + TABLE_SLOTS * WORD)), peek(table + TABLE_COUNT * WORD) - 1
+    for i in range(at, count):
+        bases[i], ends[i], slots[i] = bases[i + 1], ends[i + 1], slots[i + 1]
+    poke(table + TABLE_COUNT * WORD, count)
+
+
+@kernel("int64(int64, int64)")
+def remove(table, at):
+    """What `take_out` does. Returns how many ranges are left."""
+    take_out(table, at)
+    return peek(table + TABLE_COUNT * WORD)

@@ -19,7 +19,7 @@ from mooncache.kernels.layout import (
     CHUNK_SLICES,
     LOCAL_TABLE,
     PEER_TABLES,
-    SCRATCH,
+    REFUSED,
     SLICE_ATTEMPTS,
     SLICE_BYTES,
     SLICE_FIRST,
@@ -58,13 +58,13 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
     """Cut `n` requests into slices; fill them into the chain that starts at `chunk`, or count only.
 
     Each operand is the address of int64 words and a step: 1 for an array, 0 for one value that holds for all.
-    Returns the number of slices, or minus a Status with the offending request's index in the first scratch word.
+    Returns the number of slices, or minus a Status with the offending request's index in the word REFUSED.
     """
     local, remote = word(ctl, LOCAL_TABLE), i64(word(ctl, PEER_TABLES))[peer]
     local_bases, remote_bases = i64(peek(local + TABLE_BASES * WORD)), i64(peek(remote + TABLE_BASES * WORD))
     local_ends, remote_ends = i64(peek(local + TABLE_ENDS * WORD)), i64(peek(remote + TABLE_ENDS * WORD))
     local_slots, remote_slots = i64(peek(local + TABLE_SLOTS * WORD)), i64(peek(remote + TABLE_SLOTS * WORD))
-    remote_access = i64(peek(remote + TABLE_ACCESS * WORD))
+    local_access, remote_access = i64(peek(local + TABLE_ACCESS * WORD)), i64(peek(remote + TABLE_ACCESS * WORD))
     needed = Access.READ if opcode == Opcode.READ else Access.WRITE
     slice_bytes, tail_bytes = word(ctl, SLICE_BYTES), word(ctl, TAIL_BYTES)
     column_source, column_target = i64(word(ctl, SLICE_SOURCE)), i64(word(ctl, SLICE_TARGET))
@@ -86,14 +86,14 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
     while i < n:
         source, target, length = source_of[i * source_step], target_of[i * target_step], length_of[i * length_step]
         if length <= 0 or length > REQUEST_BYTES:
-            poke(ctl + SCRATCH * WORD, i)
+            poke(ctl + REFUSED * WORD, i)
             return np.int64(-Status.LENGTH)
         request, request_end, left = i, length, length
         i += 1
         while i < n and source_of[i * source_step] == source + left and target_of[i * target_step] == target + left:
             more = length_of[i * length_step]
             if more <= 0 or more > REQUEST_BYTES:
-                poke(ctl + SCRATCH * WORD, i)
+                poke(ctl + REFUSED * WORD, i)
                 return np.int64(-Status.LENGTH)
             left += more
             i += 1
@@ -102,17 +102,20 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
             if source < here_base or source >= here_end:
                 here = find(local, source, here)
                 if here < 0:
-                    poke(ctl + SCRATCH * WORD, request)
+                    poke(ctl + REFUSED * WORD, request)
                     return np.int64(-Status.SOURCE_NOT_REGISTERED)
                 here_base, here_end, here_slot = local_bases[here], local_ends[here], local_slots[here]
+                if opcode == Opcode.READ and local_access[here_slot] & Access.LOCAL == 0:
+                    poke(ctl + REFUSED * WORD, request)
+                    return np.int64(-Status.READ_ONLY)
             if target < there_base or target >= there_end:
                 there = find(remote, target, there)
                 if there < 0:
-                    poke(ctl + SCRATCH * WORD, request)
+                    poke(ctl + REFUSED * WORD, request)
                     return np.int64(-Status.TARGET_NOT_REGISTERED)
                 there_base, there_end, there_slot = remote_bases[there], remote_ends[there], remote_slots[there]
                 if remote_access[there_slot] & needed == 0:
-                    poke(ctl + SCRATCH * WORD, request)
+                    poke(ctl + REFUSED * WORD, request)
                     return np.int64(-Status.ACCESS_DENIED)
             take = min(left, min(here_end - source, there_end - target))
             if take > slice_bytes + tail_bytes:

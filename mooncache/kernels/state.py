@@ -9,7 +9,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
-from mooncache.kernels import layout
+from mooncache.kernels import layout, regions
 from mooncache.kernels.layout import WORD, Access, Kind, Policy, Store, aligned
 from mooncache.kernels.ring import new_ring
 from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
@@ -23,6 +23,7 @@ def _function(name: str) -> int:
 
 
 def address_of(array: np.ndarray) -> int:
+    """Address of an array's first byte; a third of the cost of `array.ctypes.data`."""
     return int(array.__array_interface__["data"][0])
 
 
@@ -70,6 +71,7 @@ class Settings:
 
     @property
     def chunks(self) -> int:
+        """Chunks of the pool."""
         return -(-self.slices // limits.CHUNK_SLICES)
 
     @property
@@ -117,21 +119,22 @@ class RegionTable:
         if not self._free:
             raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
         n, slot = len(self), self._free.pop()
-        at = int(np.searchsorted(self.bases[:n], address))
-        for column, value in ((self.bases, address), (self.ends, address + length), (self.slots, slot)):
-            column[at + 1 : n + 1] = column[at:n].copy()
-            column[at] = value
         self.keys[slot], self.access[slot] = key, access
-        self.header[layout.TABLE_COUNT] = n + 1
+        at = int(np.searchsorted(self.bases[:n], address))
+        regions.insert(address_of(self.header), at, address, address + length, slot)
         return slot
+
+    def position(self, slot: int) -> int:
+        """Where in the table the range with this slot stands."""
+        return int(np.flatnonzero(self.slots[: len(self)] == slot)[0])
 
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""
-        n = len(self)
-        at = int(np.flatnonzero(self.slots[:n] == slot)[0])
-        self.header[layout.TABLE_COUNT] = n - 1
-        for column in (self.bases, self.ends, self.slots):
-            column[at : n - 1] = column[at + 1 : n].copy()
+        regions.remove(address_of(self.header), self.position(slot))
+        self.recycle(slot)
+
+    def recycle(self, slot: int) -> None:
+        """Let another range have the slot of one that is no longer in the table."""
         self._free.append(slot)
 
     def ranges(self) -> list[tuple[int, int, int]]:
@@ -231,7 +234,7 @@ class State:
         self.worker_rows[:, layout.WORKER_EPOCH] = layout.EPOCH_QUIET
         self.rings: list[np.ndarray] = []
         for row in self.worker_rows:
-            submissions = new_ring(2 * settings.batches)  # each batch once, and once more to cancel it
+            submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
             retries = new_ring(settings.queue_depth * settings.peers)  # everything outstanding may come back
             self.rings += [submissions, retries]
             row[layout.WORKER_RING], row[layout.WORKER_RETRY_RING] = address_of(submissions), address_of(retries)
@@ -288,6 +291,7 @@ class State:
 
     @property
     def free_slices(self) -> int:
+        """Slots in the free list."""
         return int(self.shared[layout.SHARED_FREE_COUNT]) * limits.CHUNK_SLICES
 
     @property

@@ -10,7 +10,7 @@ from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
 from mooncache.kernels.atomics import add, address_of, cas, fence, futex_wake, i64, load, peek, poke
-from mooncache.kernels.batch import CLOSE, SEAL, acquire_row, finish, move, release_row, slot_of
+from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, release_row, slot_of
 from mooncache.kernels.handle import handle_of, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -24,6 +24,7 @@ from mooncache.kernels.layout import (
     BATCH_REMAINING,
     BATCH_REQUESTS,
     BATCH_SLICES,
+    BATCH_STATE,
     BATCH_SUBMITTED_AT,
     BATCH_UNPOSTED,
     BATCH_WORKER,
@@ -33,6 +34,7 @@ from mooncache.kernels.layout import (
     SCRATCH,
     SHARED,
     SHARED_NEXT_WORKER,
+    SHARED_STOP,
     STORE,
     SYSCALL,
     WORD,
@@ -76,10 +78,12 @@ def allocate_objects(ctl, row):
     while chunk >= 0:
         made = heap.allocate(ctl, batch, chunk * SLOTS, used[chunk])
         if made < used[chunk]:
+            account(ctl, Kind.HEAP_FREED, made)
             for slot in range(chunk * SLOTS, chunk * SLOTS + made):
                 heap.free_object(ctl, slot)
             before = peek(row + BATCH_FIRST * WORD)
             while before != chunk:
+                account(ctl, Kind.HEAP_FREED, used[before])
                 for slot in range(before * SLOTS, before * SLOTS + used[before]):
                     heap.free_object(ctl, slot)
                 before = next_[before]
@@ -99,6 +103,8 @@ def give_up(ctl, row):
 @kernel
 def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step):
     """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed."""
+    if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+        return np.int64(-Status.CLOSED)  # no worker would take it
     if n > REQUESTS:
         return np.int64(-Status.TOO_LARGE)
     slices = walk(
@@ -156,7 +162,7 @@ def submit_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, 
     handle = prepare_words(
         ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step
     )
-    if handle > 0:
+    if handle >= 0:
         publish_row(ctl, resolve(ctl, handle))
     return handle
 
@@ -165,7 +171,7 @@ def submit_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, 
 def submit(ctl, peer, opcode, deadline, source, target, length):
     """Submit one batch; each operand has n entries, or one that holds for all.
 
-    Returns: a handle, or minus a Status with nothing changed (the offending request's index in the scratch word).
+    Returns: a handle, or minus a Status with nothing changed (the offending request's index in the word REFUSED).
     """
     n = max(source.size, target.size, length.size)
     return submit_words(
@@ -200,7 +206,7 @@ def prepare(ctl, peer, opcode, deadline, source, target, length):
 def publish(ctl, handle):
     """Second half of `submit`. Returns OK or minus STALE_HANDLE."""
     row = resolve(ctl, handle)
-    if row == 0:
+    if row == 0 or peek(row + BATCH_STATE * WORD) != OPEN:
         return np.int64(-Status.STALE_HANDLE)
     publish_row(ctl, row)
     return np.int64(Status.OK)
@@ -209,7 +215,7 @@ def publish(ctl, handle):
 @kernel
 def request_cancel(ctl, row, handle):
     """Ask the batch's worker, once, to answer its unposted slices itself."""
-    push(peek(worker_row(ctl, peek(row + BATCH_WORKER * WORD)) + WORKER_RING * WORD), -handle)
+    push(peek(worker_row(ctl, peek(row + BATCH_WORKER * WORD)) + WORKER_RING * WORD), ~handle)
     ring_bell(ctl, worker_row(ctl, peek(row + BATCH_WORKER * WORD)))
 
 

@@ -302,6 +302,7 @@ class Nic:
 
     @property
     def message_ps(self) -> int:
+        """Picoseconds a message takes."""
         return PS_PER_S // self.messages_per_s
 
     @property
@@ -334,6 +335,7 @@ class Emulated(SoftwareProvider):
         self.words[N_STARTED] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
     def prepare(self, queue: Queue, worker: int) -> None:
+        """Bind the queue to the NIC, and to its worker's clock when that is virtual."""
         queue.words[Q_NIC] = address_of(self.words)
         queue.words[Q_NOW] = self.clocks[worker] if self.clocks else 0
         queue.moves = aligned((int(queue.words[Q_MASK]) + 1) * MOVE_WORDS)

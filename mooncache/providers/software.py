@@ -58,7 +58,7 @@ def queue_of(qp):
 
 @kernel
 def key_status(keys, rkey, address, length, opcode):
-    """Whether the target lets this range be reached under this key: a WcStatus. No sum that could overflow is formed."""
+    """Whether the target lets this range be reached under this key, a WcStatus; forms no sum that could overflow."""
     entry = keys + (rkey & KEY_SLOT_MASK) * KEY_WORDS * WORD
     needed = Access.READ if opcode == Opcode.READ else Access.WRITE
     base, end = peek(entry + KEY_BASE * WORD), peek(entry + KEY_END * WORD)
@@ -102,9 +102,11 @@ class KeyTable:
 
     @property
     def address(self) -> int:
+        """Of the entries, for kernels."""
         return address_of(self.entries)
 
     def add(self, address: int, length: int, access: int) -> int:
+        """Enter a range; returns its key, never 0."""
         if not self._free:
             raise CapacityError(f"all {limits.REGIONS} registrations of this device are in use; unregister some first")
         slot = self._free.pop()
@@ -114,10 +116,12 @@ class KeyTable:
         return key
 
     def remove(self, key: int) -> None:
+        """Refuse the key from now on."""
         self.entries[key & KEY_SLOT_MASK, KEY] = 0
         self._free.append(key & KEY_SLOT_MASK)
 
     def clear(self) -> None:
+        """Refuse all keys from now on."""
         self.entries[:, KEY] = 0
 
 
@@ -149,6 +153,7 @@ class Queue:
 
     @property
     def outstanding(self) -> int:
+        """Work requests posted and not yet polled."""
         return int(self.words[Q_HEAD] - self.words[Q_TAIL])
 
 
@@ -173,6 +178,9 @@ class SoftwareProvider(Provider):
         self._closed = False
 
     def open(self, workers: int, queue_depth: int) -> list[int]:
+        """See `Provider.open`."""
+        if self.queues:
+            raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
         self.depth = queue_depth
         self.context = aligned(-(-CONTEXT_BYTES // WORD))
         self.context[CONTEXT_POST_SEND // WORD] = self.post_send.address
@@ -186,17 +194,21 @@ class SoftwareProvider(Provider):
         return [address_of(cq) for cq in self.completion_queues]
 
     def register(self, address: int, length: int, access: int) -> Keys:
+        """See `Provider.register`; both keys are the same."""
         key = self.keys.add(address, length, access)
         return Keys(lkey=key, rkey=key)
 
     def unregister(self, keys: Keys) -> None:
+        """See `Provider.unregister`."""
         self.keys.remove(keys.rkey)
         wait_for_moves()
 
     def describe(self) -> InProcess:
+        """See `Provider.describe`."""
         return InProcess(os.getpid(), self.keys)
 
     def connect(self, peer: Descriptor) -> list[int]:
+        """See `Provider.connect`."""
         data = peer.data
         if not isinstance(data, InProcess) or data.process != os.getpid():
             raise TransportError(
@@ -221,5 +233,6 @@ class SoftwareProvider(Provider):
         """Set what a new queue of this provider needs besides."""
 
     def close(self) -> None:
+        """See `Provider.close`; peers are refused from now on."""
         self.keys.clear()
         wait_for_moves()

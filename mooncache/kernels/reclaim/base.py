@@ -55,9 +55,13 @@ def free_chunk(ctl, row, chunk):
     state = i16(word(ctl, SLICE_STATE))
     live = i64(word(ctl, CHUNK_LIVE))[chunk]
     account_freed(ctl, live)
+    left = live
     for slot in range(chunk * SLOTS, chunk * SLOTS + i64(word(ctl, CHUNK_SLICES))[chunk]):
         if state[slot] != Slice.FREE:
             free_slot(ctl, row, slot)
+            left -= 1
+            if left == 0:  # the chunk is free: from here on its slots may be another batch's
+                break
     return live
 
 

@@ -1,7 +1,9 @@
-"""Free whole batches once no worker can still hold them: epoch-based reclamation (Fraser, Practical Lock-Freedom, 2004).
+"""Free whole batches once no worker can still hold them: epoch-based reclamation.
 
 Each retired batch is stamped with an epoch that its retirement ends. A worker announces, at the start of each round,
 the epoch it sees; a batch is free when every worker has announced a later one or sleeps.
+
+Source: Fraser, Practical Lock-Freedom, 2004, section 5.2.3.
 """
 
 from mooncache.kernels.account import word

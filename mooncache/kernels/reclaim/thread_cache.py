@@ -58,6 +58,7 @@ def keep_objects(ctl, row, chunk):
                 heap.free_object(ctl, slot)
             if mark_free(ctl, slot) == 0:
                 release_chunk(ctl, row, chunk)
+                break  # from here on its slots may be another batch's
 
 
 @kernel

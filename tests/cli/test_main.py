@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, version
+from textwrap import dedent
+
+import pytest
+from typer.testing import CliRunner
+
+from mooncache import cli
+from mooncache.cli import lifecycle
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Commands `greet`, which takes options, and `gone`, which cannot be imported; returns what they are."""
+    (tmp_path / "greetings_plugin.py").write_text(
+        dedent(
+            '''
+            def greet(name: str, loudly: bool = False):
+                """Say hello."""
+                print("HELLO" if loudly else "hello", name)
+            '''
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "greetings_plugin", raising=False)
+    points = {
+        "greet": EntryPoint("greet", "greetings_plugin:greet", cli.COMMANDS),
+        "gone": EntryPoint("gone", "no_such_plugin:gone", cli.COMMANDS),
+    }
+    monkeypatch.setattr(cli, "added", lambda: points)
+    return points
+
+
+def test_help_lists_own_and_added_commands(plugin):
+    shown = run("--help")
+    assert shown.exit_code == 0
+    assert "bench" in shown.stdout
+    assert "Say hello." in shown.stdout
+
+
+def test_the_simulators_commands_are_declared():
+    assert {"calibrate", "compare"} <= cli.added().keys()
+
+
+def test_version():
+    assert run("--version").stdout.split() == ["mooncache", version("mooncache")]
+
+
+def test_an_added_command_takes_its_own_arguments(plugin):
+    assert run("greet", "moon", "--loudly").stdout == "HELLO moon\n"
+
+
+def test_own_commands_do_not_import_added_ones(plugin):
+    assert run("bench", "--help").exit_code == 0
+    assert "greetings_plugin" not in sys.modules
+
+
+def test_a_command_that_cannot_be_imported_is_listed_and_says_why(plugin):
+    assert "gone" in run("--help").stdout
+    refused = run("gone")
+    assert refused.exit_code == cli.FAULT
+    assert refused.stderr.startswith("mooncache: error: gone comes from no_such_plugin:gone")
+
+
+def test_an_unknown_command_is_refused():
+    assert run("bnech").exit_code == cli.FAULT
+
+
+def test_an_error_is_one_line_on_stderr():
+    refused = run("bench", "lifecycle", "--store", "shelf")
+    assert refused.exit_code == cli.FAULT
+    assert refused.stdout == ""
+    assert refused.stderr == "mooncache: error: expected a store of pool, heap, got 'shelf'\n"
+
+
+def test_an_interrupt_exits_with_130(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifecycle, "run", interrupted)
+    assert run("bench", "lifecycle").exit_code == cli.INTERRUPTED
+
+
+def test_the_installed_command_runs():
+    shown = subprocess.run([sys.executable, "-c", "from mooncache.cli import main; main()", "--version"],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert shown.stdout.startswith("mooncache ")

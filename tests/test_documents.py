@@ -1,0 +1,39 @@
+"""What the documents say is true: their code runs, the files and targets they name exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mooncache.kernels.layout import Policy
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    for engine in (names["prefill"], names["decode"]):
+        engine.close()  # type: ignore[attr-defined]
+
+
+def test_the_readme_lists_all_policies() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert listed == [policy.name.lower() for policy in Policy]
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+def test_paths_that_documents_name_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = re.findall(r"`((?:mooncache|sim|configs|notebooks|tests|kernels)/[\w/.]*)`", text)
+    missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "mooncache" / name).exists())]
+    assert not missing
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    known = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in set(re.findall(r"`?make (\w+)`?", README)):
+        assert target in known
