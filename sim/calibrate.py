@@ -188,6 +188,7 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
     calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
     for thread in engine._threads:
         thread.join()
+    engine._state.shared[layout.SHARED_STOP] = 0  # the engine itself goes on: submits are accepted
     (worker,) = engine._workers
     samples = []
     for _ in range(repeats_for(slices) + 3):

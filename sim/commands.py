@@ -37,20 +37,20 @@ def compare(
 ) -> None:
     """Where should finished slices be deleted? Compare stores and policies on one scenario."""
     overrides = list(changes or ())
-    if trace is not None:
-        overrides.append(f"workload.path={json.dumps(str(trace.resolve()))}")
     if seed is not None:
         overrides.append(f"seed={seed}")
     if replications is not None:
         overrides.append(f"replications={replications}")
     asked = load_scenario(scenario, overrides)
-    if trace is not None and asked.workload.kind != "trace":
+    if trace is not None:
         kind = asked.workload.kind
-        raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}")
+        if kind != "trace":
+            raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}")
+        asked = load_scenario(scenario, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
     load_calibration(asked.calibration)
     jit.prewarm()
     started = time.perf_counter()
-    runs = _run(jobs_of(asked), processes, Console(stderr=True, quiet=as_json))
+    runs = _run(jobs_of(asked), processes, Console(stderr=True, quiet=as_json or not sys.stderr.isatty()))
     seconds = time.perf_counter() - started
     found = conclude(asked, runs)
     speed = found.slices / seconds

@@ -76,6 +76,7 @@ class BatchCosts:
         self._between = lru_cache(maxsize=None)(self._interpolate)
 
     def __call__(self, slices: int, slice_bytes: int) -> BatchCost:
+        """Cost of one batch of `slices` slices of `slice_bytes` each."""
         return self._between(slices, slice_bytes)
 
     def _interpolate(self, slices: int, slice_bytes: int) -> BatchCost:

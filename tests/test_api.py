@@ -455,16 +455,24 @@ def test_a_peer_that_was_closed_and_opened_again_under_its_name_is_reached(engin
 
 
 def test_engines_that_connect_to_each_other_at_the_same_time_both_succeed(engines):
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for i in range(100):
-            a, b = engines(f"a{i}"), engines(f"b{i}")
-            in_threads(lambda a=a, i=i: a.connect(f"b{i}"), lambda b=b, i=i: b.connect(f"a{i}"))
-            a.close()
-            b.close()
-    finally:
-        sys.setswitchinterval(interval)
+    """Neither may hold its own lock while it asks the other: both are within `connect` before either goes on."""
+    meeting = threading.Barrier(2)
+
+    class Name(str):
+        """A name that is looked up for the first time only when the other's is as well."""
+
+        met = False
+
+        def __hash__(self) -> int:
+            if not self.met:
+                self.met = True
+                meeting.wait(20)
+            return super().__hash__()
+
+    a, b = engines("a"), engines("b")
+    to_b, to_a = in_threads(lambda: a.connect(Name("b")), lambda: b.connect(Name("a")))
+    assert a.connect("b") is to_b
+    assert b.connect("a") is to_a
 
 
 def test_regions_come_and_go_while_another_thread_transfers(pair):
@@ -711,10 +719,19 @@ def test_ctrl_c_ends_a_wait_and_a_nic_that_never_answers_does_not_hang_the_end(w
 
 
 # ------------------------------------------------------------------------------ asyncio
+async def finish_while_awaited(pair: Pair, batch: Batch) -> None:
+    """Open the gate only when the batch is awaited, so that the eventfd has to tell."""
+    waiting = asyncio.ensure_future(_await(batch))
+    await asyncio.sleep(0)
+    assert pair.here._awaiting
+    pair.here.provider.open_gate()
+    await asyncio.wait_for(waiting, 20)
+
+
 def test_a_batch_can_be_awaited(gated):
     async def main() -> Batch:
         batch = gated.scattered(3)
-        asyncio.get_running_loop().call_soon(gated.here.provider.open_gate)
+        await finish_while_awaited(gated, batch)
         return await batch
 
     assert asyncio.run(main()).done
@@ -800,9 +817,7 @@ def test_a_loop_that_was_closed_while_it_awaited_harms_no_other(gated):
     loop.close()
 
     async def main() -> None:
-        batch = gated.scattered(3)
-        asyncio.get_running_loop().call_soon(gated.here.provider.open_gate)
-        await asyncio.wait_for(batch, 20)
+        await finish_while_awaited(gated, gated.scattered(3))
 
     asyncio.run(main())
     left.wait(20)
@@ -823,9 +838,7 @@ def test_engines_that_follow_each_other_in_one_event_loop_can_all_be_awaited():
         for _ in range(3):
             pair = Pair(Gated(), Gated())
             try:
-                batch = pair.scattered(3)
-                asyncio.get_running_loop().call_soon(pair.here.provider.open_gate)
-                await asyncio.wait_for(batch, 20)
+                await finish_while_awaited(pair, pair.scattered(3))
             finally:
                 pair.close()
 

@@ -127,11 +127,17 @@ def acquire_row(ctl):
 
 
 @kernel
-def release_row(ctl, row):
-    """Give a draining batch's row back; its slices must be gone from it."""
+def return_row(ctl, row):
+    """Give a draining batch's row back without a word; its slices must be gone from it."""
     move(row, RECLAIM)
     slot = slot_of(ctl, row)
     push_chain(word(ctl, SHARED) + SHARED_FREE_BATCHES * WORD, word(ctl, BATCH_LINK), slot, slot)
+
+
+@kernel
+def release_row(ctl, row):
+    """Give a draining batch's row back, and tell those who wait for one."""
+    return_row(ctl, row)
     wake_waiters(ctl)
 
 

@@ -94,11 +94,11 @@ def pop_chain(head, links, k):
 # ------------------------------------------------------------------------------ chunks
 @kernel
 def wake_waiters(ctl):
-    """Wake those who wait for chunks or batch rows, if there are any."""
+    """Wake those who wait for chunks or batch rows. The bell rises even if nobody does yet: one may be about to."""
     shared = word(ctl, SHARED)
+    add(shared + SHARED_BELL * WORD, 1)
     fence()
     if load(shared + SHARED_WAITERS * WORD) != 0:
-        add(shared + SHARED_BELL * WORD, 1)
         futex_wake(word(ctl, SYSCALL), shared + SHARED_BELL * WORD, EVERY_THREAD)
 
 

@@ -10,7 +10,7 @@ from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
 from mooncache.kernels.atomics import add, address_of, cas, fence, futex_wake, i64, load, peek, poke
-from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, release_row, slot_of
+from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
 from mooncache.kernels.handle import handle_of, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -94,10 +94,10 @@ def allocate_objects(ctl, row):
 
 @kernel
 def give_up(ctl, row):
-    """Undo a batch that was never filled."""
+    """Undo a batch that was never filled. No bell for its row: refused submitters would keep waking each other."""
     release(ctl, row)
     move(row, CLOSE)
-    release_row(ctl, row)
+    return_row(ctl, row)
 
 
 @kernel

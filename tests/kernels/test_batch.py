@@ -5,7 +5,7 @@ import pytest
 from mooncache.errors import Status
 from mooncache.kernels import calls, layout
 from mooncache.kernels.batch import NEXT, REFUSED, Event, State
-from tests.helpers import Rig
+from tests.helpers import Rig, Task
 from tests.kernels import entries
 from tests.oracles import BATCH_TABLE
 
@@ -50,6 +50,17 @@ def test_rows_run_out_and_come_back():
     again = rig.submit(1)
     assert again & 0xFFFFFFFF == handles[1] & 0xFFFFFFFF
     assert again != handles[1]
+
+
+def test_capacity_that_came_back_just_before_the_wait_is_not_slept_through():
+    rig = Rig(batches=1)
+    rig.provider.open_gate()
+    handle = rig.submit(1)
+    rig.turn()
+    bell = calls.capacity_bell(rig.ctl)
+    assert rig.submit(1) == -Status.BATCHES_EMPTY
+    calls.close(rig.ctl, handle, True)  # after the refusal, before the wait
+    Task(calls.wait_capacity, rig.ctl, bell, 3600 * 10**9).result()
 
 
 def test_a_batch_without_requests_is_finished_at_once():

@@ -162,12 +162,13 @@ class SliceModel:
 
     # ------------------------------------------------------------------------------ time
     def _spend(self, actor: Actor, *work: tuple[Kind, int]) -> Steps:
-        """Do so much of each kind of work, one after the other."""
+        """Do so much of each kind of work. Of two actors done at the same tick the one that began first goes first."""
+        total = 0
         for kind, n in work:
-            cost = self.case.fixed.get(kind, 0) + n * self.case.each.get(kind, 0)
             actor.counts[kind] += n
-            actor.spent_ps += cost
-            yield self.env.timeout(cost)
+            total += self.case.fixed.get(kind, 0) + n * self.case.each.get(kind, 0)
+        actor.spent_ps += total
+        yield self.env.timeout(total)
 
     def _after_all_others(self) -> simpy.Event:
         """An event at this tick, behind the ordinary ones."""

@@ -27,7 +27,8 @@ FIXED = {
 }  # fmt: skip
 EACH = {
     Kind.SLICES_FILLED: 20.0, Kind.WORK_REQUESTS: 8.0, Kind.COMPLETIONS: 5.0, Kind.SLICES_FREED: 4.0,
-    Kind.CHUNKS_FREED: 6.0, Kind.HEAP_ALLOCATED: 60.0, Kind.HEAP_FREED: 90.0, Kind.HEAP_REUSED: 3.0, Kind.HEAP_CACHED: 3.0,
+    Kind.CHUNKS_FREED: 6.0, Kind.HEAP_ALLOCATED: 60.0, Kind.HEAP_FREED: 90.0, Kind.HEAP_REUSED: 3.0,
+    Kind.HEAP_CACHED: 3.0,
 }  # fmt: skip
 PRICES = Prices(FIXED, EACH)  # ns
 WAKE_PS = 30 * US
@@ -87,7 +88,12 @@ def test_every_slice_arrives_once_and_every_batch_is_closed(pair: str, pool_slic
     for rank in ranks_of(cluster):
         counts, state = rank.engine.counts, rank.engine.state
         total += counts
-        assert counts[Kind.BATCHES_SUBMITTED] == counts[Kind.BATCHES_FINISHED] == counts[Kind.BATCHES_CLOSED] == rank.closes
+        assert (
+            counts[Kind.BATCHES_SUBMITTED]
+            == counts[Kind.BATCHES_FINISHED]
+            == counts[Kind.BATCHES_CLOSED]
+            == rank.closes
+        )
         assert not rank.running
         assert not rank.starved
         leaked = int(state.shared[layout.SHARED_LEAKED_COUNT]) * 256

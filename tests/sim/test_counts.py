@@ -55,7 +55,10 @@ def real_engine(pair: str, move_bytes: bool) -> Iterator[tuple[Engine, str, int,
     """An engine, its peer's name, and where the arenas of both begin."""
     store, policy = pair.split("/")
     nic = Nic(move_bytes=move_bytes)
-    with Engine(provider=Emulated(nic), store=store, policy=policy, **SETTINGS) as here, Engine(provider=Emulated(nic)) as there:
+    with (
+        Engine(provider=Emulated(nic), store=store, policy=policy, **SETTINGS) as here,
+        Engine(provider=Emulated(nic)) as there,
+    ):
         arenas = np.zeros((2, ARENA), np.uint8)
         local, remote = here.register(arenas[0]), there.register(arenas[1])
         yield here, there.name, local.address, remote.address
@@ -98,7 +101,7 @@ def by_kernels(pair: str, batches: Sequence[Requests]) -> dict[str, int]:
 def virtual_engine(pair: str) -> VirtualEngine:
     store, policy = pair.split("/")
     settings = Settings(store=Store[store.upper()], policy=Policy[policy.upper()], **SETTINGS)
-    prices = Prices({kind: 10.0 for kind in Kind}, {kind: 1.0 for kind in Kind})
+    prices = Prices(dict.fromkeys(Kind, 10.0), dict.fromkeys(Kind, 1.0))
     return VirtualEngine(settings, Nic(move_bytes=False), prices, threads=1)
 
 
@@ -150,7 +153,7 @@ def test_counts_of_coalesced_and_cut_requests_are_equal(pair: str) -> None:
     batches = [adjacent, pairs_of_two, one_side_only, cut, whole]
     simulated = in_simulation(pair, batches)
     assert simulated == by_kernels(pair, batches) == in_reality(pair, batches, move_bytes=True)
-    # 600 x 64 B in cuts of 4,096; 300 pairs; 600; each long one in cuts of 4,096 with tails up to 1,024 folded in; 1 MiB
+    # 600 x 64 B in cuts of 4,096; 300 pairs; 600; each long one in such cuts, tails up to 1,024 folded in; 1 MiB
     slices = 10 + 300 + 600 + (1 + 1 + 1 + 1 + 2 + 2 + 5 + 25) + 256
     assert simulated["SLICES_FILLED"] == simulated["WORK_REQUESTS"] == slices
     assert simulated["REQUESTS"] == 600 * 3 + 8 + 1

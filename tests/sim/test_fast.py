@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,14 @@ def test_more_slices_never_cost_less(pair: str) -> None:
     of = costs(pair)
     sizes = [*range(1, 40), *range(40, 3000, 37)]
     every = [of(n, 512) for n in sizes]
-    for before, after in zip(every, every[1:], strict=False):
+    for before, after in pairwise(every):
         assert all(x <= y for x, y in zip(before, after, strict=True)), (before, after)
 
 
 def test_a_measured_size_is_exact_and_others_lie_between_their_neighbours() -> None:
     of = costs("heap/inline")
     grid = sorted({fast._grid(step) for step in range(70)})
-    low, high = next((a, b) for a, b in zip(grid, grid[1:], strict=False) if a > 1000)
+    low, high = next((a, b) for a, b in pairwise(grid) if a > 1000)
     assert of(low, 512) == measured("heap/inline", low)
     assert of(high, 512) == measured("heap/inline", high)
     middle = (low + high) // 2

@@ -22,6 +22,7 @@ NS, US = 1000, 1_000_000
 BYTE_PS = (1, 4, 20, 80, 320)  # 8 Tb/s to 25 Gb/s: whole picoseconds a byte, so that both sides can be exact
 # Where the worker gives slots back, a thread that waits for them sees them at the end of a round in sim/rank.py, and
 # another that happens to ask meanwhile at its start: the order is not defined, so these have all the slots they need.
+# So have cases in which nothing but polls costs time, where several threads would ask for slots at one tick.
 NEVER_STARVED = (Policy.INLINE, Policy.EPOCH)
 
 SCENARIO = Scenario.model_validate(
@@ -148,7 +149,7 @@ def random_case(number: int) -> Case:
     layers = tuple(Spec(at, n, upto(1, 4096)) for at, n in zip(ready, sizes, strict=True))
     needed = [-(-n // CHUNK) for n in sizes]
     cache = upto(0, 3 * CHUNK)
-    tight = policy not in NEVER_STARVED and draw.random() < 0.6
+    tight = policy not in NEVER_STARVED and draw.random() < 0.6 and not free
     most = max(needed) if tight else sum(needed)
     if policy == Policy.THREAD_CACHE:
         most += threads * (cache // CHUNK)  # what other threads keep never comes back

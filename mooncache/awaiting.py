@@ -1,0 +1,94 @@
+"""`await batch`: one eventfd an engine, watched by every event loop that awaits its batches.
+
+    worker finishes an awaited batch --> write(eventfd) --> a loop wakes --> futures of all finished batches, in all loops
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from mooncache.errors import Status
+from mooncache.kernels import calls
+
+
+class _Waiter(NamedTuple):
+    """A coroutine that awaits a batch."""
+
+    handle: int
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+
+
+class Awaiting:
+    """The event loops that wait for an engine's batches. `ctl` gives the calling thread's control block."""
+
+    def __init__(self, ctl: Callable[[], int]) -> None:
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._ctl = ctl
+        self._lock = threading.Lock()
+        self._waiters: dict[int, _Waiter] = {}
+        self._loops: set[asyncio.AbstractEventLoop] = set()
+
+    def finished(self, handle: int) -> asyncio.Future[None]:
+        """A future of the running event loop that is resolved when the batch is done, closed, or its engine is."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self._lock:
+            self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
+            loop.add_reader(self.event_fd, self._announce)
+        self._waiters[id(future)] = _Waiter(handle, loop, future)
+        future.add_done_callback(lambda f: self._waiters.pop(id(f), None))
+        if calls.await_finish(self._ctl(), handle) != Status.NOT_FINISHED:
+            future.set_result(None)
+        return future
+
+    def _announce(self) -> None:
+        """The eventfd was written: resolve the futures of all batches that are done, in whichever loop they are."""
+        with suppress(BlockingIOError):  # another event loop was faster
+            os.eventfd_read(self.event_fd)
+        for waiter in list(self._waiters.values()):
+            if calls.status(self._ctl(), waiter.handle) != Status.NOT_FINISHED:
+                self._resolve(waiter)
+
+    def _resolve(self, waiter: _Waiter) -> None:
+        if not _tell(waiter.loop, _set_result, waiter.future):
+            self._waiters.pop(id(waiter.future), None)
+
+    def release(self) -> None:
+        """The engine has closed: let go of everybody who still waits."""
+        for waiter in list(self._waiters.values()):
+            self._resolve(waiter)
+
+    def close(self) -> None:
+        """Close the eventfd, after every loop that watches it has stopped to: numbers of closed files are reused."""
+        with self._lock:
+            self._loops = {loop for loop in self._loops if _tell(loop, self._leave, loop)}
+            if not self._loops:
+                os.close(self.event_fd)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a loop: stop watching. The last one closes the eventfd."""
+        with self._lock:
+            loop.remove_reader(self.event_fd)
+            self._loops.discard(loop)
+            if not self._loops:
+                os.close(self.event_fd)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:
+    """Have a function called in an event loop; False when that loop is closed."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _set_result(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

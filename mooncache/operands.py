@@ -1,0 +1,96 @@
+"""What `write` and `read` take -> what kernels take; and, when a kernel refuses it, the words that say why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mooncache.errors import CapacityError, EngineClosed, Status, UsageError
+from mooncache.kernels.layout import Opcode
+from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
+from mooncache.kernels.state import RegionTable
+
+Operand = int | np.integer[Any] | np.ndarray
+
+
+def as_words(*values: int) -> tuple[int, ...]:
+    """Python integers that fit an int64, as they must for a kernel. Raises UsageError for one that does not."""
+    for value in values:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise UsageError(f"expected addresses and lengths below 2**63, got {value}")
+    return values
+
+
+def as_arrays(*operands: Any) -> tuple[np.ndarray, ...]:
+    """The operands as int64 arrays; a single value becomes an array of one, which holds for all requests.
+
+    Raises UsageError for arrays of unequal length, another dtype or shape, or anything that is no integer.
+    """
+    sizes = {o.size for o in operands if isinstance(o, np.ndarray)}
+    if len(sizes) > 1:
+        shapes = ", ".join(str(o.shape) if isinstance(o, np.ndarray) else "one value" for o in operands)
+        raise UsageError(f"expected arrays of equal length, got {shapes}")
+    n = sizes.pop() if sizes else 1
+    return tuple(_as_array(operand, n) for operand in operands)
+
+
+def _as_array(operand: Any, n: int) -> np.ndarray:
+    if isinstance(operand, np.ndarray):
+        array = operand.view(np.int64) if operand.dtype == np.uint64 else operand
+        if array.dtype != np.int64 or array.ndim != 1 or not array.flags.c_contiguous:
+            raise UsageError(
+                f"expected an int64 array of one contiguous dimension, got {array.dtype} of shape {array.shape}; "
+                "np.ascontiguousarray(x, dtype=np.int64) makes one"
+            )
+        return array
+    if isinstance(operand, int | np.integer) and not isinstance(operand, bool):
+        return np.full(min(n, 1), as_words(int(operand))[0], np.int64)
+    raise UsageError(f"expected an int64 array or an integer, got {type(operand).__name__}")
+
+
+def refusal(
+    status: Status, opcode: Opcode, request: int, operands: tuple[Any, ...], own: RegionTable, peer: RegionTable,
+    slots: int,
+) -> Exception:  # fmt: skip
+    """The exception for a submit that a kernel refused: which request, what was expected, what came.
+
+    Args:
+        request: index of the offending request.
+        operands: local addresses, remote addresses, lengths, as the kernel got them.
+        own, peer: the region tables of both sides.
+        slots: of this engine's pool.
+    """
+    if status == Status.TOO_LARGE:
+        return CapacityError(
+            f"the batch needs more slices than the pool has slots ({slots}) or more than {REQUESTS} requests; "
+            "split it, or give the engine more slices"
+        )
+    if status == Status.CLOSED:
+        return EngineClosed("the engine is closed")
+    if status == Status.HEAP_EMPTY:
+        return CapacityError("malloc has no more memory for slice objects")
+    local, remote, length = (int(o if isinstance(o, int) else o[request] if o.size > 1 else o[0]) for o in operands)
+    if status == Status.LENGTH:
+        return UsageError(f"request {request}: expected a length from 1 to {REQUEST_BYTES} bytes, got {length}")
+    here, there = ("source", "target") if opcode == Opcode.WRITE else ("target", "source")
+    mine = f"request {request}: the {here} range [{local:#x}, +{length})"
+    theirs = f"request {request}: the {there} range [{remote:#x}, +{length}): {peer.owner}"
+    if status == Status.SOURCE_NOT_REGISTERED:
+        return UsageError(f"{mine} is not inside this engine's registered regions: {nearest(own, local)}")
+    if status == Status.READ_ONLY:
+        return UsageError(f"{mine} is read-only memory; read into a writable buffer")
+    if status == Status.ACCESS_DENIED:
+        doing = "reading" if opcode == Opcode.READ else "writing"
+        return UsageError(f"{theirs} does not permit {doing}: {nearest(peer, remote)}")
+    return UsageError(f"{theirs} has not registered all of it: {nearest(peer, remote)}")
+
+
+def nearest(table: RegionTable, address: int) -> str:
+    """The regions on either side of an address, for a message."""
+    ranges = table.ranges()
+    if not ranges:
+        return "there are none"
+    near = sorted(ranges, key=lambda r: min(abs(address - r[0]), abs(address - r[0] - r[1])))[:2]
+    listed = " and ".join(f"[{base:#x}, +{length})" for base, length, _ in sorted(near))
+    return f"nearest of {len(ranges)}: {listed}"

@@ -1,0 +1,63 @@
+"""What an engine has done and holds: the counters of its actors, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mooncache.kernels import layout
+from mooncache.kernels.layout import Kind, Store, words_of
+from mooncache.kernels.state import Block, State
+from mooncache.limits import CHUNK_SLICES
+
+NS_PER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A look at an engine. Each figure is exact, but they are read one after another, the batches first.
+
+    Attributes:
+        counts: work done since the engine opened, by kind (`layout.Kind`, lower case).
+        capacity_slices, free_slices: slots of the pool; a batch holds whole chunks of 256.
+        high_water_slices: most slots ever in use at once.
+        open_batches: batches that hold a row: running, done and not closed, detached, or waiting for the reaper.
+        worker_busy_s: seconds each worker had something to do.
+        worker_freeing_s: of those, seconds each spent freeing slices.
+        caller_freeing_s, reaper_freeing_s: seconds callers and the reaper spent freeing slices.
+    """
+
+    counts: dict[str, int]
+    capacity_slices: int
+    free_slices: int
+    high_water_slices: int
+    open_batches: int
+    worker_busy_s: tuple[float, ...]
+    worker_freeing_s: tuple[float, ...]
+    caller_freeing_s: float
+    reaper_freeing_s: float
+
+
+def collect(state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block) -> Stats:
+    """The figures of an engine with these actors."""
+    open_batches = int(np.count_nonzero(state.batch_rows[:, layout.BATCH_STATE]))
+    blocks = [*callers, *workers, reaper]
+    # What a thread keeps for itself under thread_cache on the pool is free, though only for that thread.
+    kept = sum(int(b.words[layout.CACHE_COUNT]) for b in blocks) if state.settings.store == Store.POOL else 0
+    return Stats(
+        counts=words_of(Kind, sum((b.counters for b in blocks), np.zeros(len(Kind), np.int64))),
+        capacity_slices=state.settings.chunks * CHUNK_SLICES,
+        free_slices=state.free_slices + kept,
+        high_water_slices=state.high_water_slices,
+        open_batches=open_batches,
+        worker_busy_s=tuple(_seconds(b, layout.TIME_BUSY) for b in workers),
+        worker_freeing_s=tuple(_seconds(b, layout.TIME_FREEING) for b in workers),
+        caller_freeing_s=sum(_seconds(b, layout.TIME_FREEING) for b in callers),
+        reaper_freeing_s=_seconds(reaper, layout.TIME_FREEING),
+    )
+
+
+def _seconds(block: Block, field: int) -> float:
+    return int(block.words[field]) / NS_PER_S
