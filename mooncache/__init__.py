@@ -1,7 +1,7 @@
 """Moves LLM KV cache between machines, and predicts what that will cost. See README.md."""
 
 from mooncache.batch import Batch
-from mooncache.engine import Engine, Peer, Stats
+from mooncache.engine import Engine
 from mooncache.errors import (
     CapacityError,
     EngineClosed,
@@ -13,6 +13,8 @@ from mooncache.errors import (
     UsageError,
 )
 from mooncache.memory import Region
+from mooncache.peer import Peer
+from mooncache.stats import Stats
 
 __all__ = [
     "Batch",

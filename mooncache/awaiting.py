@@ -1,6 +1,7 @@
 """`await batch`: one eventfd an engine, watched by every event loop that awaits its batches.
 
-    worker finishes an awaited batch --> write(eventfd) --> a loop wakes --> futures of all finished batches, in all loops
+A worker that finishes an awaited batch writes to the eventfd; the loop that wakes resolves the futures of all finished
+batches, in whichever loop they are.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Batch:
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """`await batch` does what `wait()` does, without a thread: the engine's eventfd wakes the event loop."""
-        yield from self._engine.finished(self._handle).__await__()
+        yield from self._engine.awaiting.finished(self._handle).__await__()
         self._raise_for(calls.status(self._engine.ctl, self._handle))
         return self
 

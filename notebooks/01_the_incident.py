@@ -14,9 +14,10 @@
 # %% [markdown]
 # # The incident
 #
-# A 70B model on four accelerators sends its KV cache to a decode machine layer by layer, while it computes. Pages of one token
-# and K and V apart make 25,000 slices of 512 bytes a layer and rank, one RDMA work request each. A memory leak was fixed by deleting
-# each slice in the worker that polls completions, and every response became about half a second slower.
+# A 70B model on four accelerators sends its KV cache to a decode machine layer by layer, while it computes. Pages of
+# one token and K and V apart make 25,000 slices of 512 bytes a layer and rank, one RDMA work request each. A memory
+# leak was fixed by deleting each slice in the worker that polls completions, and every response became about half a second
+# slower.
 #
 # This notebook reproduces that, shows by which mechanism it happens, and what it takes to make it go away.
 
@@ -45,9 +46,10 @@ print(f"CPU costs: {calibration.name}, measured {calibration.measured} on {calib
 # %% [markdown]
 # ## What one slice costs
 #
-# The prices below were measured with the engine's own kernels and the real malloc. Without deletion a worker spends a few
-# nanoseconds a slice. An object freed in the thread that allocated it costs a little more; one freed in *another* thread while the
-# first goes on allocating fights for the arena's lock, and for cache lines that the other core touched last.
+# The prices below were measured with the engine's own kernels and the real malloc. Without deletion a worker spends a
+# few nanoseconds a slice. An object freed in the thread that allocated it costs a little more; one freed in *another*
+# thread while the first goes on allocating fights for the arena's lock, and for cache lines that the other core touched
+# last.
 
 # %%
 slices = scenario.workload.slices
@@ -67,13 +69,15 @@ plt.show()
 
 # %% [markdown]
 # A layer of 25,000 slices keeps the worker busy for the sum of its costs. The next layer is computed in
-# `prefill.layer_time`. As long as the first is smaller, transfers hide behind compute. Deletion in the worker pushes it over.
+# `prefill.layer_time`. As long as the first is smaller, transfers hide behind compute. Deletion in the worker pushes it
+# over.
 
 # %%
 layer_ms = scenario.prefill.layer_time / 1e9
 without = slices * (cost["post"] + cost["complete"]) / 1e6
 inline = without + slices * cost["free, heap,\nother thread"] / 1e6
-print(f"a layer is computed in {layer_ms:.1f} ms; the worker needs {without:.2f} ms for it, {inline:.2f} ms when it also frees")
+print(f"a layer is computed in {layer_ms:.1f} ms")
+print(f"the worker needs {without:.2f} ms for it, and {inline:.2f} ms when it also frees")
 
 # %% [markdown]
 # ## All stores and policies
@@ -87,7 +91,8 @@ print(found.verdict)
 by_name = {f"{p.store} + {p.policy}": p for p in found.policies}
 figure, axes = plt.subplots(figsize=(8, 4.5))
 names = list(by_name)
-axes.barh(names, [p.added_ms_mean for p in by_name.values()], xerr=[p.added_ms_ci95 or 0 for p in by_name.values()])
+added, error = zip(*((p.added_ms_mean, p.added_ms_ci95 or 0) for p in by_name.values()), strict=True)
+axes.barh(names, added, xerr=error)
 axes.invert_yaxis()
 axes.set_xlabel("added to a response, ms (against leak on the same store)")
 plt.show()
@@ -95,8 +100,9 @@ plt.show()
 # %% [markdown]
 # ## How the delay builds up
 #
-# Stall is the time from a layer being computed to its last slice having arrived. With deletion in the worker each layer adds the
-# difference between the worker's time and the layer's; with the pool every layer is sent long before the next one is ready.
+# Stall is the time from a layer being computed to its last slice having arrived. With deletion in the worker each layer
+# adds the difference between the worker's time and the layer's; with the pool every layer is sent long before the next
+# one is ready.
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.5))
@@ -117,7 +123,9 @@ freeing = np.array([p.worker_ns_per_slice * p.worker_free_share for p in by_name
 rest = np.array([p.worker_ns_per_slice for p in by_name.values()]) - freeing
 axes.barh(names, rest, color="#8c8c8c", label="post, poll, complete")
 axes.barh(names, freeing, left=rest, color="#dd8452", label="freeing")
-axes.axvline(scenario.prefill.layer_time / 1e3 / slices, color="black", linestyle=":", label="what a layer's compute leaves")
+axes.axvline(
+    scenario.prefill.layer_time / 1e3 / slices, color="black", linestyle=":", label="what a layer's compute leaves"
+)
 axes.invert_yaxis()
 axes.set_xlabel("worker time per slice, ns")
 axes.legend()

@@ -87,13 +87,11 @@ class Cluster:
         self.missing = np.full(requests, workload.layers * workload.ranks)  # layers yet to arrive
         self.left = requests
 
-    def run(self, progress: Callable[[int], None] | None = None) -> Outcome:
+    def run(self) -> Outcome:
         """Simulate until nothing is left to do: all is sent, closed, freed and decoded.
 
-        `progress` is told of each request that has its first token.
         Raises: UsageError if the threads of a rank wait for slots that nobody will give back.
         """
-        self.progress = progress
         self.env.process(self._arrivals())
         for index in range(len(self.ranks)):
             self.env.process(self._instance(index))
@@ -130,9 +128,7 @@ class Cluster:
                 yield self.env.timeout(compute)
                 for rank in self.ranks[index]:
                     rank.tasks.put(
-                        Layer(
-                            request.index, layer, request.slices, request.slice_bytes, self.env.now, self._arrived
-                        )
+                        Layer(request.index, layer, request.slices, request.slice_bytes, self.env.now, self._arrived)
                     )
 
     def _arrived(self, task: Layer) -> None:
@@ -147,5 +143,3 @@ class Cluster:
             self.outcome.response[task.request] = first_token - request.arrival_ps
             self.env.process(self.decode.serve(request))
             self.left -= 1
-            if self.progress is not None:
-                self.progress(task.request)

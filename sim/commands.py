@@ -81,9 +81,9 @@ def _run(jobs: Sequence[Job], processes: int | None, console: Console) -> list[R
 
 
 def calibrate(
-    output: Annotated[
-        Path, typer.Option(help="File to write; name it as `calibration:` in a scenario.")
-    ] = Path("calibration.json"),
+    output: Annotated[Path, typer.Option(help="File to write; name it as `calibration:` in a scenario.")] = Path(
+        "calibration.json"
+    ),
     name: Annotated[str, typer.Option(help="How reports call it.")] = "this machine",
 ) -> None:
     """Measure what the engine's work costs on this machine, for the simulation."""
@@ -94,4 +94,3 @@ def calibrate(
     calibration = measure(name, lambda part: console.print(f"measuring: {part}"))
     output.write_text(calibration.model_dump_json(indent=1) + "\n")
     console.print(f"wrote {output}", highlight=False)
-

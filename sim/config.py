@@ -259,9 +259,7 @@ def _override(source: Source, text: str) -> None:
     for name in sections:
         section = section.setdefault(name, {}) if isinstance(section, dict) else None
     if not isinstance(section, dict):
-        raise ConfigError(
-            Problem(place, path, f"expected a key inside a section, came {came(section)} there")
-        )
+        raise ConfigError(Problem(place, path, f"expected a key inside a section, came {came(section)} there"))
     replacement = read_yaml(value, lambda line: place)
     section[last] = replacement.data
     for key in [key for key in source.where if f"{key}.".startswith(f"{path}.")]:

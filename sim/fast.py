@@ -96,9 +96,7 @@ def _grid(step: int) -> int:
 class FastRank:
     """What `Rank` does, by batch: threads as SimPy processes, the worker as one equation."""
 
-    def __init__(
-        self, env: Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int
-    ) -> None:
+    def __init__(self, env: Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int) -> None:
         self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, policy == "leak"
         self.tasks = simpy.Store(env)
         self.free_at = 0  # when the worker is done with the last batch published

@@ -104,9 +104,7 @@ def measure(n: int, pairs: int, layers: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
 
     def threads(kernel_: Any, arguments: list[tuple[int, ...]], of: list[Block]) -> list[threading.Thread]:
-        return [
-            threading.Thread(target=kernel_, args=(b.ctl, *a)) for b, a in zip(of, arguments, strict=True)
-        ]
+        return [threading.Thread(target=kernel_, args=(b.ctl, *a)) for b, a in zip(of, arguments, strict=True)]
 
     objects, times = np.zeros((pairs, 2 * n), np.int64), np.zeros((2, pairs, layers), np.int64)
     boards = np.zeros((pairs, 16), np.int64)

@@ -26,9 +26,7 @@ class Transformer(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf
 
     name: str = "inline"
     layers: PositiveInt
-    parameters: float = Field(
-        gt=0
-    )  # active for one token, all layers; of a mixture of experts only those used
+    parameters: float = Field(gt=0)  # active for one token, all layers; of a mixture of experts only those used
     query_heads: PositiveInt
     kv_heads: PositiveInt = 1  # not used by MLA
     head_dim: PositiveInt  # elements of one head of V, and of Q and K before rope_dim
@@ -143,9 +141,7 @@ def slice_bytes(
     return math.ceil(buffer_bytes / slices)
 
 
-def layer_time_ps(
-    model: Transformer, computed: int, context: int, ranks: int, flops: int, efficiency: float
-) -> int:
+def layer_time_ps(model: Transformer, computed: int, context: int, ranks: int, flops: int, efficiency: float) -> int:
     """Picoseconds that one layer of prefill computes: an estimate from floating point operations.
 
         matrices:  2 * parameters / layers * computed

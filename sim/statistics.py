@@ -102,7 +102,5 @@ def _mean_and_error(samples: Sequence[float]) -> tuple[float, float | None]:
 
 def _log_ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
     if not 0 < len(a) == len(b) or not all(0 < sample < math.inf for sample in (*a, *b)):
-        raise UsageError(
-            f"expected two equally long rows of numbers above zero, came {list(a)} and {list(b)}"
-        )
+        raise UsageError(f"expected two equally long rows of numbers above zero, came {list(a)} and {list(b)}")
     return [math.log(x / y) for x, y in zip(a, b, strict=True)]

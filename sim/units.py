@@ -99,12 +99,8 @@ FLOP_RATE = Dimension(
 Duration = Annotated[int, BeforeValidator(DURATION.parse), PlainSerializer(DURATION.spell, when_used="json")]
 Bytes = Annotated[int, BeforeValidator(BYTES.parse), PlainSerializer(BYTES.spell, when_used="json")]
 BitRate = Annotated[int, BeforeValidator(BIT_RATE.parse), PlainSerializer(BIT_RATE.spell, when_used="json")]
-EventRate = Annotated[
-    int, BeforeValidator(EVENT_RATE.parse), PlainSerializer(EVENT_RATE.spell, when_used="json")
-]
-FlopRate = Annotated[
-    int, BeforeValidator(FLOP_RATE.parse), PlainSerializer(FLOP_RATE.spell, when_used="json")
-]
+EventRate = Annotated[int, BeforeValidator(EVENT_RATE.parse), PlainSerializer(EVENT_RATE.spell, when_used="json")]
+FlopRate = Annotated[int, BeforeValidator(FLOP_RATE.parse), PlainSerializer(FLOP_RATE.spell, when_used="json")]
 
 
 def format_duration(ps: float) -> str:

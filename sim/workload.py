@@ -70,9 +70,7 @@ def build_workload(scenario: config.Scenario, seed: int) -> Workload:
     else:
         workload = _of_prompts(scenario, asked, _trace_prompts(asked, seed), seed)
     for request in workload.requests:
-        _check_fits(
-            "engine.pool_slices", scenario.engine.pool_slices, request.slices, "slices of a layer", request
-        )
+        _check_fits("engine.pool_slices", scenario.engine.pool_slices, request.slices, "slices of a layer", request)
         _check_fits("decode.pages", scenario.decode.pages, request.pages, "pages", request)
     return workload
 
@@ -118,9 +116,7 @@ def _of_prompts(
     for index, (arrival, tokens, computed, output_tokens) in enumerate(rows):
         layer_time = prefill.layer_time
         if layer_time is None:
-            layer_time = layer_time_ps(
-                model, computed, tokens, cache.ranks, prefill.flops, prefill.efficiency
-            )
+            layer_time = layer_time_ps(model, computed, tokens, cache.ranks, prefill.flops, prefill.efficiency)
         requests.append(
             Request(
                 index=index,
@@ -156,8 +152,7 @@ def _trace_prompts(asked: config.Trace, seed: int) -> _Prompts:
     taken = slice(asked.start, None if asked.limit is None else asked.start + asked.limit)
     if asked.start >= trace.requests:
         raise UsageError(
-            f"workload.start: expected less than {trace.requests}, the requests of {asked.path}, "
-            f"came {asked.start}"
+            f"workload.start: expected less than {trace.requests}, the requests of {asked.path}, came {asked.start}"
         )
     notes = []
     width = bucket_width_ms(trace)
@@ -165,16 +160,12 @@ def _trace_prompts(asked: config.Trace, seed: int) -> _Prompts:
         notes.append(f"time stamps come in buckets of {width} ms; spread uniformly inside them by seed")
     elif width:
         notes.append(f"time stamps come in buckets of {width} ms and are replayed as they are: expect bursts")
-    arrival = spread(
-        trace.timestamp_ms, width if asked.spread == "auto" else 0, stream(seed, "trace", "spread")
-    )
+    arrival = spread(trace.timestamp_ms, width if asked.spread == "auto" else 0, stream(seed, "trace", "spread"))
     computed = trace.input_length
     if asked.prefix_cache == "infinite":
         computed = uncached_tokens(trace)
         share = 1 - computed[taken].sum() / trace.input_length[taken].sum()
-        notes.append(
-            f"an infinite prefix cache has {share:.1%} of the input tokens: they are sent, not computed"
-        )
+        notes.append(f"an infinite prefix cache has {share:.1%} of the input tokens: they are sent, not computed")
     return _Prompts(
         arrival[taken] - arrival[asked.start],
         trace.input_length[taken],
@@ -208,6 +199,4 @@ def _jittered(layer_time: int, layers: int, variation: float, seed: int, index: 
 
 def _check_fits(key: str, capacity: int | None, needed: int, noun: str, request: Request) -> None:
     if capacity is not None and needed > capacity:
-        raise UsageError(
-            f"{key}: expected at least {needed}, the {noun} of request {request.index}, came {capacity}"
-        )
+        raise UsageError(f"{key}: expected at least {needed}, the {noun} of request {request.index}, came {capacity}")

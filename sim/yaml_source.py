@@ -60,17 +60,13 @@ def read_yaml(text: bytes | str, locate: Callable[[int], str]) -> Source:
         return Source(None if root is None else _plain(root, "", where, set(), locate), where)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(
-            Problem(locate(line), "", f"expected YAML; its parser says: {error.problem}")
-        ) from None
+        raise ConfigError(Problem(locate(line), "", f"expected YAML; its parser says: {error.problem}")) from None
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(Problem(locate(1), "", f"expected YAML; its parser says: {reason}")) from None
 
 
-def _plain(
-    node: yaml.Node, key: str, where: dict[str, str], seen: set[int], locate: Callable[[int], str]
-) -> object:
+def _plain(node: yaml.Node, key: str, where: dict[str, str], seen: set[int], locate: Callable[[int], str]) -> object:
     """The node as dicts, lists and scalars; notes the place of each key on the way."""
 
     def refuse(expected: str, what: str, key: str = key, node: yaml.Node = node) -> ConfigError:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooncache import Engine, Stats
-from mooncache.engine import Operand
 from mooncache.errors import MooncacheError
 from mooncache.limits import CHUNK_SLICES
+from mooncache.operands import Operand
 from mooncache.providers.emulated import Nic
 
 FREE_WIRE = Nic(bits_per_s=10**15, messages_per_s=10**12, latency_ns=0, move_bytes=False)

@@ -128,6 +128,7 @@ class Kernel(Entry):
         return dispatcher
 
     def __call__(self, *arguments: Any) -> Any:
+        """Run it; compiles it first if nobody has."""
         return (self.compiled or self.ready())(*arguments)
 
 

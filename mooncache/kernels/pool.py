@@ -1,14 +1,14 @@
 """The slice pool: slots in chunks of 256, a batch owns a chain of whole chunks.
 
-    free list   SHARED_FREE_CHUNKS = tag << 24 | chunk + 1
-                     |
-                     v
-                   [ 7 ] --next--> [ 2 ] --next--> [ 9 ] --> -1
+free list   SHARED_FREE_CHUNKS = tag << 24 | chunk + 1
+                 |
+                 v
+               [ 7 ] --next--> [ 2 ] --next--> [ 9 ] --> -1
 
-    acquire(k) walks k links and moves the head with one compare-and-swap; release links a whole chain back with one
-    more. The tag rises at every change, so a head that was taken and put back in between is noticed (Treiber, Systems
-    Programming: Coping with Parallelism, 1986). Slots of a batch stay contiguous by chunk however long the engine
-    runs, so filling and posting stay sequential; index stacks scramble after a while (9-71 ns a slice, costs.md).
+acquire(k) walks k links and moves the head with one compare-and-swap; release links a whole chain back with one
+more. The tag rises at every change, so a head that was taken and put back in between is noticed (Treiber, Systems
+Programming: Coping with Parallelism, 1986). Slots of a batch stay contiguous by chunk however long the engine
+runs, so filling and posting stay sequential; index stacks scramble after a while (9-71 ns a slice, costs.md).
 """
 
 import numpy as np

@@ -107,9 +107,7 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
         return np.int64(-Status.CLOSED)  # no worker would take it
     if n > REQUESTS:
         return np.int64(-Status.TOO_LARGE)
-    slices = walk(
-        ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY
-    )
+    slices = walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY)
     if slices < 0:
         return slices
     if slices > word(ctl, CAPACITY):

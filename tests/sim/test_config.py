@@ -150,13 +150,11 @@ def test_scenarios_are_frozen_and_hashable(file: Path) -> None:
         ("nic: {zz: 1}", "12: nic.zz: expected a known key, came 'zz'; known: rate, message_rate, latency"),
         (
             "nic:\n  rate: 5",
-            "13: nic.rate: expected a bit rate such as '400Gbps' (units: bps, Kbps, Mbps, Gbps, Tbps), "
-            "came 5 (int)",
+            "13: nic.rate: expected a bit rate such as '400Gbps' (units: bps, Kbps, Mbps, Gbps, Tbps), came 5 (int)",
         ),
         (
             "reclaim: {period: 3 minutes}",
-            "12: reclaim.period: expected a duration such as '90ns' (units: ps, ns, us, ms, s), "
-            "came '3 minutes' (str)",
+            "12: reclaim.period: expected a duration such as '90ns' (units: ps, ns, us, ms, s), came '3 minutes' (str)",
         ),
         ("reclaim: {period: 0s}", "12: reclaim.period: expected a value greater than 0, came '0s' (str)"),
         ("seed: '4'", "12: seed: expected a valid integer, came '4' (str)"),
@@ -191,9 +189,7 @@ def test_scenarios_are_frozen_and_hashable(file: Path) -> None:
         ("---\na: 1", "12: expected YAML; its parser says: but found another document"),
     ],
 )
-def test_bad_lines_are_refused_with_file_line_key_expected_and_came(
-    file: Path, lines: str, message: str
-) -> None:
+def test_bad_lines_are_refused_with_file_line_key_expected_and_came(file: Path, lines: str, message: str) -> None:
     assert refusal(file, SHAPE + lines) == f"scenario.yaml:{message}"
 
 
@@ -250,15 +246,12 @@ def test_bad_models_are_refused(file: Path, override: str, message: str) -> None
 
 def test_ranks_that_cannot_share_the_heads_are_refused(file: Path) -> None:
     message = refusal(file, MODEL, "workload.ranks=3")
-    assert message.endswith(
-        "expected ranks that divide the 8 KV heads of llama3-70b, or a multiple of them, came 3"
-    )
+    assert message.endswith("expected ranks that divide the 8 KV heads of llama3-70b, or a multiple of them, came 3")
 
 
 def test_a_misspelt_dimension_of_an_inline_model_is_recognised(file: Path) -> None:
-    assert (
-        "workload.model.kvheads: expected a known key, came 'kvheads'; did you mean 'kv_heads'?"
-        in refusal(file, MODEL, "workload.model={kvheads: 3}")
+    assert "workload.model.kvheads: expected a known key, came 'kvheads'; did you mean 'kv_heads'?" in refusal(
+        file, MODEL, "workload.model={kvheads: 3}"
     )
 
 
@@ -271,9 +264,7 @@ def test_all_problems_are_reported_at_once(file: Path) -> None:
 
 def test_a_missing_key_is_placed_at_its_section(file: Path) -> None:
     lines = [line for line in SHAPE.splitlines() if "slices" not in line]
-    assert (
-        refusal(file, "\n".join(lines)) == "scenario.yaml:2: workload.slices: expected a value, came nothing"
-    )
+    assert refusal(file, "\n".join(lines)) == "scenario.yaml:2: workload.slices: expected a value, came nothing"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "null"])
@@ -317,16 +308,12 @@ def every_key(value: Any, path: str = "") -> list[str]:
     return [key for name, item in inside for key in (f"{path}{name}", *every_key(item, f"{path}{name}."))]
 
 
-KEYS = (
-    every_key(yaml.safe_load(SHAPE)) + [f"workload.model.{name}" for name in PRESETS] + ["nic.rate", "pairs"]
-)
+KEYS = every_key(yaml.safe_load(SHAPE)) + [f"workload.model.{name}" for name in PRESETS] + ["nic.rate", "pairs"]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(KEYS), value=PLAIN, kind=st.sampled_from([SHAPE, MODEL]))
-def test_any_value_anywhere_is_accepted_or_a_config_error(
-    file: Path, key: str, value: Any, kind: str
-) -> None:
+def test_any_value_anywhere_is_accepted_or_a_config_error(file: Path, key: str, value: Any, kind: str) -> None:
     problems: tuple[Problem, ...] = ()
     try:
         load(file, kind, f"{key}={json.dumps(value)}")

@@ -34,9 +34,7 @@ def test_page_1_at_tp4_is_the_shape_of_the_incident() -> None:
         ("kimi-k2", 68.625),
     ],
 )
-def test_presets_have_the_kv_bytes_of_their_published_configurations(
-    model: str, kib_per_token: float
-) -> None:
+def test_presets_have_the_kv_bytes_of_their_published_configurations(model: str, kib_per_token: float) -> None:
     shape = PRESETS[model]
     assert shape.layers * shape.buffers * token_bytes(shape, 1, "bf16") == kib_per_token * 1024
 
@@ -52,9 +50,7 @@ def test_presets_have_the_kv_bytes_of_their_published_configurations(
         ("deepseek-v3", 8, 8_192, 64, 256, 36_864),  # 72 KiB a page: cut in two
     ],
 )
-def test_slices_and_their_size(
-    model: str, ranks: int, tokens: int, page: int, slices: int, size: int
-) -> None:
+def test_slices_and_their_size(model: str, ranks: int, tokens: int, page: int, slices: int, size: int) -> None:
     assert slices_per_layer(PRESETS[model], tokens, page, ranks) == slices
     assert slice_bytes(PRESETS[model], tokens, page, ranks) == size
 
@@ -112,12 +108,8 @@ def test_the_demo_layer_of_3_ms_is_2800_tokens_computed_after_9700_cached() -> N
 @given(parts=st.lists(st.integers(1, 5_000), min_size=1, max_size=5))
 def test_computing_a_prompt_in_chunks_takes_as_long_as_at_once(parts: list[int]) -> None:
     ends = [sum(parts[: count + 1]) for count in range(len(parts))]
-    chunks = sum(
-        layer_time_ps(LLAMA_70B, part, end, 4, H100, 0.5) for part, end in zip(parts, ends, strict=True)
-    )
-    assert chunks == pytest.approx(
-        layer_time_ps(LLAMA_70B, sum(parts), sum(parts), 4, H100, 0.5), abs=len(parts)
-    )
+    chunks = sum(layer_time_ps(LLAMA_70B, part, end, 4, H100, 0.5) for part, end in zip(parts, ends, strict=True))
+    assert chunks == pytest.approx(layer_time_ps(LLAMA_70B, sum(parts), sum(parts), 4, H100, 0.5), abs=len(parts))
 
 
 def test_dimensions_are_checked() -> None:

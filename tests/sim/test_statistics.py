@@ -38,9 +38,7 @@ def test_intervals_equal_scipys(samples: list[float], confidence: float) -> None
 
 
 @given(samples=st.lists(POSITIVE, min_size=1, max_size=10), factor=st.floats(0.1, 10))
-def test_a_constant_factor_is_found_exactly_however_noisy_the_load(
-    samples: list[float], factor: float
-) -> None:
+def test_a_constant_factor_is_found_exactly_however_noisy_the_load(samples: list[float], factor: float) -> None:
     ratio, low, high = paired_ratio([factor * sample for sample in samples], samples)
     assert ratio == pytest.approx(factor)
     if low is not None:

@@ -57,9 +57,7 @@ def test_rows_become_columns(tmp_path: Path) -> None:
     assert trace.output_length.tolist() == [3, 3]
     assert trace.offsets.tolist() == [0, 2, 3]
     assert trace.hash_ids.tolist() == [0, 1, 0]
-    assert {column.dtype for column in (trace.timestamp_ms, trace.offsets, trace.hash_ids)} == {
-        np.dtype(np.int64)
-    }
+    assert {column.dtype for column in (trace.timestamp_ms, trace.offsets, trace.hash_ids)} == {np.dtype(np.int64)}
     assert len(trace.sha256) == 64
 
 
@@ -116,12 +114,7 @@ def test_an_empty_an_absent_and_a_binary_file_are_refused(tmp_path: Path) -> Non
 
 
 VALUES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=3)
-    | st.lists(st.integers(), max_size=3)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=3)
 )
 
 
@@ -163,9 +156,7 @@ def test_other_stamps_have_no_buckets(stamps: list[int]) -> None:
     width=st.integers(1, 5000),
     seed=st.integers(0, 10),
 )
-def test_spreading_keeps_the_order_and_every_request_in_its_bucket(
-    counts: list[int], width: int, seed: int
-) -> None:
+def test_spreading_keeps_the_order_and_every_request_in_its_bucket(counts: list[int], width: int, seed: int) -> None:
     stamps = [7 + bucket * width for bucket, count in enumerate(counts) for _ in range(count)]
     trace = make(stamps)
     arrival = spread(trace.timestamp_ms, width, stream(seed, "trace", "spread"))

@@ -197,9 +197,7 @@ def test_an_infinite_prefix_cache_saves_compute_but_not_slices(trace: dict[str, 
     assert warm.total_slices == cold.total_slices
     assert warm.requests[0].layer_ps[0] == cold.requests[0].layer_ps[0]
     assert warm.requests[1].layer_ps[0] < cold.requests[1].layer_ps[0] / 2
-    assert (
-        warm.notes[1] == "an infinite prefix cache has 67.1% of the input tokens: they are sent, not computed"
-    )
+    assert warm.notes[1] == "an infinite prefix cache has 67.1% of the input tokens: they are sent, not computed"
 
 
 def test_the_whole_conversation_trace_has_its_published_slice_count() -> None:
@@ -222,9 +220,7 @@ def test_a_layer_that_no_pool_could_hold_is_refused() -> None:
 
 
 def test_a_prompt_that_the_decode_side_could_never_take_is_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"decode\.pages: expected at least 1000, the pages of request 0, came 9"
-    ):
+    with pytest.raises(UsageError, match=r"decode\.pages: expected at least 1000, the pages of request 0, came 9"):
         build_workload(scenario(MODEL, decode={"pages": 9}), 1)
 
 
@@ -234,9 +230,7 @@ def test_a_start_beyond_the_trace_is_refused(trace: dict[str, object]) -> None:
 
 
 def test_arrivals_beyond_int64_are_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"workload\.arrival\.every: expected requests x every up to .*, came"
-    ):
+    with pytest.raises(UsageError, match=r"workload\.arrival\.every: expected requests x every up to .*, came"):
         build_workload(scenario({**SHAPE, "requests": 1_000_000, "arrival": {"every": "1s"}}), 1)
 
 
