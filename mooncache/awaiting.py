@@ -34,12 +34,16 @@ class Awaiting:
         self._lock = threading.Lock()
         self._waiters: dict[int, _Waiter] = {}
         self._loops: set[asyncio.AbstractEventLoop] = set()
+        self._closed = False
 
     def finished(self, handle: int) -> asyncio.Future[None]:
         """A future of the running event loop that is resolved when the batch is done, closed, or its engine is."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
+            if self._closed:
+                future.set_result(None)
+                return future
             self._loops = {known for known in self._loops if not known.is_closed()} | {loop}
             loop.add_reader(self.event_fd, self._announce)
         self._waiters[id(future)] = _Waiter(handle, loop, future)
@@ -68,6 +72,7 @@ class Awaiting:
     def close(self) -> None:
         """Close the eventfd, after every loop that watches it has stopped to: numbers of closed files are reused."""
         with self._lock:
+            self._closed = True
             self._loops = {loop for loop in self._loops if _tell(loop, self._leave, loop)}
             if not self._loops:
                 os.close(self.event_fd)

@@ -16,8 +16,8 @@
 #
 # A 70B model on four accelerators sends its KV cache to a decode machine layer by layer, while it computes. Pages of
 # one token and K and V apart make 25,000 slices of 512 bytes a layer and rank, one RDMA work request each. A memory
-# leak was fixed by deleting each slice in the worker that polls completions, and every response became about half a second
-# slower.
+# leak was fixed by deleting each slice in the worker that polls completions, and every response became about half a
+# second slower.
 #
 # This notebook reproduces that, shows by which mechanism it happens, and what it takes to make it go away.
 

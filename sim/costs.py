@@ -52,7 +52,7 @@ class _Strict(BaseModel, extra="forbid", frozen=True):
 
 
 class Point(_Strict):
-    """One measurement: the median of its repeats and their spread, ns per unit."""
+    """One measurement: the mean of its repeats without the outer 5 % at either end, and their spread; ns per unit."""
 
     slices: int = Field(ge=1)  # in the batch
     pairs: int = Field(default=1, ge=1)  # submitter and worker pairs on one malloc arena

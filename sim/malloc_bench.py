@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import threading
 from typing import Any
@@ -85,9 +86,13 @@ def alternate(ctl, freeing, objects, n, times):
 
 
 def run(threads: list[threading.Thread]) -> None:
-    """Start all, wait for all."""
-    for thread in threads:
+    """Start all, each on the next core in turn, and wait for all. A pair that shared a core would never contend."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    for i, thread in enumerate(threads):
+        os.sched_setaffinity(0, {cores[i % len(cores)]})  # a thread starts where its parent is bound
         thread.start()
+    os.sched_setaffinity(0, before)
     for thread in threads:
         thread.join()
 
@@ -112,17 +117,15 @@ def measure(n: int, pairs: int, layers: int) -> dict[str, list[float]]:
     for k in kernels:
         k.ready()
     alternate.ready()
-    run(
-        [
-            thread
-            for side, k in enumerate(kernels)
-            for thread in threads(
-                k,
-                [(address_of(boards[p]), address_of(objects[p]), n, address_of(times[side, p])) for p in range(pairs)],
-                blocks[side::2],
-            )
-        ]
-    )
+    sides = [
+        threads(
+            k,
+            [(address_of(boards[p]), address_of(objects[p]), n, address_of(times[side, p])) for p in range(pairs)],
+            blocks[side::2],
+        )
+        for side, k in enumerate(kernels)
+    ]
+    run([thread for pair in zip(*sides, strict=True) for thread in pair])
     found["allocate_contended"], found["free_contended"] = per_slice(times[0], n), per_slice(times[1], n)
     own = np.zeros((pairs, 2, layers), np.int64)
     run(threads(alternate, [(1, address_of(objects[p]), n, address_of(own[p])) for p in range(pairs)], blocks[:pairs]))

@@ -28,6 +28,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "SIZES", SIZES)
         patch.setattr(calibrate, "PAIRS", PAIRS_ON_AN_ARENA)
+        patch.setattr(calibrate, "PROCESSES", 1)
         patch.setattr(calibrate, "repeats_for", lambda slices: 15)
         result = CliRunner().invoke(app, ["calibrate", "--output", str(path), "--name", "here"])
     assert result.exit_code == 0, result.output
