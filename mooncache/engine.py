@@ -15,6 +15,7 @@ from mooncache.batch import Batch
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
 from mooncache.kernels import calls, jit, layout, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy, Store
+from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, Settings, State
 from mooncache.limits import CHUNK_SLICES
 from mooncache.memory import ACCESS, Range, Region, range_of
@@ -182,11 +183,16 @@ class Engine:
             return peer
 
     def refresh(self, name: str) -> None:
-        """Look at a peer's regions again, since it refused one that this engine believed in. No error if it is gone."""
+        """Look at a peer again, since it refused what this engine believed it had. No error if it is gone."""
         with suppress(TransportError):
-            regions = directory.look_up(name, self.provider.name).regions
-            with self._lock:
-                self._peers[name].refresh(regions)
+            self._look_again(self._peers[name])
+
+    def _look_again(self, peer: Peer) -> None:
+        """Learn what a peer has registered by now; it may even be another engine, opened under the same name."""
+        described = directory.look_up(peer.name, self.provider.name)
+        with self._lock:
+            self.provider.connect(described)
+            peer.refresh(described.regions)
 
     # ------------------------------------------------------------------------------ transfers
     def write(
@@ -257,9 +263,7 @@ class Engine:
                 self._wait_for_capacity(ctl, status, deadline, bell)
             elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not refreshed:
                 refreshed = True
-                regions = directory.look_up(peer.name, self.provider.name).regions
-                with self._lock:
-                    peer.refresh(regions)
+                self._look_again(peer)
             else:
                 raise refusal(
                     status, opcode, calls.refused_request(ctl), operands, self._state.regions, peer.table,
@@ -320,6 +324,8 @@ class Engine:
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
             _abandoned.append((self._state, self._workers, self._reaper, self.provider, self._peers))
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
+        for block in [*self._blocks.values(), *self._workers]:
+            thread_cache.drop(block.ctl)
         self.provider.close()
         self.awaiting.close()
 

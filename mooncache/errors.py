@@ -33,6 +33,7 @@ class Status(IntEnum):
     ACCESS_DENIED = 205
     TOO_LARGE = 206
     READ_ONLY = 207
+    OPERANDS_CHANGED = 208
     CANCELLED = 301
     TIMED_OUT = 302
     LOCAL_ERROR = 303

@@ -68,6 +68,8 @@ def refusal(
         )
     if status == Status.CLOSED:
         return EngineClosed("the engine is closed")
+    if status == Status.OPERANDS_CHANGED:
+        return UsageError("the arrays were written to by another thread during the call; nothing was submitted")
     if status == Status.HEAP_EMPTY:
         return CapacityError("malloc has no more memory for slice objects")
     local, remote, length = (int(o if isinstance(o, int) else o[request] if o.size > 1 else o[0]) for o in operands)

@@ -437,7 +437,6 @@ def test_writing_to_a_closed_peer_is_a_typed_failure(pair):
         pair.here.write(pair.peer, pair.local.address, 17, 8)
 
 
-@pytest.mark.xfail(raises=TransferFailed, reason="the queue pairs still lead to the device that was closed")
 def test_a_peer_that_was_closed_and_opened_again_under_its_name_is_reached(engines):
     here, there = engines("here"), engines("there")
     source, target = np.full(64, 7, np.uint8), np.zeros(64, np.uint8)

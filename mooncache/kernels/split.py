@@ -4,8 +4,9 @@
     slices     [ 0 .. 2      ]     [ 3    ][ 3   ]        3 is longer than a slice, or crosses a region's end
 
 The same walk runs twice: first it only checks and counts, so that a refused call has changed nothing; then, with the
-slots acquired, it fills them. A slice is at most `slice_bytes` long; a remainder of up to `tail_bytes` joins the slice
-before it; no slice crosses the end of a region.
+slots acquired, it fills them. Operands that another thread changes in between make it refuse, never overrun. A slice
+is at most `slice_bytes` long; a remainder of up to `tail_bytes` joins the slice before it; no slice crosses the end of
+a region.
 """
 
 import numpy as np
@@ -122,12 +123,14 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
                 take = slice_bytes
             done += take
             first = request
-            while request_end < done:
+            while request_end < done and request + 1 < i:
                 request += 1
                 request_end += length_of[request * length_step]
             if chunk >= 0:
                 if slot == end:
                     chunk = next_[chunk]
+                    if chunk < 0:
+                        return np.int64(-Status.OPERANDS_CHANGED)
                     slot, end = chunk * SLOTS, chunk * SLOTS + used[chunk]
                 column_source[slot] = source
                 column_target[slot] = target
@@ -143,7 +146,7 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
             source += take
             target += take
             left -= take
-            if request_end == done and left > 0:
+            if request_end == done and left > 0 and request + 1 < i:
                 request += 1
                 request_end += length_of[request * length_step]
     return slices

@@ -118,14 +118,16 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
     if slices > 0 and not acquire(ctl, row, slot_of(ctl, row), slices):
         give_up(ctl, row)
         return np.int64(-Status.POOL_EMPTY)
+    first = peek(row + BATCH_FIRST * WORD)
+    filled = walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, first)
+    if filled != slices:  # another thread wrote to the operands between the two walks
+        give_up(ctl, row)
+        return np.int64(-Status.OPERANDS_CHANGED)
     if word(ctl, STORE) == Store.HEAP and not allocate_objects(ctl, row):
         give_up(ctl, row)
         return np.int64(-Status.HEAP_EMPTY)
     account(ctl, Kind.BATCHES_SUBMITTED, 1)
     account(ctl, Kind.REQUESTS, n)
-    if slices > 0:
-        first = peek(row + BATCH_FIRST * WORD)
-        walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, first)
     account(ctl, Kind.SLICES_FILLED, slices)
     poke(row + BATCH_SLICES * WORD, slices)
     poke(row + BATCH_REMAINING * WORD, slices)

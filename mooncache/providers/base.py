@@ -61,7 +61,11 @@ class Provider(ABC):
 
     @abstractmethod
     def connect(self, peer: Descriptor) -> list[int]:
-        """Connect to a peer; returns the address of one `ibv_qp` a worker. Raises TransportError."""
+        """Connect to a peer; returns the address of one `ibv_qp` a worker.
+
+        A peer that was connected before under its name, and may have been opened anew since, keeps its queue pairs:
+        from now on they lead to what `peer` describes. Raises TransportError.
+        """
 
     @abstractmethod
     def close(self) -> None:

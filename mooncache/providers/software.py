@@ -141,15 +141,22 @@ class Queue:
 
     def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
         entries = power_of_two(depth)
-        self.keys = keys  # keeps the target's table alive
+        self.keys: list[KeyTable] = []  # of the target, and of those closed under its name, which a post may still read
         self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
         self.ring = aligned(entries * entry_words)
         self.words = aligned(QUEUE_WORDS)
-        self.words[[Q_MASK, Q_LIMIT, Q_RING, Q_KEYS]] = entries - 1, depth, address_of(self.ring), keys.address
+        self.words[[Q_MASK, Q_LIMIT, Q_RING]] = entries - 1, depth, address_of(self.ring)
+        self.lead_to(keys)
         self.qp = aligned(QP_BYTES // WORD)
         self.qp[0] = address_of(context)
         self.qp[QP_QP_CONTEXT // WORD] = address_of(self.words)
         _queues.add(self)
+
+    def lead_to(self, keys: KeyTable) -> None:
+        """Let what is posted from now on reach the device with this key table."""
+        if keys not in self.keys:
+            self.keys.append(keys)
+        self.words[Q_KEYS] = keys.address
 
     @property
     def outstanding(self) -> int:
@@ -174,8 +181,8 @@ class SoftwareProvider(Provider):
 
     def __init__(self) -> None:
         self.keys = KeyTable()
-        self.queues: list[list[Queue]] = []
-        self._closed = False
+        self.queues: list[list[Queue]] = []  # [worker][peer]
+        self.peers: dict[str, int] = {}
 
     def open(self, workers: int, queue_depth: int) -> list[int]:
         """See `Provider.open`."""
@@ -215,18 +222,25 @@ class SoftwareProvider(Provider):
                 f"provider {self.name!r} reaches engines of the same process only; peer {peer.name!r} "
                 f"uses provider {peer.provider!r} elsewhere"
             )
-        if len(self.queues[0]) >= limits.PEERS:
+        if peer.name not in self.peers:
+            self._add_queues(peer.name, data.keys)
+        ours = [queues[self.peers[peer.name]] for queues in self.queues]
+        for queue in ours:
+            queue.lead_to(data.keys)
+        return [address_of(queue.qp) for queue in ours]
+
+    def _add_queues(self, name: str, keys: KeyTable) -> None:
+        """One queue a worker for a new peer, entered into the worker's list."""
+        index = len(self.peers)
+        if index >= limits.PEERS:
             raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
-        addresses = []
         for worker, queues in enumerate(self.queues):
-            queue = Queue(self.context, data.keys, self.depth, self.entry_words)
+            queue = Queue(self.context, keys, self.depth, self.entry_words)
             self.prepare(queue, worker)
             queues.append(queue)
-            listed = self.lists[worker]
-            listed[CQ_QUEUES + len(queues) - 1] = address_of(queue.words)
-            listed[CQ_COUNT] = len(queues)
-            addresses.append(address_of(queue.qp))
-        return addresses
+            self.lists[worker][CQ_QUEUES + index] = address_of(queue.words)
+            self.lists[worker][CQ_COUNT] = index + 1
+        self.peers[name] = index
 
     @abstractmethod
     def prepare(self, queue: Queue, worker: int) -> None:

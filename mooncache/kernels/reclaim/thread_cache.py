@@ -9,9 +9,11 @@ from mooncache.kernels.account import account, raise_word, word
 from mooncache.kernels.atomics import i16, i64, peek, poke
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
+    ACTOR,
     BATCH_FIRST,
     CACHE_COUNT,
     CACHE_FIRST,
+    CACHE_OBJECTS,
     CACHE_SLICES,
     CHUNK_LIVE,
     CHUNK_NEXT,
@@ -23,8 +25,8 @@ from mooncache.kernels.layout import (
     Slice,
     Store,
 )
-from mooncache.kernels.pool import mark_free, release_chunk, unlink
-from mooncache.kernels.reclaim.base import free_chunk
+from mooncache.kernels.pool import give_back, mark_free, release_chunk, unlink
+from mooncache.kernels.reclaim.base import free_chunk, free_each
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 
@@ -63,7 +65,10 @@ def keep_objects(ctl, row, chunk):
 
 @kernel
 def on_close(ctl, row):
-    """Fill the thread's cache first, free the rest."""
+    """Fill the thread's cache first, free the rest. A worker, which never submits, keeps nothing."""
+    if word(ctl, ACTOR) >= 0:
+        free_each(ctl, row)
+        return
     chunk = peek(row + BATCH_FIRST * WORD)
     while chunk >= 0:
         after = i64(word(ctl, CHUNK_NEXT))[chunk]
@@ -74,3 +79,20 @@ def on_close(ctl, row):
         else:
             free_chunk(ctl, row, chunk)
         chunk = after
+
+
+@kernel("int64(int64)")
+def drop(ctl):
+    """Free what this thread keeps, objects and chunks; returns how many slices. When its engine closes."""
+    kept = word(ctl, CACHE_COUNT)
+    if word(ctl, STORE) == Store.HEAP:
+        for i in range(kept):
+            heap.delete_object(ctl, i64(word(ctl, CACHE_OBJECTS))[i])
+    chunk = word(ctl, CACHE_FIRST)
+    while chunk >= 0:
+        after = i64(word(ctl, CHUNK_NEXT))[chunk]
+        give_back(ctl, chunk, chunk, 1)
+        chunk = after
+    poke(ctl + CACHE_FIRST * WORD, -1)
+    poke(ctl + CACHE_COUNT * WORD, 0)
+    return kept
