@@ -266,7 +266,7 @@ def _verdict(scenario: Scenario, policies: list[PolicyResult], workload: Workloa
     sentence = f"Choose {name(best)}: it adds {max(0.0, best.added_ms_mean):.1f} ms to a response"
     if worst is best or worst.added_ms_mean < 1:
         return f"{sentence}, and no other placement that was compared adds more than 1 ms."
-    return f"{sentence}; {name(worst)} adds {worst.added_ms_mean:.0f} ms, because {_mechanism(worst, workload)}."
+    return f"{sentence}; {name(worst)} adds {worst.added_ms_mean:,.0f} ms, because {_mechanism(worst, workload)}."
 
 
 def _mechanism(worst: PolicyResult, workload: Workload) -> str:
