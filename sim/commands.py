@@ -45,7 +45,10 @@ def compare(
     if trace is not None:
         kind = asked.workload.kind
         if kind != "trace":
-            raise UsageError(f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}")
+            raise UsageError(
+                f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}; "
+                "configs/conversation_trace.yaml is one"
+            )
         asked = load_scenario(scenario, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
     load_calibration(asked.calibration)
     jit.prewarm()

@@ -71,9 +71,19 @@ def print_table(comparison: Comparison, console: Console) -> None:
     console.print(f"\n[bold]{comparison.verdict}[/bold]", highlight=False)
 
 
+def ratio(policy: PolicyResult) -> str:
+    """Response time as a multiple of pool + bulk's, paired by replication, with its interval and p value."""
+    if policy.response_ratio is None:
+        return "-"
+    if policy.response_ratio_ci95 is None or policy.response_p_value is None:
+        return f"{policy.response_ratio:.3f}"
+    low, high = policy.response_ratio_ci95
+    return f"{policy.response_ratio:.3f} ({low:.3f} to {high:.3f}; p = {policy.response_p_value:.2g})"
+
+
 def markdown(comparison: Comparison) -> str:
     """summary.md."""
-    titles = [title for title, _ in COLUMNS]
+    titles = [*(title for title, _ in COLUMNS), "response ratio"]
     lines = [
         f"# {comparison.scenario.name}",
         "",
@@ -83,9 +93,11 @@ def markdown(comparison: Comparison) -> str:
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
-        *("| " + " | ".join(row(policy)) + " |" for policy in comparison.policies),
+        *("| " + " | ".join([*row(policy), ratio(policy)]) + " |" for policy in comparison.policies),
         "",
-        *(f"- {title}: {meaning}" for title, meaning in COLUMNS[2:]),
+        *(f"- {title}: {meaning}" for title, meaning in COLUMNS[1:]),
+        "- response ratio: mean response time as a multiple of pool + bulk's, paired by replication; 95 % interval, "
+        "and p value corrected for the number of pairs (Holm)",
         *(f"- {note}" for note in comparison.notes),
         f"- seed {comparison.scenario.seed}, {comparison.scenario.replications} replications, "
         f"{comparison.slices:,} slices simulated ({comparison.scenario.mode} mode)",

@@ -173,7 +173,10 @@ def cold() -> bool:
 
 def prewarm() -> None:
     """Make every entry point ready; one line on stderr when that means compiling for the first time."""
-    told = cold() and sys.stderr is not None and sys.stderr.isatty()
+    missing = cold()
+    told = missing and sys.stderr is not None and sys.stderr.isatty()
+    if missing:
+        log.info("compiling kernels into %s: once, about half a minute", cache_dir())
     for done, entry in enumerate(list(_entries)):
         if told:
             print(f"\rmooncache: compiling kernels, once: {done}/{len(_entries)} ", end="", file=sys.stderr)
