@@ -26,11 +26,16 @@ class _Waiter(NamedTuple):
 
 
 class Awaiting:
-    """The event loops that wait for an engine's batches. `ctl` gives the calling thread's control block."""
+    """The event loops that wait for an engine's batches.
 
-    def __init__(self, ctl: Callable[[], int]) -> None:
+    Attributes:
+        event_fd: what workers write to.
+        ctl: address of a control block of the engine; any will do, since looking at a batch changes no counter.
+    """
+
+    def __init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._ctl = ctl
+        self.ctl = 0
         self._lock = threading.Lock()
         self._waiters: dict[int, _Waiter] = {}
         self._loops: set[asyncio.AbstractEventLoop] = set()
@@ -48,7 +53,7 @@ class Awaiting:
             loop.add_reader(self.event_fd, self._announce)
         self._waiters[id(future)] = _Waiter(handle, loop, future)
         future.add_done_callback(lambda f: self._waiters.pop(id(f), None))
-        if calls.await_finish(self._ctl(), handle) != Status.NOT_FINISHED:
+        if calls.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
             future.set_result(None)
         return future
 
@@ -57,7 +62,7 @@ class Awaiting:
         with suppress(BlockingIOError):  # another event loop was faster
             os.eventfd_read(self.event_fd)
         for waiter in list(self._waiters.values()):
-            if calls.status(self._ctl(), waiter.handle) != Status.NOT_FINISHED:
+            if calls.status(self.ctl, waiter.handle) != Status.NOT_FINISHED:
                 self._resolve(waiter)
 
     def _resolve(self, waiter: _Waiter) -> None:

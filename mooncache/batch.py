@@ -11,6 +11,7 @@ import numpy as np
 
 from mooncache.errors import REASON, EngineClosed, Failure, Status, TransferFailed, UsageError
 from mooncache.kernels import calls, layout
+from mooncache.operands import deadline_ns
 
 if TYPE_CHECKING:
     from mooncache.engine import Engine
@@ -97,11 +98,11 @@ class Batch:
             TransferFailed: some requests failed, the others arrived.
             UsageError: the batch is closed. EngineClosed: the engine is.
         """
-        deadline = None if timeout is None else monotonic_ns() + round(timeout * 1e9)
+        deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
         status = calls.status(ctl, handle)
         while status == Status.NOT_FINISHED:
-            left = NAP_NS if deadline is None else min(NAP_NS, deadline - monotonic_ns())
+            left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
             if left <= 0:
                 raise TimeoutError(f"{self!r} was not done within {timeout} s")
             status = calls.wait(ctl, handle, left)

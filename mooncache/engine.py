@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from mooncache.awaiting import Awaiting
-from mooncache.batch import Batch
+from mooncache.batch import NAP_NS, Batch
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
 from mooncache.kernels import calls, jit, layout, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy, Store
@@ -19,7 +19,7 @@ from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, Settings, State
 from mooncache.limits import CHUNK_SLICES
 from mooncache.memory import ACCESS, Range, Region, range_of
-from mooncache.operands import Operand, as_arrays, as_words, refusal
+from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import Descriptor, Provider, RemoteRegion
 from mooncache.providers.emulated import Emulated
@@ -57,11 +57,12 @@ class Engine:
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
         with ExitStack() as undo:  # if anything below fails, what stands above it is given back
-            self.awaiting = Awaiting(lambda: self.ctl)
+            self.awaiting = Awaiting()
             undo.callback(self.awaiting.close)
             self._state = State(self._settings, event_fd=self.awaiting.event_fd)
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
+            self.awaiting.ctl = self._reaper.ctl
             queues = self.provider.open(self._settings.workers, self._settings.queue_depth)
             undo.callback(self.provider.close)
             self._state.worker_rows[:, layout.WORKER_CQ] = queues
@@ -231,7 +232,7 @@ class Engine:
         if self.closed:
             self._check_open()
         to = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer) or self.connect(peer)
-        deadline = 0 if timeout is None else monotonic_ns() + round(timeout * 1e9)
+        deadline = deadline_ns(timeout)
         ctl = self.ctl
         if type(local) is int and type(remote) is int and type(length) is int:
             operands: tuple[Any, ...] = as_words(local, remote, length)
@@ -271,7 +272,7 @@ class Engine:
                 )  # fmt: skip
 
     def _wait_for_capacity(self, ctl: int, status: Status, deadline: int, bell: int) -> None:
-        left = 100_000_000 if deadline == 0 else min(100_000_000, deadline - monotonic_ns())
+        left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
         if left <= 0 or self._settings.policy == Policy.LEAK:
             what = "batch rows" if status == Status.BATCHES_EMPTY else "slots"
             why = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic_ns
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from mooncache.kernels.layout import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
 from mooncache.kernels.state import RegionTable
 
+LONGEST_S = 3.2e9  # 100 years, so that no clock in ns overflows
 Operand = int | np.integer[Any] | np.ndarray
 
 
@@ -47,6 +49,18 @@ def _as_array(operand: Any, n: int) -> np.ndarray:
     if isinstance(operand, int | np.integer) and not isinstance(operand, bool):
         return np.full(min(n, 1), as_words(int(operand))[0], np.int64)
     raise UsageError(f"expected an int64 array or an integer, got {type(operand).__name__}")
+
+
+def deadline_ns(timeout: Any) -> int:
+    """When a timeout of so many seconds from now ends, on CLOCK_MONOTONIC; 0 for None, which is no limit.
+
+    A negative one has passed already. Raises UsageError for anything but a finite number of seconds.
+    """
+    if timeout is None:
+        return 0
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not abs(timeout) < LONGEST_S:
+        raise UsageError(f"expected a timeout in seconds, or None for no limit, got {timeout!r}")
+    return monotonic_ns() + round(max(0, timeout) * 1e9)
 
 
 def refusal(

@@ -1209,3 +1209,25 @@ print("end")
 """
     done = run_python(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), float("inf"), "1", True])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused_and_nothing_submitted(engines, timeout):
+    here, there = engines("here"), engines("there")
+    local, remote = here.register(np.zeros(8, np.uint8)), there.register(np.zeros(8, np.uint8))
+    with pytest.raises(UsageError, match="timeout in seconds"):
+        here.write("there", local.address, remote.address, 8, timeout=timeout)
+    assert here.stats().counts["batches_submitted"] == 0
+    with here.write("there", local.address, remote.address, 8) as batch:
+        with pytest.raises(UsageError, match="timeout in seconds"):
+            batch.wait(timeout)
+        batch.wait(20)
+
+
+def test_a_forgotten_engine_closes_itself(engines):
+    """Nothing in it refers back to it, so it goes with its last reference."""
+    engine = Engine("forgotten")
+    threads = list(engine._threads)
+    del engine
+    assert not any(thread.is_alive() for thread in threads)
+    Engine("forgotten").close()
