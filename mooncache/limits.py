@@ -41,9 +41,6 @@ PEERS = 256
 WORKERS = 16
 """Worker threads of one engine."""
 
-API_THREADS = 64
-"""Python threads that use one engine at the same time."""
-
 QUEUE_DEPTH = 512
 """Work requests outstanding on one queue pair: two of the upstream's 256-deep queue pairs."""
 

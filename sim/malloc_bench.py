@@ -35,7 +35,7 @@ def allocate_layer(ctl, objects, n):
     """Make `n` objects; ns."""
     start = clock(ctl)
     for i in range(n):
-        objects[i] = new_object(ctl, 0)
+        objects[i] = new_object(ctl)
     return clock(ctl) - start
 
 

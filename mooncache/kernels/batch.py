@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wake, load, peek, poke, store
+from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wake, load, poke, store
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -168,9 +168,3 @@ def finish(ctl, row):
 def finished(row):
     """Whether all slices of a batch that is not closed are answered."""
     return load(row + BATCH_STATE * WORD) == RECLAIMABLE
-
-
-@kernel
-def owned(row):
-    """Whether a batch's chain still has chunks."""
-    return peek(row + BATCH_FIRST * WORD) >= 0

@@ -8,7 +8,7 @@ whatever the policy says. In the simulation MALLOC is 0 and only the account of 
 import numpy as np
 
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import call_word, fill_bytes, i64, peek, poke
+from mooncache.kernels.atomics import call_word, fill_bytes, i32, i64, peek, poke
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     CACHE_COUNT,
@@ -18,10 +18,16 @@ from mooncache.kernels.layout import (
     MALLOC,
     OBJECT_BATCH,
     OBJECT_BYTES,
+    OBJECT_LENGTH,
+    OBJECT_SOURCE,
     OBJECT_STATE,
     OBJECT_STRING,
     OBJECT_STRING_LENGTH,
+    OBJECT_TARGET,
+    SLICE_LENGTH,
     SLICE_OBJECT,
+    SLICE_SOURCE,
+    SLICE_TARGET,
     STRING_BYTES,
     WORD,
     Kind,
@@ -31,7 +37,7 @@ LETTER = 109  # what the path string is made of
 
 
 @kernel
-def new_object(ctl, batch):
+def new_object(ctl):
     """One slice object with its string, all bytes written, from malloc. 0 when malloc has no more."""
     object_ = call_word(word(ctl, MALLOC), OBJECT_BYTES)
     if object_ == 0:
@@ -42,10 +48,18 @@ def new_object(ctl, batch):
         return 0
     fill_bytes(object_, 0, OBJECT_BYTES)
     fill_bytes(string, LETTER, STRING_BYTES)
-    poke(object_ + OBJECT_BATCH, batch)
     poke(object_ + OBJECT_STRING, string)
     poke(object_ + OBJECT_STRING_LENGTH, STRING_BYTES)
     return object_
+
+
+@kernel
+def fill_object(ctl, object_, batch, slot):
+    """Copy what the slot's columns say into its object."""
+    poke(object_ + OBJECT_SOURCE, i64(word(ctl, SLICE_SOURCE))[slot])
+    poke(object_ + OBJECT_TARGET, i64(word(ctl, SLICE_TARGET))[slot])
+    poke(object_ + OBJECT_LENGTH, np.int64(i32(word(ctl, SLICE_LENGTH))[slot]))
+    poke(object_ + OBJECT_BATCH, batch)
 
 
 @kernel
@@ -57,7 +71,7 @@ def delete_object(ctl, object_):
 
 @kernel
 def allocate(ctl, batch, slot, n):
-    """Make `n` slice objects for the slots from `slot` on; the thread's cache is emptied first.
+    """Make and fill `n` slice objects for the slots from `slot` on; the thread's cache is emptied first.
 
     Returns how many could be made; fewer than `n` only when malloc has no more.
     """
@@ -70,14 +84,13 @@ def allocate(ctl, batch, slot, n):
         return n
     objects, cached = i64(word(ctl, SLICE_OBJECT)), i64(word(ctl, CACHE_OBJECTS))
     top = word(ctl, CACHE_COUNT)
-    for i in range(reused):
-        objects[slot + i] = cached[top + i]
-        poke(cached[top + i] + OBJECT_BATCH, batch)
-    for i in range(reused, n):
-        objects[slot + i] = new_object(ctl, batch)
-        if objects[slot + i] == 0:
+    for i in range(n):
+        object_ = cached[top + i] if i < reused else new_object(ctl)
+        if object_ == 0:
             raise_word(word(ctl, COUNTERS) + Kind.HEAP_ALLOCATED * WORD, i - n)
             return np.int64(i)
+        fill_object(ctl, object_, batch, slot + i)
+        objects[slot + i] = object_
     return n
 
 

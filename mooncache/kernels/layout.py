@@ -180,7 +180,6 @@ WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
 GATHERS = _next()  # worker: ibv_sge[CHAIN]
 COMPLETIONS = _next()  # worker: ibv_wc[POLL_LOT]
 RUN = _next()  # worker: int64[POLL_LOT], slots completed by one poll
-FIRST_ACTOR_WORD = ACTOR
 BLOCK_WORDS = -(-_next() // 8) * 8
 
 # ------------------------------------------------------------------ SHARED: one cache line a word

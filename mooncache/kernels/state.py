@@ -10,7 +10,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Access, Kind, Policy, Store, aligned
+from mooncache.kernels.layout import WORD, Kind, Policy, Store, aligned
 from mooncache.kernels.ring import new_ring
 from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
 
@@ -298,6 +298,3 @@ class State:
     def high_water_slices(self) -> int:
         """Most slots ever in use at once, in whole chunks."""
         return (self.settings.chunks - int(self.shared[layout.SHARED_LOW])) * limits.CHUNK_SLICES
-
-
-ALL_ACCESS = Access.READ | Access.WRITE

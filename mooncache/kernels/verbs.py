@@ -53,7 +53,6 @@ SEND_WR = np.dtype(
         "itemsize": WR_BYTES,
     }
 )
-SGE = np.dtype([("addr", "<u8"), ("length", "<u4"), ("lkey", "<u4")])
 
 
 @kernel
