@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers import Pair
+from mooncache import Engine
+from tests.helpers import SMALL, Pair
 from tests.kernels.entries import Gated
 
 # Compiling within the first example takes seconds, hence no deadline.
@@ -21,6 +22,20 @@ settings.register_profile(
     "fuzz", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True, suppress_health_check=_SLOW
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., Engine]]:
+    """Makes small engines and closes them all."""
+    made: list[Engine] = []
+
+    def make(name: str | None = None, **options: Any) -> Engine:
+        made.append(Engine(name, **{**SMALL, **options}))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
 
 
 @pytest.fixture

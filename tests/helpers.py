@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mooncache import Engine, Stats
+from mooncache import Batch, Engine, Stats
 from mooncache.kernels import layout, pump
 from mooncache.kernels.layout import Kind, Opcode
 from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
@@ -82,6 +82,11 @@ def until(condition: Callable[[], Any], what: str) -> None:
         assert monotonic() < end, f"never saw: {what}"
 
 
+async def awaited(batch: Batch) -> None:
+    """`await batch` as a coroutine, for a task."""
+    await batch
+
+
 def run_python(script: str, limit: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script in an interpreter of its own, in the project's root."""
     return subprocess.run(
@@ -141,6 +146,14 @@ class Pair:
                 engine.provider.open_gate()
         self.here.close()
         self.there.close()
+
+
+def unchanged(pair: Pair):
+    """What a refused call must leave as it was."""
+    stats = pair.here.stats()
+    timing = {kind.name.lower() for kind in layout.TIMING_KINDS}
+    counts = {kind: n for kind, n in stats.counts.items() if kind not in timing}
+    return counts, stats.free_slices, stats.open_batches, pair.state.regions.ranges(), pair.target.tobytes()
 
 
 def leaked_slots(engine: Engine) -> int:

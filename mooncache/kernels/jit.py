@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -77,7 +78,7 @@ def _keyed_cache() -> Iterator[None]:
             _numba_config.CACHE_DIR = before
 
 
-class Entry:
+class Entry(ABC):
     """Something compiled once, from the cache when it is there. Subclasses say how."""
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
@@ -90,9 +91,9 @@ class Entry:
         self.__wrapped__ = function
         _entries.append(self)
 
+    @abstractmethod
     def build(self) -> Any:
         """Compile, or load from the cache."""
-        raise NotImplementedError
 
     def ready(self) -> Any:
         """The compiled thing; compiles or loads it at the first call. Thread safe."""
