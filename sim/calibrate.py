@@ -11,7 +11,6 @@ import datetime
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -19,10 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numba
 import numpy as np
 
-from mooncache import Engine
+from mooncache import Batch, Engine
+from mooncache.cli.measure import FREE_WIRE, provenance, scattered
 from mooncache.kernels import calls, layout
 from mooncache.kernels.account import clock, raise_word, word
 from mooncache.kernels.atomics import peek
@@ -40,7 +39,6 @@ SLICE_BYTES = 512
 PAIRS = (1, 2, 4)
 PROCESSES = 5  # for each case of the allocator: how a heap lies in memory differs from process to process
 TAKE, POST, POLL = 0, 1, 2
-FREE_WIRE = Nic(bits_per_s=10**15, messages_per_s=10**12, latency_ns=0, move_bytes=False)
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -90,19 +88,16 @@ class Bench:
     def __init__(self, **engine: Any) -> None:
         self.source = Engine(provider=Emulated(FREE_WIRE), **engine)
         self.target = Engine(provider=Emulated(FREE_WIRE))
-        most = max(SIZES)
-        memory = np.zeros((2, 2 * most * SLICE_BYTES), np.uint8)
-        base = [e.register(m).address for e, m in zip((self.source, self.target), memory, strict=True)]
-        order = np.random.Generator(np.random.Philox(key=[1, 2])).permutation(most)
-        self.addresses = [b + 2 * SLICE_BYTES * order.astype(np.int64) for b in base]
-        self.length = np.full(most, SLICE_BYTES, np.int64)
+        self.traffic = scattered(max(SIZES), SLICE_BYTES)
+        self.source.register(self.traffic.source_buffer)
+        self.target.register(self.traffic.target_buffer)
 
-    def write(self, slices: int) -> Any:
+    def write(self, slices: int) -> Batch:
         """Submit so many slices."""
-        source, target = (a[:slices] for a in self.addresses)
-        if slices == 1:
-            return self.source.write(self.target.name, int(source[0]), int(target[0]), SLICE_BYTES)
-        return self.source.write(self.target.name, source, target, self.length[:slices])
+        source, target, _ = self.traffic._replace(
+            source=self.traffic.source[:slices], target=self.traffic.target[:slices]
+        ).operands
+        return self.source.write(self.target.name, source, target, SLICE_BYTES)
 
     def __enter__(self) -> Bench:
         return self
@@ -266,17 +261,8 @@ PARTS: tuple[tuple[str, Callable[[], Iterator[tuple[str, Point]]]], ...] = (
 
 def machine() -> Machine:
     """Where this runs."""
-    with open("/proc/cpuinfo") as lines:
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return Machine(
-        cpu=models[0] if models else platform.machine(),
-        cores=len(os.sched_getaffinity(0)),
-        kernel=platform.release(),
-        libc=" ".join(platform.libc_ver()),
-        python=platform.python_version(),
-        numba=numba.__version__,
-        numpy=np.__version__,
-    )
+    facts = provenance()
+    return Machine(**{name: facts[name] for name in Machine.model_fields})
 
 
 def calibrate(name: str, told: Callable[[str], None]) -> Calibration:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +118,11 @@ class PolicyResult:
     response_ratio_ci95: tuple[float, float] | None
     response_p_value: float | None  # Holm-corrected over all pairs
 
+    @property
+    def pair(self) -> str:
+        """As scenarios write it."""
+        return f"{self.store}/{self.policy}"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -168,7 +173,7 @@ def conclude(scenario: Scenario, runs: Sequence[Run]) -> Comparison:
     notes = (*workload.notes, *_notes(scenario, calibration))
     if scenario.mode == "fast":
         slowest = max(policies, key=lambda p: p.response_ms_mean)
-        notes = (*notes, fast_difference(scenario, f"{slowest.store}/{slowest.policy}"))
+        notes = (*notes, fast_difference(scenario, slowest.pair))
     verdict = _verdict(scenario, policies, workload)
     return Comparison(
         scenario, calibration, _with_p_values(policies, by_pair), verdict, notes, sum(run.slices for run in runs)
@@ -215,10 +220,10 @@ def _with_p_values(policies: list[PolicyResult], by_pair: dict[str, list[Run]]) 
     reference = by_pair.get(REFERENCE)
     if reference is None or len(reference) < 2:
         return policies
-    others = [p for p in policies if f"{p.store}/{p.policy}" != REFERENCE]
-    values = holm([paired_p_value(_means(by_pair[f"{p.store}/{p.policy}"]), _means(reference)) for p in others])
-    corrected = dict(zip((id(p) for p in others), values, strict=True))
-    return [PolicyResult(**{**asdict(p), "response_p_value": corrected.get(id(p))}) for p in policies]
+    others = [pair for pair in by_pair if pair != REFERENCE and pair in {p.pair for p in policies}]
+    values = holm([paired_p_value(_means(by_pair[pair]), _means(reference)) for pair in others])
+    corrected = dict(zip(others, values, strict=True))
+    return [replace(p, response_p_value=corrected.get(p.pair)) for p in policies]
 
 
 def _notes(scenario: Scenario, calibration: Calibration) -> list[str]:
@@ -227,6 +232,8 @@ def _notes(scenario: Scenario, calibration: Calibration) -> list[str]:
     return [
         f"CPU costs: calibration {calibration.name!r}, measured {calibration.measured} on {machine.cpu} "
         f"({machine.cores} cores, {machine.libc}); the wire is the scenario's",
+        "added: against the same request under leak on the same store, which pays for fresh memory instead of freeing; "
+        "hence less than 0 for some",
         "stall: from the moment a layer is computed until its last slice has arrived on the slowest rank",
     ]
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mooncache.kernels import layout
-from mooncache.kernels.account import clock, word
+from mooncache.kernels.account import clock
 from mooncache.kernels.atomics import i64, load, pause, store
 from mooncache.kernels.heap import delete_object, new_object
 from mooncache.kernels.jit import kernel
@@ -48,10 +47,9 @@ def free_layer(ctl, objects, n):
     return clock(ctl) - start
 
 
-@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
-def allocate_ahead(ctl, board, objects, n, times):
+@kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
+def allocate_ahead(ctl, board, objects, n, times, layers):
     """Allocate layer after layer into two buffers in turn, at most one ahead of the partner."""
-    layers = word(ctl, layout.REAPER_LOT)
     for k in range(layers):
         while load(board + FREED * WORD) < k - 1:
             pause()
@@ -60,10 +58,9 @@ def allocate_ahead(ctl, board, objects, n, times):
     return 0
 
 
-@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
-def free_behind(ctl, board, objects, n, times):
+@kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
+def free_behind(ctl, board, objects, n, times, layers):
     """Free each layer as soon as it is allocated."""
-    layers = word(ctl, layout.REAPER_LOT)
     for k in range(layers):
         while load(board + ALLOCATED * WORD) < k + 1:
             pause()
@@ -72,10 +69,9 @@ def free_behind(ctl, board, objects, n, times):
     return 0
 
 
-@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
-def alternate(ctl, freeing, objects, n, times):
+@kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
+def alternate(ctl, freeing, objects, n, times, layers):
     """Allocate and free layers in one thread; times: int64[2, layers]."""
-    layers = word(ctl, layout.REAPER_LOT)
     for k in range(layers):
         i64(times)[k] = allocate_layer(ctl, i64(objects), n)
         if freeing != 0:
@@ -104,12 +100,12 @@ def per_slice(times: np.ndarray, n: int) -> list[float]:
 
 def measure(n: int, pairs: int, layers: int) -> dict[str, list[float]]:
     """All three patterns; each on its own objects."""
-    state = State(Settings(store=Store.HEAP, slices=256, reaper_lot=layers))
+    state = State(Settings(store=Store.HEAP, slices=256))
     blocks = [Block(state) for _ in range(2 * pairs)]
     found: dict[str, list[float]] = {}
 
     def threads(kernel_: Any, arguments: list[tuple[int, ...]], of: list[Block]) -> list[threading.Thread]:
-        return [threading.Thread(target=kernel_, args=(b.ctl, *a)) for b, a in zip(of, arguments, strict=True)]
+        return [threading.Thread(target=kernel_, args=(b.ctl, *a, layers)) for b, a in zip(of, arguments, strict=True)]
 
     objects, times = np.zeros((pairs, 2 * n), np.int64), np.zeros((2, pairs, layers), np.int64)
     boards = np.zeros((pairs, 16), np.int64)

@@ -201,7 +201,7 @@ class Rank:
             while True:
                 caller.words[layout.NOW] = env.now
                 handle = engine.prepare(caller, task.slices, task.slice_bytes)
-                if handle > 0:
+                if handle >= 0:
                     break
                 yield from self._wait_for_slots(index, caller, -handle)
             yield self._spend(index, caller)

@@ -43,19 +43,10 @@ from mooncache.kernels.layout import (
     SYSCALL,
     WORD,
     WRITE,
+    BatchState,
     Kind,
 )
 from mooncache.kernels.pool import EVERY_THREAD, pop_chain, push_chain, wake_waiters
-
-
-class State(IntEnum):
-    """Where a batch is in its life."""
-
-    FREE = 0
-    OPEN = 1
-    SEALED = 2
-    DRAINING = 3
-    RECLAIMABLE = 4
 
 
 class Event(IntEnum):
@@ -69,17 +60,17 @@ class Event(IntEnum):
 
 
 REFUSED = -1
-NEXT = np.full((len(State), len(Event)), REFUSED, np.int64)
-NEXT[State.FREE, Event.ACQUIRE] = State.OPEN
-NEXT[State.OPEN, Event.SEAL] = State.SEALED
-NEXT[State.OPEN, Event.CLOSE] = State.DRAINING
-NEXT[State.SEALED, Event.FINISH] = State.RECLAIMABLE
-NEXT[State.SEALED, Event.CLOSE] = State.DRAINING
-NEXT[State.RECLAIMABLE, Event.CLOSE] = State.DRAINING
-NEXT[State.DRAINING, Event.FINISH] = State.DRAINING
-NEXT[State.DRAINING, Event.RECLAIM] = State.FREE
+NEXT = np.full((len(BatchState), len(Event)), REFUSED, np.int64)
+NEXT[BatchState.FREE, Event.ACQUIRE] = BatchState.OPEN
+NEXT[BatchState.OPEN, Event.SEAL] = BatchState.SEALED
+NEXT[BatchState.OPEN, Event.CLOSE] = BatchState.DRAINING
+NEXT[BatchState.SEALED, Event.FINISH] = BatchState.RECLAIMABLE
+NEXT[BatchState.SEALED, Event.CLOSE] = BatchState.DRAINING
+NEXT[BatchState.RECLAIMABLE, Event.CLOSE] = BatchState.DRAINING
+NEXT[BatchState.DRAINING, Event.FINISH] = BatchState.DRAINING
+NEXT[BatchState.DRAINING, Event.RECLAIM] = BatchState.FREE
 
-SEALED, DRAINING, RECLAIMABLE, OPEN = int(State.SEALED), int(State.DRAINING), int(State.RECLAIMABLE), int(State.OPEN)
+FREE, OPEN, SEALED, DRAINING, RECLAIMABLE = (int(state) for state in BatchState)
 ACQUIRE, SEAL, FINISH, CLOSE, RECLAIM = (int(event) for event in Event)
 
 

@@ -3,11 +3,11 @@
 from mooncache.kernels.account import word
 from mooncache.kernels.atomics import load
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import BATCH_GENERATION, BATCH_ROWS, BATCH_STATE, BATCH_WORDS, BATCHES, WORD
+from mooncache.kernels.layout import BATCH_GENERATION, BATCH_ROWS, BATCH_STATE, BATCH_WORDS, BATCHES, WORD, BatchState
 
 SLOT_MASK = (1 << 32) - 1
 GENERATION_MASK = (1 << 31) - 1
-FREE, DRAINING = 0, 3  # batch.State: nobody may hold a handle to such a row
+FREE, DRAINING = int(BatchState.FREE), int(BatchState.DRAINING)  # nobody may hold a handle to such a row
 
 
 @kernel

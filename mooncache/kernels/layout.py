@@ -52,6 +52,16 @@ class Opcode(IntEnum):
     READ = 4
 
 
+class BatchState(IntEnum):
+    """Where a batch is in its life; moved only by the table in `kernels/batch.py`."""
+
+    FREE = 0
+    OPEN = 1
+    SEALED = 2
+    DRAINING = 3
+    RECLAIMABLE = 4
+
+
 class Slice(IntEnum):
     """State of one slice. A failed slice's state is its `Status` (301 and above)."""
 
@@ -201,7 +211,7 @@ SHARED_REAPER_STOP = 112  # 1: the reaper leaves when it has freed all; set when
 SHARED_WORDS = 120
 
 # ------------------------------------------------------------------ batch rows
-BATCH_STATE = 0  # State (kernels/batch.py); its low half is the futex of waiters
+BATCH_STATE = 0  # BatchState; its low half is the futex of waiters
 BATCH_GENERATION = 1  # upper half of the handle
 BATCH_REMAINING = 2  # slices without an answer; written by the worker
 BATCH_SLICES = 3

@@ -46,6 +46,7 @@ from mooncache.providers.software import (
     Q_MASK,
     Q_NIC,
     Q_NOW,
+    Q_OWN,
     Q_RING,
     Q_SCRATCH,
     Q_TAIL,
@@ -68,7 +69,7 @@ N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, NIC_WORDS = 7, 8, 9, 10, 11, 
 # completion ring entries; those that move bytes have as many more words in a second ring
 E_ID, E_STATUS, E_DUE, ENTRY_WORDS = 0, 1, 2, 3
 M_LOCAL, M_REMOTE, M_LENGTH, M_OPCODE, M_KEY, MOVE_WORDS = 0, 1, 2, 3, 4, 5
-Q_MOVES = 11
+Q_MOVES = Q_OWN
 # plan entries
 P_AT, P_ACTION, P_VALUE, PLAN_WORDS = 0, 1, 2, 3
 

@@ -44,7 +44,7 @@ KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, QUEUE_WORDS = 9, 16
+Q_SCRATCH, Q_OWN, QUEUE_WORDS = 9, 11, 16  # scratch: a timespec; from Q_OWN on: the provider's own
 # completion queue words
 CQ_COUNT, CQ_TURN, CQ_QUEUES = 0, 1, 2
 

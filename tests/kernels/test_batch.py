@@ -4,19 +4,20 @@ import pytest
 
 from mooncache.errors import Status
 from mooncache.kernels import calls, layout
-from mooncache.kernels.batch import NEXT, REFUSED, Event, State
+from mooncache.kernels.batch import NEXT, REFUSED, Event
+from mooncache.kernels.layout import BatchState
 from tests.helpers import Rig, Task
 from tests.kernels import entries
 from tests.oracles import BATCH_TABLE
 
 
-@pytest.mark.parametrize("state", list(State), ids=lambda s: s.name)
+@pytest.mark.parametrize("state", list(BatchState), ids=lambda s: s.name)
 @pytest.mark.parametrize("event", list(Event), ids=lambda e: e.name)
 def test_every_cell_of_the_table(state, event):
     rig = Rig(bare=True)
     rig.state.batch_rows[0, layout.BATCH_STATE] = state
     answer = entries.move(rig.row(0), event)
-    after = State(int(rig.state.batch_rows[0, layout.BATCH_STATE]))
+    after = BatchState(int(rig.state.batch_rows[0, layout.BATCH_STATE]))
     if (state.name, event.name) in BATCH_TABLE:
         assert answer == state
         assert after.name == BATCH_TABLE[state.name, event.name]
@@ -34,9 +35,9 @@ def test_every_state_can_be_reached_and_leads_back_to_free():
             new = {b for (a, _), b in BATCH_TABLE.items() if a in seen} - seen
         return seen
 
-    for state in State:
+    for state in BatchState:
         assert "FREE" in reach(state.name)
-    assert reach("FREE") == {s.name for s in State}
+    assert reach("FREE") == {s.name for s in BatchState}
 
 
 def test_rows_run_out_and_come_back():
