@@ -1,0 +1,165 @@
+"""The side of a handshake that asks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from mooncache.discovery import handshake
+from mooncache.discovery.address import parse_address
+from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
+
+KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportError, DiscoveryError, EngineClosed)}
+"""Errors that keep their class on the way to the caller."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `dial` got. The caller owns `sock` (connected, blocking) and `fds`, and closes them."""
+
+    body: dict[str, Any]
+    sock: socket.socket
+    fds: list[int]
+
+
+def dial(
+    address: str, purpose: str, body: dict[str, Any], *, caller: str, generation: int, secret: bytes | None,
+    timeout: float = handshake.HANDSHAKE_S,
+) -> Answer:  # fmt: skip
+    """Ask the engine at an address, and wait for its answer.
+
+    Args:
+        address: "host:port", or "unix:NAME" for the abstract socket `Listener.unix` of an engine of this host.
+        purpose, body: see `Request`. `body` is a JSON object; the whole call is limited to handshake.CALL_BYTES.
+        caller, generation: of the asking engine.
+        secret: what the other side's `Listener` has.
+        timeout: seconds, for everything but looking up the host's name, which the system limits.
+
+    Raises:
+        UsageError: a bad address or secret. CapacityError: the call is too long.
+        DiscoveryError: the host's name is unknown, only one side has a secret, they differ, the versions differ, or
+            what answers is no engine.
+        TransportError: the connection was refused, broke, or took longer than the timeout.
+        Any of these and EngineClosed: what `serve` over there raised.
+    """
+    handshake.check_secret(secret)
+    deadline = monotonic() + timeout
+    try:
+        sock = _connect(address, deadline)
+        try:
+            answer = _ask(sock, address, purpose, body, caller, generation, secret, deadline)
+            sock.settimeout(None)
+            return answer
+        except BaseException:
+            sock.close()
+            raise
+    except TimeoutError as error:
+        raise TransportError(
+            f"no answer from {address} within {timeout} s; is that host up, and does a firewall let its port through?"
+        ) from error
+    except ConnectionRefusedError as error:
+        raise TransportError(
+            f"{address} refused the connection; is the engine there open, and is this its address?"
+        ) from error
+    except OSError as error:
+        raise TransportError(f"no handshake with {address}: {error.strerror or error}; try again") from error
+
+
+def _ask(
+    sock: socket.socket, address: str, purpose: str, body: dict[str, Any], caller: str, generation: int,
+    secret: bytes | None, deadline: float,
+) -> Answer:  # fmt: skip
+    hello = Hello.read(_receive_text(sock, handshake.HELLO_BYTES, address, deadline), address)
+    if hello.secured != (secret is not None):
+        who, other = ("it", "this engine") if hello.secured else ("this engine", "it")
+        raise DiscoveryError(f"{address}: {who} has a secret and {other} has none; start both with the same one")
+    call = Call(hello, handshake.new_nonce(), purpose, caller, generation, body)
+    sock.settimeout(_left(deadline))
+    sock.sendall(handshake.frame(call.message(secret), handshake.CALL_BYTES))
+    text = _receive_text(sock, handshake.ANSWER_BYTES, address, deadline)
+    answer = call.read_answer(text, secret, address)
+    if isinstance(answer, Refused):
+        raise KINDS.get(answer.kind, DiscoveryError)(f"{address} answers: {answer.message}")
+    return Answer(answer.body, sock, _receive_fds(sock, answer.fds, address, deadline))
+
+
+def _connect(address: str, deadline: float) -> socket.socket:
+    """To the first of the host's addresses that takes the connection."""
+    if address.startswith("unix:"):
+        return _connect_to(socket.AF_UNIX, "\0" + address.removeprefix("unix:"), deadline)
+    host, port = parse_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise DiscoveryError(f"host {host!r} of {address} is unknown ({error}); is the name right?") from error
+    for family, _, _, _, where in found[:-1]:
+        # An address that never answers leaves the others their share of the time.
+        with suppress(OSError):
+            return _connect_to(family, where, monotonic() + _left(deadline) / len(found))
+    return _connect_to(found[-1][0], found[-1][4], deadline)
+
+
+def _connect_to(family: int, where: Any, deadline: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family != socket.AF_UNIX:
+            handshake.set_options(sock)
+        sock.settimeout(_left(deadline))
+        sock.connect(where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _receive_text(sock: socket.socket, limit: int, source: str, deadline: float) -> bytes:
+    header = _receive(sock, handshake.HEADER.size, deadline)
+    return _receive(sock, handshake.text_bytes(header, limit, source), deadline)
+
+
+def _receive(sock: socket.socket, n: int, deadline: float) -> bytes:
+    """Exactly n bytes: what comes after the answer is the caller's."""
+    got = bytearray()
+    while len(got) < n:
+        sock.settimeout(_left(deadline))
+        more = sock.recv(n - len(got))
+        if not more:
+            raise ConnectionError("it hung up before it had answered; its log says why")
+        got += more
+    return bytes(got)
+
+
+def _receive_fds(sock: socket.socket, n: int, source: str, deadline: float) -> list[int]:
+    fds = array("i")
+    try:
+        while len(fds) < n:
+            sock.settimeout(_left(deadline))
+            lot = min(FDS_A_MESSAGE, n - len(fds))
+            # Not socket.recv_fds, which ignores its flags: children would inherit the descriptors.
+            space = socket.CMSG_SPACE(lot * fds.itemsize)
+            data, received, flags, _ = sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC)
+            for _, _, got in received:
+                fds.frombytes(got[: len(got) - len(got) % fds.itemsize])
+            if not data or not received or flags & socket.MSG_CTRUNC:
+                raise TransportError(
+                    f"{source} sent {len(fds)} of {n} file descriptors; did this process reach its limit of open files?"
+                )
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds.tolist()
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then. Raises TimeoutError when there are none."""
+    left = deadline - monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

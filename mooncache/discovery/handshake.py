@@ -1,0 +1,209 @@
+"""The handshake, without I/O: frames, the three messages, the proofs in them, and the limits of both sides.
+
+    server                                    client
+      hello   version, nonce, secured   ---->
+              <----   call    version, nonce, purpose, caller, generation, body, proof
+      answer  body, fds, proof          ---->
+      or      error (kind, message), proof
+
+A proof is an HMAC-SHA256 over who says it and everything both have said. Both nonces are in it, so nothing that was
+recorded can be said again. Without a secret proofs are empty, and nobody is asked for one.
+
+`listener` is the server, `dial` the client. After the answer the connection may go on as something else.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, parse
+from mooncache.discovery.record import RECORD_BYTES
+from mooncache.errors import CapacityError, DiscoveryError, UsageError
+from mooncache.limits import REGIONS, KiB
+
+MAGIC = b"MOON"
+HEADER = struct.Struct(">4sI")
+NONCE_BYTES = 32
+
+HANDSHAKE_S = 5.0
+"""For a whole handshake: a thousand times what three messages take on a busy network, and no test of patience."""
+
+FDS_A_MESSAGE = 250
+"""File descriptors behind one byte; the kernel's limit is 253 (SCM_MAX_FD)."""
+
+TCP_OPTIONS = {
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 4,  # s
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 2,  # s
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 10_000,  # ms
+}
+"""Of every connection. A host that vanished shows within 10 s: 4 s of silence and 3 probes 2 s apart unanswered, or
+bytes that nobody acknowledged for 10 s, since no probes are sent while there are such bytes."""
+
+HELLO_BYTES = 1 * KiB
+"""Largest hello, whatever version it speaks: a nonce in hex and three field names."""
+
+CALL_BYTES = (
+    8 * KiB  # a provider's way to connect: 16 workers x 8 NICs x 64 bytes
+    + 4 * KiB  # the caller's name, 255 characters of 12 bytes when escaped, and the rest
+)
+"""Largest call: 256 strangers at once hold 3 MiB."""
+
+ANSWER_BYTES = (
+    RECORD_BYTES + 4 * KiB  # what goes with a record, and the proof
+)
+"""Largest answer."""
+
+MESSAGE_LENGTH = 1000
+"""Characters of an error that travel."""
+
+
+def frame(message: dict[str, Any], limit: int) -> bytes:
+    """Header and JSON of a message. Raises CapacityError when the JSON is longer than `limit` bytes."""
+    text = dump(message)
+    if len(text) > limit:
+        raise CapacityError(f"a handshake's message of {len(text)} bytes is too long; limit {limit}")
+    return HEADER.pack(MAGIC, len(text)) + text
+
+
+def text_bytes(header: bytes, limit: int, source: str) -> int:
+    """Bytes that follow a header. Raises DiscoveryError for one that is not ours or announces more than `limit`."""
+    magic, length = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise DiscoveryError(f"{source}: expected {MAGIC!r}, got {magic!r}: this is no handshake of Mooncache")
+    if length > limit:
+        raise DiscoveryError(f"{source}: expected a message of at most {limit} bytes, {length} were announced")
+    return int(length)
+
+
+def check_secret(secret: object) -> None:
+    """Raise UsageError unless it is None or bytes, at least one."""
+    if secret is not None and not (isinstance(secret, bytes) and secret):
+        raise UsageError(f"expected the secret to be None or bytes, at least one; got {type(secret).__name__}")
+
+
+def new_nonce() -> str:
+    """32 bytes nobody has seen before, in hex."""
+    return secrets.token_hex(NONCE_BYTES)
+
+
+def set_options(sock: socket.socket) -> None:
+    """What every TCP connection has, on both sides."""
+    for option, value in TCP_OPTIONS.items():
+        sock.setsockopt(*option, value)
+
+
+class Hello(NamedTuple):
+    """The server's first message."""
+
+    nonce: str
+    secured: bool
+
+    def message(self) -> dict[str, Any]:
+        """As it travels."""
+        return {"version": VERSION, "nonce": self.nonce, "secured": self.secured}
+
+    @classmethod
+    def read(cls, text: bytes, source: str) -> Hello:
+        """Raises DiscoveryError for another version or anything that is no hello."""
+        value = parse(text, source)
+        check_version(value, source)
+        fields = Fields(value, source, ("version", "nonce", "secured"))
+        return cls(fields.name("nonce"), fields.get("secured", bool))
+
+
+class Answered(NamedTuple):
+    """A good answer; so many file descriptors follow it."""
+
+    body: dict[str, Any]
+    fds: int
+
+    def content(self) -> dict[str, Any]:
+        """What is proven."""
+        return {"body": self.body, "fds": self.fds}
+
+
+class Refused(NamedTuple):
+    """An error: the name of its class, and what it says."""
+
+    kind: str
+    message: str
+
+    def content(self) -> dict[str, Any]:
+        """What is proven."""
+        return {"error": {"kind": self.kind, "message": self.message[:MESSAGE_LENGTH]}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The client's message, and all that its proof and the answer's cover."""
+
+    hello: Hello
+    nonce: str
+    purpose: str
+    caller: str
+    generation: int
+    body: dict[str, Any]
+
+    def message(self, secret: bytes | None) -> dict[str, Any]:
+        """As it travels."""
+        return {
+            "version": VERSION, "nonce": self.nonce, "purpose": self.purpose, "caller": self.caller,
+            "generation": self.generation, "body": self.body, "proof": self._proof(secret, "client", None),
+        }  # fmt: skip
+
+    @classmethod
+    def read(cls, text: bytes, hello: Hello, secret: bytes | None, source: str) -> tuple[Call, bool]:
+        """The call, and whether it proves that the caller knows the secret.
+
+        Raises DiscoveryError for another version or anything that is no call.
+        """
+        value = parse(text, source)
+        check_version(value, source)
+        names = ("version", "nonce", "purpose", "caller", "generation", "body", "proof")
+        fields = Fields(value, source, names)
+        call = cls(
+            hello, fields.name("nonce"), fields.name("purpose"), fields.name("caller"),
+            fields.integer("generation", 1, WORD), fields.get("body", dict),
+        )  # fmt: skip
+        return call, _same(fields.get("proof", str), call._proof(secret, "client", None))
+
+    def answer(self, said: Answered | Refused, secret: bytes | None) -> dict[str, Any]:
+        """The server's answer, as it travels."""
+        content = said.content()
+        return {**content, "proof": self._proof(secret, "server", content)}
+
+    def read_answer(self, text: bytes, secret: bytes | None, source: str) -> Answered | Refused:
+        """What the server answered. Raises DiscoveryError when that is no answer, or not proven."""
+        value = parse(text, source)
+        keys = ("error", "proof") if isinstance(value, dict) and "error" in value else ("body", "fds", "proof")
+        fields = Fields(value, source, keys)
+        content = {key: fields.get(key, object) for key in keys[:-1]}
+        if not _same(fields.get("proof", str), self._proof(secret, "server", content)):
+            raise DiscoveryError(
+                f"{source} did not prove that it knows this engine's secret; start both engines with the same one"
+            )
+        if "error" in content:
+            error = Fields(content["error"], source, ("kind", "message"))
+            return Refused(error.name("kind"), error.get("message", str))
+        return Answered(fields.get("body", dict), fields.integer("fds", 0, REGIONS + 1))
+
+    def _proof(self, secret: bytes | None, role: str, content: object) -> str:
+        if secret is None:
+            return ""
+        said = [
+            role, VERSION, self.hello.nonce, self.nonce, self.purpose, self.caller, self.generation, self.body, content
+        ]  # fmt: skip
+        return hmac.digest(secret, dump(said), "sha256").hex()
+
+
+def _same(proof: str, expected: str) -> bool:
+    """In a time that tells nothing about where they differ."""
+    return hmac.compare_digest(proof.encode(errors="replace"), expected.encode())

@@ -1,0 +1,302 @@
+"""The side of a handshake that answers.
+
+Over TCP, and over an abstract Unix socket, which only processes of the same host (strictly: the same network
+namespace) can reach: over that one file descriptors can be handed out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from mooncache.discovery import handshake
+from mooncache.discovery.address import join_address, parse_address
+from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
+from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
+
+log = logging.getLogger("mooncache")
+
+HANDSHAKES = 256
+"""At once, of one listener: every peer an engine can have (limits.PEERS) may come in the same moment."""
+
+BACKLOG = 512
+"""Connections that wait in the system meanwhile: as many again, and their data connections."""
+
+ACCEPT_PAUSE_S = 0.1
+"""Before accepting again when the process had no file descriptor left; accepting at once would only spin."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a peer asks.
+
+    Attributes:
+        purpose: which of the engine's services.
+        caller: name of the asking engine; proven, with all else here, if the listener has a secret.
+        generation: of the asking engine.
+        body: JSON object, as the service defines it; its contents are not checked yet.
+        local: it came from a process of this host, so that fds can be handed to it.
+    """
+
+    purpose: str
+    caller: str
+    generation: int
+    body: dict[str, Any]
+    local: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is answered.
+
+    Attributes:
+        body: JSON object.
+        fds: file descriptors to send along, only to a local request. They stay the replier's, who keeps them open
+            until `then` is called; without `then`, as long as the listener.
+        then: takes over the connection once all is sent: a connected, non-blocking socket, which is its own from
+            now on unless it raises. Called in the listener's thread. Without it the connection is closed.
+    """
+
+    body: dict[str, Any]
+    fds: Sequence[int] = ()
+    then: Callable[[socket.socket], None] | None = None
+
+
+class Listener:
+    """Answers handshakes, in a thread of its own.
+
+    Args:
+        bind: "host:port"; port 0 takes a free one.
+        secret: shared by all engines that may talk to each other; None: anybody may ask.
+        insecure: listening without a secret where other hosts can reach it is what is wanted.
+        name: of the engine, for logs.
+        serve: answers a request, in the listener's thread, which waits for it; must not block. A MooncacheError it
+            raises is raised by the caller's `dial`.
+        advertise: host that peers are told to dial, where that is not `bind`'s.
+        limit_s: for one handshake.
+
+    Attributes:
+        address: "host:port" for peers to dial. Bound to a wildcard, its host is `advertise` or this machine's name.
+        unix: name of the abstract Unix socket, for `dial("unix:" + name)` on this host.
+
+    Raises:
+        UsageError: a bad `bind`, or no secret where other hosts can come.
+        TransportError: the host is unknown or not here, or the port is in use.
+    """
+
+    def __init__(
+        self, bind: str, *, secret: bytes | None, insecure: bool, name: str, serve: Callable[[Request], Reply],
+        advertise: str | None = None, limit_s: float = handshake.HANDSHAKE_S,
+    ) -> None:  # fmt: skip
+        handshake.check_secret(secret)
+        self._secret, self._name, self._serve, self._limit_s = secret, name, serve, limit_s
+        host, _ = parse_address(bind)
+        family, where = _resolve_own(bind, secret is None and not insecure)
+        with ExitStack() as undo:
+            tcp = undo.enter_context(_listen_tcp(family, where, bind))
+            self.address = join_address(_advertised(host, advertise), tcp.getsockname()[1])
+            unix = undo.enter_context(_listen_unix())
+            undo.pop_all()
+        self.unix: str = unix.getsockname()[1:].decode()
+        self._listening = {tcp: False, unix: True}
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"{name}-listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the sockets and every handshake under way, and wait for the thread. A second close does nothing.
+
+        Called by the listener's own thread (from `serve`), it does not wait.
+        """
+        if not self._closed:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._handshakes)} handshakes under way"
+        return f"<Listener of {self._name!r} at {self.address}, {state}>"
+
+    # -------------------------------------------------------------------------- the thread
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._listen())
+        finally:
+            self._loop.close()
+            for sock in self._listening:
+                sock.close()
+
+    async def _listen(self) -> None:
+        for sock in self._listening:
+            self._loop.add_reader(sock, self._accept, sock)
+        await self._stop.wait()
+        for sock in self._listening:
+            self._loop.remove_reader(sock)
+        await asyncio.sleep(0)  # a task cancelled before its first step would not close its socket
+        for task in self._handshakes:
+            task.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """One connection. A plain callback: a coroutine that is cancelled could lose the socket it accepted."""
+        try:
+            sock, remote = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("engine %r cannot accept connections: %s; trying again", self._name, error)
+            self._loop.remove_reader(listening)
+            self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listening)
+            return
+        local = self._listening[listening]
+        source = "a process of this host" if local else join_address(remote[0], remote[1])
+        if len(self._handshakes) >= HANDSHAKES:
+            log.warning("engine %r hung up on %s: %d handshakes are under way", self._name, source, HANDSHAKES)
+            sock.close()
+            return
+        sock.setblocking(False)
+        if not local:
+            handshake.set_options(sock)
+        task = self._loop.create_task(self._attend(sock, source, local))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    def _accept_again(self, listening: socket.socket) -> None:
+        if not self._closed:
+            self._loop.add_reader(listening, self._accept, listening)
+
+    async def _attend(self, sock: socket.socket, source: str, local: bool) -> None:
+        """One connection to its end, whatever that is."""
+        handed_over = False
+        try:
+            then = await asyncio.wait_for(self._converse(sock, source, local), self._limit_s)
+            if then is not None:
+                then(sock)
+                handed_over = True
+        except asyncio.TimeoutError:
+            log.warning("engine %r hung up on %s: no handshake within %s s", self._name, source, self._limit_s)
+        except OSError as error:
+            log.warning("engine %r lost %s: %s", self._name, source, error)
+        except DiscoveryError as error:
+            log.warning("engine %r hung up on %s", self._name, error)
+        except Exception:
+            log.exception("engine %r could not go on with %s", self._name, source)
+        finally:
+            if not handed_over:
+                sock.close()
+
+    async def _converse(self, sock: socket.socket, source: str, local: bool) -> Callable[[socket.socket], None] | None:
+        hello = Hello(handshake.new_nonce(), self._secret is not None)
+        await self._loop.sock_sendall(sock, handshake.frame(hello.message(), handshake.HELLO_BYTES))
+        header = await self._receive(sock, handshake.HEADER.size)
+        text = await self._receive(sock, handshake.text_bytes(header, handshake.CALL_BYTES, source))
+        call, proven = Call.read(text, hello, self._secret, source)
+        if not proven:
+            log.warning(
+                "engine %r refused %s (%r): it did not prove that it knows the secret", self._name, source, call.caller
+            )
+        answer, reply = self._answer(call, proven, local)
+        await self._loop.sock_sendall(sock, answer)
+        for first in range(0, len(reply.fds), FDS_A_MESSAGE):
+            await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
+        return reply.then
+
+    def _answer(self, call: Call, proven: bool, local: bool) -> tuple[bytes, Reply]:
+        """The frame that answers a call, and what is to follow it."""
+        try:
+            if not proven:
+                raise DiscoveryError("you did not prove that you know the secret; give both engines the same one")
+            reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, local))
+            if reply.fds and not local:
+                raise ValueError(f"file descriptors cannot be sent to another host: {reply!r}")
+            said = Answered(reply.body, len(reply.fds))
+            return handshake.frame(call.answer(said, self._secret), handshake.ANSWER_BYTES), reply
+        except MooncacheError as error:
+            refused = Refused(type(error).__name__, str(error))
+        except Exception:
+            log.exception("engine %r could not answer %r from %r", self._name, call.purpose, call.caller)
+            refused = Refused("InternalError", "internal error; the log of that engine says more")
+        return handshake.frame(call.answer(refused, self._secret), handshake.ANSWER_BYTES), Reply({})
+
+    async def _receive(self, sock: socket.socket, n: int) -> bytes:
+        """Exactly n bytes: what comes after the call is not the listener's."""
+        got = b""
+        while len(got) < n:
+            more = await self._loop.sock_recv(sock, n - len(got))
+            if not more:
+                raise ConnectionError("it hung up early; if it is an engine, its error says why")
+            got += more
+        return got
+
+    async def _send_fds(self, sock: socket.socket, fds: Sequence[int]) -> None:
+        while True:
+            try:
+                socket.send_fds(sock, [b"F"], fds)
+                return
+            except BlockingIOError:
+                writable = self._loop.create_future()
+                self._loop.add_writer(sock, writable.set_result, None)
+                try:
+                    await writable
+                finally:
+                    self._loop.remove_writer(sock)
+
+
+def _resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
+    """Address family and socket address to listen at: the first that the system names for the host."""
+    host, port = parse_address(bind)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise TransportError(f"cannot listen at {bind}: unknown host ({error}); bind to an address") from error
+    outside = [where[0] for *_, where in found if not ip_address(str(where[0]).partition("%")[0]).is_loopback]
+    if outside and loopback_only:
+        raise UsageError(
+            f"other hosts can reach {bind} ({outside[0]}), and without a secret anybody there could read and write "
+            "this engine's memory: set a secret, bind to 127.0.0.1, or say insecure=True"
+        )
+    return found[0][0], found[0][4]
+
+
+def _listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # A restart need not wait until the system has forgotten the old connections.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise TransportError(
+            f"cannot listen at {bind}: {error.strerror}; another port, or port 0 for a free one, and an address of "
+            "this machine will do"
+        ) from error
+    return sock
+
+
+def _listen_unix() -> socket.socket:
+    """An abstract name: no file that would be left behind."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(f"\0mooncache-{secrets.token_hex(16)}")
+    sock.listen(BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def _advertised(host: str, advertise: str | None) -> str:
+    if advertise is not None:
+        return parse_address(join_address(advertise, 0))[0]
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host
