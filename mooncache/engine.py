@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 import atexit
+import os
+import secrets
+import socket
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic_ns
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
-from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
+from mooncache.bells import Bells
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
+from mooncache.inbox import Inbox
 from mooncache.kernels import calls, jit, layout, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy, Store
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, Settings, State
 from mooncache.limits import CHUNK_SLICES
-from mooncache.memory import ACCESS, Range, Region, range_of
+from mooncache.memory import ACCESS, Range, Region, allocate, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
-from mooncache.providers.base import Descriptor, Provider, RemoteRegion
+from mooncache.providers.base import Descriptor, Link, Provider, RemoteRegion
 from mooncache.providers.emulated import Emulated
 from mooncache.providers.loopback import Loopback
+from mooncache.providers.shm import Shm
+from mooncache.providers.tcp import Tcp
+from mooncache.service import Service
 from mooncache.stats import Stats, collect
 
-PROVIDERS: dict[str, type[Provider]] = {"loopback": Loopback, "emulated": Emulated}
+if TYPE_CHECKING:
+    from mooncache.discovery.dial import Answer
+
+PROVIDERS: dict[str, Callable[[], Provider]] = {
+    "loopback": Loopback,
+    "emulated": Emulated,
+    "tcp": Tcp,
+    "shm": Shm,
+    "auto": partial(Shm, elsewhere=True),
+}
 JOIN_SECONDS = 5.0
 
 
@@ -35,18 +56,37 @@ class Engine:
 
     Args:
         name: how peers call it; must be unique in the process. Default: "engine-<n>".
-        provider: "loopback", "emulated", or a `Provider` of your own making, not opened yet.
+        provider: how bytes travel.
+            "auto": shared memory to peers of this host, TCP to others; `describe` says which.
+            "tcp", "shm": only that.
+            "loopback", "emulated": peers in this process, by copying or over an emulated NIC.
+            Or a `Provider` of your own making, not opened yet.
         store: "pool" (struct of arrays) or "heap" (one malloc'ed object a slice, for comparison).
         policy: where finished slices are deleted: leak, inline, on_close, thread_cache, deferred, epoch or bulk.
+        listen: "host:port" where peers reach this engine, for tcp, shm and auto; port 0 takes a free one.
+        secret: shared by all engines that may talk to each other. Without one, listening beyond this host is refused.
+        insecure: listen beyond this host without a secret all the same.
+        discovery: "redis://host:port" or "etcd://host:port", where names are announced and looked up. Without it,
+            peers are called by "host:port".
+        advertise: host that peers are told, if it is not that of `listen`.
         settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, slice_bytes,
             queue_depth, chain, poll_lot, retries, cache_slices, reaper_lot, reaper_period_ns, spin_ns.
 
-    All methods may be called from any thread. Raises UsageError for a setting out of range or a name in use.
+    Attributes:
+        name: its own.
+        address: "host:port" where it answers peers; empty when they are all in this process.
+
+    All methods may be called from any thread.
+
+    Raises:
+        UsageError: a setting out of range, a name in use, or an open port without a secret.
+        TransportError: the port is in use or the host unknown. DiscoveryError: the store of names does not answer.
     """
 
     def __init__(
         self, name: str | None = None, *, provider: str | Provider = "loopback", store: str = "pool",
-        policy: str = "bulk", **settings: int,
+        policy: str = "bulk", listen: str = "127.0.0.1:0", secret: str | bytes | None = None, insecure: bool = False,
+        discovery: str | None = None, advertise: str | None = None, **settings: int,
     ) -> None:  # fmt: skip
         self._settings = _settings(store, policy, settings)
         self.provider = _provider(provider)
@@ -63,13 +103,35 @@ class Engine:
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
             self.awaiting.ctl = self._reaper.ctl
-            queues = self.provider.open(self._settings.workers, self._settings.queue_depth)
+            self.inbox = Inbox()
+            undo.callback(self.inbox.close)
+            queues = self.provider.open(self._settings.workers, self._settings.queue_depth, self.inbox.address)
             undo.callback(self.provider.close)
             self._state.worker_rows[:, layout.WORKER_CQ] = queues
+            self._bells = Bells(self._state, self.provider.descriptors)
+            undo.callback(self._bells.close)
             jit.prewarm()
-            self.name = directory.enter(self, name)
+            self._set_turn()
+            networked = bool(self.provider.descriptors)
+            self.name = directory.enter(self, name, _own_prefix() if networked else "engine")
+            undo.callback(directory.leave, self.name)
+            self.generation = secrets.randbits(62) + 1
+            self._service: Service | None = None
+            if networked:
+                self._service = Service(self, listen, secret, insecure, discovery, advertise)
             undo.pop_all()
         self._threads = self._start_threads()
+        if self._service is not None:
+            try:
+                self._service.announce()
+            except BaseException:
+                self.close()
+                raise
+
+    def _set_turn(self) -> None:
+        """Tell all actors, those yet to come as well, how to turn a worker: compiled only now."""
+        for words in (self._state.template, self._reaper.words, *(block.words for block in self._workers)):
+            words[layout.TURN] = pump.turn_once.address
 
     def _start_threads(self) -> list[threading.Thread]:
         # The threads hold the blocks, not the engine: one that is forgotten can be collected, which closes it.
@@ -106,6 +168,14 @@ class Engine:
             return block
 
     # ------------------------------------------------------------------------------ memory
+    def allocate(self, nbytes: int, *, huge: bool = False) -> np.ndarray:
+        """Zeroed memory that peers on the same host can map, which is their fastest way; see `memory.allocate`.
+
+        Register it, or parts of it, before use.
+        """
+        self._check_open()
+        return allocate(nbytes, huge=huge)
+
     def register(self, buffer: Any, *, access: str = "both") -> Region:
         """Let transfers use a buffer, and peers reach it.
 
@@ -125,7 +195,10 @@ class Engine:
         if not memory.writable and access != "read":
             raise UsageError(f"this {type(buffer).__name__} is read-only; register it with access='read'")
         with self._lock:
-            return self._register(memory, access)
+            region = self._register(memory, access)
+        if self._service is not None:
+            self._service.changed()
+        return region
 
     def _register(self, memory: Range, access: str) -> Region:
         own = Access.LOCAL if memory.writable else 0
@@ -151,49 +224,107 @@ class Engine:
             del self.regions[region._slot]
             self.provider.unregister(region._keys)
             table.recycle(region._slot)
+        if self._service is not None:
+            self._service.changed()
 
     # ------------------------------------------------------------------------------ peers
-    def describe(self) -> Descriptor:
-        """What peers are told: name, provider, registered regions, and what the provider needs to connect."""
+    @property
+    def address(self) -> str:
+        """Where it answers peers, "host:port"; empty when they are all in this process."""
+        return "" if self._service is None else self._service.address
+
+    def descriptor(self) -> Descriptor:
+        """What peers are told, keys included."""
         with self._lock:
             regions = tuple(
                 RemoteRegion(r.address, r.length, r._keys.rkey, ACCESS[r.access]) for r in self.regions.values()
             )
-            return Descriptor(self.name, self.provider.name, regions, self.provider.describe())
+            data = self.provider.describe(self._service.unix if self._service is not None else "")
+            return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
+
+    def describe(self) -> dict[str, Any]:
+        """This engine in plain values: name, address, provider, regions, and how bytes travel to each peer."""
+        with self._lock:
+            return {
+                "name": self.name,
+                "generation": self.generation,
+                "address": self.address,
+                "provider": self.provider.name,
+                "regions": [
+                    {"address": r.address, "length": r.length, "access": r.access} for r in self.regions.values()
+                ],
+                "peers": {peer.name: self.provider.wire(peer.name) for peer in self._peers.values()},
+            }
 
     def connect(self, name: str) -> Peer:
         """Connect to the engine called `name`; the same peer every time. `write` and `read` do this by themselves.
 
+        Args:
+            name: as its engine calls itself, in this process or in the store of names; or "host:port".
+
         Raises:
-            TransportError: no such engine, or one with another provider. CapacityError: too many peers.
+            DiscoveryError: nobody has that name, or it did not prove to know the secret.
+            TransportError: it cannot be reached, or uses another provider. CapacityError: too many peers.
         """
         self._check_open()
-        if name in self._peers:
-            return self._peers[name]
-        # This takes the peer's lock, so never while holding one's own: it may be connecting to us.
-        described = directory.look_up(name, self.provider.name)
+        peer = self._peers.get(name)
+        described = None
+        if peer is None:
+            described = self._look_up(name)  # asks the peer, so never while holding one's own lock: it may ask us
+            peer = self._enter(name, described)
+        self._reconnect(peer, described)
+        return peer
+
+    def _look_up(self, name: str) -> Descriptor:
+        if self._service is None:
+            return directory.look_up(name, self.provider.name)
+        return self._service.look_up(name)
+
+    def _enter(self, name: str, described: Descriptor) -> Peer:
+        """A peer not connected to yet, or one known by another name."""
         with self._lock:
-            peer = self._peers.get(name)
-            if peer is None:
-                if len(self._peers) >= self._settings.peers:
-                    raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
-                peer = Peer(len(self._peers), name)
-                peer.refresh(described.regions)
-                self._state.connect(peer.index, peer.table, self.provider.connect(described))
-                self._peers[name] = peer
+            known = [p for p in self._peers.values() if p.name == name or p.generation == described.generation]
+            if known:
+                self._peers[name] = known[0]
+                return known[0]
+            peer = Peer(len(set(self._peers.values())), name)
+            if peer.index >= self._settings.peers:
+                raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
+            self._state.connect(peer.index, peer.table, [0] * self._settings.workers)
+            self._peers[name] = peer
             return peer
 
     def refresh(self, name: str) -> None:
         """Look at a peer again, since it refused what this engine believed it had. No error if it is gone."""
-        with suppress(TransportError):
+        with suppress(TransportError, DiscoveryError):
             self._look_again(self._peers[name])
+
+    def _reconnect(self, peer: Peer, described: Descriptor | None = None) -> None:
+        """Connect to a peer, unless it is connected or another thread does it."""
+        if peer.gone:
+            with peer.connecting:
+                if peer.gone:
+                    self._learn(peer, described or self._look_up(peer.name))
 
     def _look_again(self, peer: Peer) -> None:
         """Learn what a peer has registered by now; it may even be another engine, opened under the same name."""
-        described = directory.look_up(peer.name, self.provider.name)
+        with peer.connecting:
+            self._learn(peer, self._look_up(peer.name))
+
+    def _learn(self, peer: Peer, described: Descriptor) -> None:
+        link = Link(peer.table.gone, partial(self._dial, described.address))
+        queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         with self._lock:
-            self.provider.connect(described)
-            peer.refresh(described.regions)
+            peer.refresh(described)
+            self._state.connect(peer.index, peer.table, queue_pairs)
+            peer.gone = False
+            if not self.provider.connected(peer.name):  # it broke meanwhile
+                peer.gone = True
+
+    def _dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
+        """What providers ask of the peer at an address, over its Unix socket when they have a name for that."""
+        assert self._service is not None
+        return self._service.dial(f"unix:{unix}" if unix else address, purpose, body)
 
     # ------------------------------------------------------------------------------ transfers
     def write(
@@ -252,7 +383,7 @@ class Engine:
 
     def _try_again(self, kernel: jit.Kernel, ctl: int, peer: Peer, opcode: Opcode, deadline: int, operands: Any) -> int:
         """A submit was refused: wait for capacity, look at the peer's regions once more, or say what is wrong."""
-        refreshed = False
+        refreshed = reconnected = False
         while True:
             self._check_open()
             bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
@@ -265,6 +396,9 @@ class Engine:
             elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not refreshed:
                 refreshed = True
                 self._look_again(peer)
+            elif status == Status.PEER_GONE and not reconnected:
+                reconnected = True
+                self._reconnect(peer)
             else:
                 raise refusal(
                     status, opcode, calls.refused_request(ctl), operands, self._state.regions, peer.table,
@@ -313,6 +447,8 @@ class Engine:
                 return
             self.closed = True
         directory.leave(self.name)
+        if self._service is not None:
+            self._service.close()
         calls.stop(self.ctl)
         workers, reapers = self._threads[: len(self._workers)], self._threads[len(self._workers) :]
         hanging = _join(workers, JOIN_SECONDS)
@@ -323,11 +459,14 @@ class Engine:
         _join(reapers, JOIN_SECONDS)
         self.awaiting.release()
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
-            _abandoned.append((self._state, self._workers, self._reaper, self.provider, self._peers))
+            held = (self._state, self._workers, self._reaper, self.provider, self._peers, self._bells, self.inbox)
+            _abandoned.append(held)
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:
             thread_cache.drop(block.ctl)
         self.provider.close()
+        self._bells.close()
+        self.inbox.close()
         self.awaiting.close()
 
     def __enter__(self) -> Engine:
@@ -350,6 +489,11 @@ _abandoned: list[object] = []
 def _close_all() -> None:
     for engine in directory.engines():
         engine.close()
+
+
+def _own_prefix() -> str:
+    """Names that no engine of another process has by chance."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _settings(store: str, policy: str, settings: dict[str, int]) -> Settings:

@@ -5,6 +5,7 @@ Kernels return a `Status`; 0 is success and every other value says what was lost
     1xx  only time           the pool is empty, a queue is full: try again
     2xx  this call           the caller's mistake; nothing was changed
     3xx  one slice           the wire refused or lost it; its request failed
+    4xx  a connection        the peer or the way to it is gone; connect again
     9xx  the engine          it is closing; nothing more can be done with it
 
 Exceptions say whose fault it was. `check` turns one into the other.
@@ -41,6 +42,8 @@ class Status(IntEnum):
     REMOTE_ERROR = 305
     RETRIES_EXCEEDED = 306
     FLUSHED = 307
+    INBOX_FULL = 308
+    PEER_GONE = 401
     CLOSED = 901
 
 
@@ -52,6 +55,9 @@ REASON: dict[Status, str] = {
     Status.REMOTE_ERROR: "the target could not carry the operation out",
     Status.RETRIES_EXCEEDED: "the wire lost it more often than the engine retries",
     Status.FLUSHED: "the connection broke down with this request on it",
+    Status.INBOX_FULL: "the data arrived, but the target's inbox of notifications is full: does it fetch them?",
+    Status.PEER_GONE: "the connection to the peer is gone; whether the bytes arrived is not known. Submit it again: "
+    "that connects anew",
 }
 
 
@@ -69,6 +75,10 @@ class CapacityError(MooncacheError):
 
 class TransportError(MooncacheError):
     """A provider could not be opened, connected or used."""
+
+
+class DiscoveryError(MooncacheError):
+    """A peer could not be found or did not prove who it is, or a store of names could not be asked."""
 
 
 class EngineClosed(MooncacheError):

@@ -53,6 +53,24 @@ POLL_LOT = 64
 RETRIES = 3
 """Times a slice is posted again after the connection broke under it."""
 
+NOTE_BYTES = (
+    2  # length of the sender's name
+    + 255  # the name
+    + 1024  # the message: a request id, block ids, a rank
+    + 767  # rounding up to a power of two
+)
+"""A batch's notification as it travels."""
+
+INBOX_NOTES = 1024
+"""Notifications an engine keeps until they are fetched: four from each of 256 peers."""
+
+LANES = (
+    256  # one from each peer to this worker
+    + 256  # one to each
+    + 512  # while old ones of restarted peers have not been noticed yet, or peers open several
+)
+"""Connections of one worker."""
+
 CACHE_SLICES = 4096
 """Slices a thread keeps for itself under the `thread_cache` policy: the upstream fix's ring."""
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
+import os
+import weakref
+from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mooncache.errors import UsageError
+from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels.layout import Access
 
 if TYPE_CHECKING:
     from mooncache.engine import Engine
     from mooncache.providers.base import Keys
+
+log = logging.getLogger("mooncache")
+
+HUGE_BYTES = 2 << 20
 
 ACCESS = {"read": int(Access.READ), "write": int(Access.WRITE), "both": int(Access.READ | Access.WRITE)}
 
@@ -79,6 +89,72 @@ def _checked(address: int, length: int, owner: Any, writable: bool) -> Range:
     if length <= 0 or address <= 0 or address + length >= 1 << 63:
         raise UsageError(f"expected a range of at least one byte of user memory, got {length} bytes at {address:#x}")
     return Range(address, length, owner, writable)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Memory with a descriptor, which another process can map as well."""
+
+    address: int
+    length: int
+    descriptor: int
+    number: int
+    memory: weakref.ref[np.ndarray]  # while somebody holds this, the descriptor is open
+
+
+_segments: dict[int, Segment] = {}
+_numbers = count(1)
+
+
+def allocate(nbytes: Any, *, huge: bool = False) -> np.ndarray:
+    """Zeroed, page-aligned, shareable memory as uint8[nbytes]; lives as long as the array or a view of it.
+
+    Args:
+        huge: in pages of 2 MiB. Where the system has none to give, ordinary pages are taken, and the log says so.
+
+    Raises:
+        UsageError: not a positive number of bytes. CapacityError: the system has no memory or descriptor left.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int | np.integer) or not 0 < nbytes < 1 << 62:
+        raise UsageError(f"expected a number of bytes from 1 on, got {nbytes!r}")
+    if huge:
+        try:
+            return _allocate(int(nbytes), HUGE_BYTES, os.MFD_HUGETLB)
+        except OSError as error:
+            log.info("no huge pages for %d bytes (%s): taking ordinary ones", nbytes, error.strerror)
+    try:
+        return _allocate(int(nbytes), mmap.PAGESIZE, 0)
+    except OSError as error:
+        raise CapacityError(f"no memory for {nbytes} bytes that can be shared: {error.strerror}") from error
+
+
+def _allocate(nbytes: int, page: int, flags: int) -> np.ndarray:
+    length = -(-nbytes // page) * page
+    descriptor = os.memfd_create("mooncache", os.MFD_CLOEXEC | flags)
+    try:
+        os.ftruncate(descriptor, length)
+        array = np.frombuffer(mmap.mmap(descriptor, length), np.uint8)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    segment = Segment(array.ctypes.data, length, descriptor, next(_numbers), weakref.ref(array))
+    _segments[segment.address] = segment
+    weakref.finalize(array, _forget, segment).atexit = False
+    return array[:nbytes]
+
+
+def _forget(segment: Segment) -> None:
+    if _segments.get(segment.address) is segment:
+        del _segments[segment.address]
+    os.close(segment.descriptor)
+
+
+def segment_of(address: int, length: int) -> Segment | None:
+    """The allocated segment that a range lies in, if any."""
+    for segment in list(_segments.values()):
+        if segment.address <= address and address + length <= segment.address + segment.length:
+            return segment
+    return None
 
 
 class Region:

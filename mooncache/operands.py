@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mooncache.errors import CapacityError, EngineClosed, Status, UsageError
+from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
 from mooncache.kernels.layout import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
 from mooncache.kernels.state import RegionTable
@@ -82,6 +82,8 @@ def refusal(
         )
     if status == Status.CLOSED:
         return EngineClosed("the engine is closed")
+    if status == Status.PEER_GONE:
+        return TransportError(f"{peer.owner}: the connection broke again while it was made; is that engine in trouble?")
     if status == Status.OPERANDS_CHANGED:
         return UsageError("the arrays were written to by another thread during the call; nothing was submitted")
     if status == Status.HEAP_EMPTY:

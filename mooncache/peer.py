@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from itertools import count
 from typing import TYPE_CHECKING
 
 from mooncache.errors import TransportError, UsageError
+from mooncache.kernels import layout
 from mooncache.kernels.state import RegionTable
 from mooncache.providers.base import Descriptor, RemoteRegion
 
@@ -16,16 +17,38 @@ if TYPE_CHECKING:
 
 
 class Peer:
-    """An engine this one is connected to. `table` mirrors what it has registered."""
+    """An engine this one is connected to. `table` mirrors what it has registered.
+
+    Attributes:
+        name: what it was called when it was connected to: its name, or "host:port".
+        generation: another one than last time means that it has restarted.
+    """
 
     def __init__(self, index: int, name: str) -> None:
-        self.index, self.name = index, name
+        self.index, self.name, self.generation = index, name, 0
         self.table = RegionTable(f"peer {name!r}")
+        self.connecting = threading.Lock()  # held while the network is waited for
         self._known: dict[RemoteRegion, int] = {}
+        self.gone = True
 
-    def refresh(self, regions: Iterable[RemoteRegion]) -> None:
-        """Bring the table up to date with what the peer says it has registered."""
-        now = set(regions)
+    @property
+    def regions(self) -> tuple[RemoteRegion, ...]:
+        """What it has registered, as far as this engine knows: looked at when connecting, and when it refuses."""
+        return tuple(sorted(self._known))
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has to be connected to, for the first time or again. Submits are refused meanwhile."""
+        return bool(self.table.header[layout.TABLE_GONE])
+
+    @gone.setter
+    def gone(self, gone: bool) -> None:
+        self.table.header[layout.TABLE_GONE] = gone
+
+    def refresh(self, described: Descriptor) -> None:
+        """Bring the table up to date with what the peer says of itself."""
+        self.generation = described.generation
+        now = set(described.regions)
         for gone in [region for region in self._known if region not in now]:
             self.table.remove(self._known.pop(gone))
         for region in now - self._known.keys():
@@ -42,14 +65,11 @@ class Directory:
         self._engines: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def enter(self, engine: Engine, name: str | None) -> str:
-        """Enter an engine under its name, or the next free "engine-<n>". Raises UsageError for a name in use."""
+    def enter(self, engine: Engine, name: str | None, prefix: str) -> str:
+        """Enter an engine under its name, or the next free "<prefix>-<n>". Raises UsageError for a name in use."""
         with self._lock:
             if name is None:
-                n = 0
-                while f"engine-{n}" in self._engines:
-                    n += 1
-                name = f"engine-{n}"
+                name = next(n for n in map(f"{prefix}-{{}}".format, count()) if n not in self._engines)
             if name in self._engines:
                 raise UsageError(f"an engine named {name!r} is open in this process; names must be unique")
             self._engines[name] = engine
@@ -64,6 +84,11 @@ class Directory:
         """All that are open."""
         return [engine for engine in self._engines.values() if not engine.closed]
 
+    def address(self, name: str) -> str:
+        """Where the engine called `name` answers handshakes; empty when there is none, or it does not."""
+        engine = self._engines.get(name)
+        return engine.address if engine is not None and not engine.closed else ""
+
     def look_up(self, name: str, provider: str) -> Descriptor:
         """What the engine called `name` tells peers on `provider`. Takes that engine's lock.
 
@@ -73,7 +98,7 @@ class Directory:
         if engine is None or engine.closed:
             known = ", ".join(sorted(e.name for e in self.engines())) or "none"
             raise TransportError(f"no engine named {name!r} in this process; there are: {known}")
-        described = engine.describe()
+        described = engine.descriptor()
         if described.provider != provider:
             raise TransportError(
                 f"peer {name!r} uses provider {described.provider!r}, this engine {provider!r}; both ends need the same"

@@ -29,7 +29,7 @@ from mooncache.kernels.complete import poll
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import COUNTERS, WORD, Kind
 from mooncache.kernels.pump import post, take
-from mooncache.kernels.submit import worker_row
+from mooncache.kernels.worker import worker_row
 from mooncache.providers.emulated import Emulated, Nic
 from sim.costs import TABLES, Calibration, Machine, Point
 

@@ -31,7 +31,7 @@ from mooncache.kernels.reclaim import leak
 from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
 from mooncache.providers import emulated
-from mooncache.providers.base import Descriptor
+from mooncache.providers.base import HERE, Descriptor
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
@@ -106,15 +106,15 @@ class VirtualEngine:
         self.reaper = self._block(prices)
         clock = address_of(self.worker.words) + layout.NOW * layout.WORD
         self.provider = emulated.Emulated(nic, clocks=[clock])
-        (self.cq,) = self.provider.open(1, settings.queue_depth)
+        (self.cq,) = self.provider.open(1, settings.queue_depth, 0)
         self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
         self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")
         keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
         self.state.regions.add(BASE, SPAN, keys.lkey, layout.Access.WRITE)
         self.remote.add(BASE, SPAN, keys.rkey, layout.Access.WRITE)
-        peer = Descriptor("decode", self.provider.name, (), self.provider.describe())
-        self.state.connect(PEER, self.remote, self.provider.connect(peer))
+        peer = Descriptor("decode", 1, "", self.provider.name, (), self.provider.describe())
+        self.state.connect(PEER, self.remote, self.provider.connect(peer, HERE))
         self._operands: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def _block(self, prices: Prices, actor: int = -1) -> Block:

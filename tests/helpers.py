@@ -21,7 +21,7 @@ from mooncache.kernels.layout import Kind, Opcode
 from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
 from mooncache.kernels.submit import prepare, publish, submit
 from mooncache.limits import CHUNK_SLICES
-from mooncache.providers.base import Descriptor, Provider
+from mooncache.providers.base import HERE, Descriptor, Provider
 from tests.kernels.entries import Gated, never
 
 LIMIT = 60.0  # seconds: far more than anything here takes; only a hang gets there
@@ -218,13 +218,13 @@ class Rig:
         self._zeros = np.zeros(len(Kind), np.int64)
         self.caller, self.worker = self._block(-1), self._block(0)
         self.provider = provider or Gated()
-        (self.cq,) = self.provider.open(1, self.state.settings.queue_depth)
+        (self.cq,) = self.provider.open(1, self.state.settings.queue_depth, 0)
         self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
         self.worker.words[layout.NEXT_COMPLETION] = never.address
         self.worker.words[layout.HORIZON] = (1 << 62) - 2
         self.remote = RegionTable("the peer")
-        peer = Descriptor("peer", self.provider.name, (), self.provider.describe())
-        self.state.connect(0, self.remote, self.provider.connect(peer))
+        peer = Descriptor("peer", 1, "", self.provider.name, (), self.provider.describe())
+        self.state.connect(0, self.remote, self.provider.connect(peer, HERE))
         if not bare:
             self.arena = np.zeros(1 << 16, np.uint8)
             base = self.arena.ctypes.data

@@ -10,12 +10,16 @@ import pytest
 from mooncache import Status, TransferFailed
 from mooncache.providers.emulated import Emulated, Nic
 from mooncache.providers.loopback import Loopback
+from mooncache.providers.shm import Shm
+from mooncache.providers.tcp import Tcp
 from tests.helpers import POLICIES, STORES, Pair, Task, assert_balanced, in_threads, until
 from tests.kernels.entries import Gated
 
 WIRES = {
     "loopback": Loopback,
     "emulated": lambda: Emulated(Nic(latency_ns=5000)),
+    "tcp": lambda: Tcp(lanes=2),
+    "shm": Shm,
 }
 ARENA = 1 << 20
 SIZES = (1, 7, 64, 511, 512, 513, 4096, 10_000)

@@ -38,7 +38,10 @@ from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, in_thread
         ({"slizes": 5}, "unknown setting 'slizes'; there are: .*slices"),
         ({"policy": "hope"}, "a policy of .*'bulk'.*, got 'pool' and 'hope'"),
         ({"store": "disk"}, "expected a store of .*'heap'"),
-        ({"provider": "pigeon"}, "expected a Provider or one of 'loopback', 'emulated', got 'pigeon'"),
+        (
+            {"provider": "pigeon"},
+            "expected a Provider or one of 'loopback', 'emulated', 'tcp', 'shm', 'auto', got 'pigeon'",
+        ),
         ({"provider": 5}, "expected a Provider or one of"),
     ],
 )
@@ -51,6 +54,7 @@ def test_a_setting_that_cannot_be_is_refused(options, message):
 
 def test_a_name_in_use_is_refused_and_can_be_used_after_the_engine_was_closed(engines):
     first = engines("twin")
+    gc.collect()  # what other tests have left
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UsageError, match="an engine named 'twin' is open in this process"):
         engines("twin")

@@ -19,8 +19,9 @@ from numba.np.arrayobj import make_array
 
 intrinsic: Any = extending.intrinsic  # Numba's own annotation counts the typing context as an argument
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_X86 = platform.machine() in ("x86_64", "AMD64")
-SYS_FUTEX = 202 if _X86 else 98  # x86-64; every architecture with the generic table, aarch64 among them
+X86 = platform.machine() in ("x86_64", "AMD64")
+LINE = 64
+SYS_FUTEX = 202 if X86 else 98  # x86-64; every architecture with the generic table, aarch64 among them
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 
 
@@ -109,7 +110,7 @@ def pause(typing: Any) -> Any:
     """Tell the core that this is a spin loop."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        name, operands = ("llvm.x86.sse2.pause", []) if _X86 else ("llvm.aarch64.hint", [ir.Constant(_I32, 1)])
+        name, operands = ("llvm.x86.sse2.pause", []) if X86 else ("llvm.aarch64.hint", [ir.Constant(_I32, 1)])
         type_ = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
         builder.call(cgutils.get_or_insert_function(builder.module, type_, name), operands)
         return context.get_dummy_value()
@@ -128,6 +129,20 @@ def copy(typing: Any, target: Any, source: Any, length: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def stream_line(typing: Any, target: Any, source: Any) -> Any:
+    """Copy 64 bytes past the caches; `target` is a multiple of 64. Ordered only by a `fence` afterwards."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(_I64, 8)
+        to, from_ = (builder.inttoptr(address, line.as_pointer()) for address in args)
+        written = builder.store(builder.load(from_, align=1), to, align=64)
+        written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -186,11 +201,32 @@ def call_write(typing: Any, function: Any, descriptor: Any, buffer: Any, length:
 
 
 @intrinsic
-def _call_syscall(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
+def call_syscall(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
+    """long syscall(long number, ...): number and six operands"""
     return _call(_I64, [_I64] * 7, types.int64)
 
 
 from mooncache.kernels.jit import kernel  # noqa: E402  (the intrinsics above must exist first)
+
+STREAM_BYTES = 1024  # from here on copying past the caches is faster
+
+
+@kernel
+def stream_copy(target, source, length):
+    """memcpy for bytes that this core will not read soon: it does not first fetch what it overwrites.
+
+    Measured with scattered blocks into shared memory: see `mooncache bench transfer --provider shm`.
+    """
+    if length < STREAM_BYTES:
+        copy(target, source, length)
+        return
+    lead = -target % LINE
+    copy(target, source, lead)
+    lines = (length - lead) // LINE
+    for i in range(lead, lead + lines * LINE, LINE):
+        stream_line(target + i, source + i)
+    done = lead + lines * LINE
+    copy(target + done, source + done, length - done)
 
 
 @kernel
@@ -199,10 +235,10 @@ def futex_wait(syscall, address, expected, timespec):
 
     Returns 0 when woken, else -1 (value differed, timeout, or a signal arrived): look again in every case.
     """
-    return _call_syscall(syscall, SYS_FUTEX, address, _FUTEX_WAIT_PRIVATE, expected, timespec, 0, 0)
+    return call_syscall(syscall, SYS_FUTEX, address, _FUTEX_WAIT_PRIVATE, expected, timespec, 0, 0)
 
 
 @kernel
 def futex_wake(syscall, address, threads):
     """Wake up to `threads` sleepers on the int32 at `address`; returns how many there were."""
-    return _call_syscall(syscall, SYS_FUTEX, address, _FUTEX_WAKE_PRIVATE, threads, 0, 0, 0)
+    return call_syscall(syscall, SYS_FUTEX, address, _FUTEX_WAKE_PRIVATE, threads, 0, 0, 0)

@@ -6,6 +6,7 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, word
 from mooncache.kernels.atomics import (
     add,
+    call_word,
     exchange,
     fence,
     futex_wake,
@@ -29,9 +30,11 @@ from mooncache.kernels.layout import (
     BATCH_REMAINING,
     BATCH_STATE,
     BATCH_WAITERS,
+    BATCH_WORKER,
     BATCHES,
     CHUNK_NEXT,
     CHUNK_SLICES,
+    EPOCH_QUIET,
     LOCAL_TABLE,
     REFUSED,
     SHARED,
@@ -46,16 +49,20 @@ from mooncache.kernels.layout import (
     SLICE_STATE,
     SPIN,
     SYSCALL,
+    TURN,
     WORD,
-    WORKER_BELL,
+    WORKER_CTL,
+    WORKER_EPOCH,
+    WORKER_EPOLL,
     WORKERS,
     Kind,
 )
 from mooncache.kernels.pool import EVERY_THREAD
-from mooncache.kernels.pump import ABANDONED, PAUSES, sleep_on
+from mooncache.kernels.pump import ABANDONED, PAUSES, sleep_on_descriptors, work_waits
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.regions import take_out
-from mooncache.kernels.submit import bump_generation, request_cancel, worker_row
+from mooncache.kernels.submit import bump_generation, request_cancel
+from mooncache.kernels.worker import end_turn, ring_bell, sleep_on, try_turn, wake_worker, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 CANCELLED, TIMED_OUT = int(Status.CANCELLED), int(Status.TIMED_OUT)
@@ -81,13 +88,18 @@ def read_word(ctl, handle, field):
 def wait(ctl, handle, ns):
     """Spin briefly, then sleep until the batch is finished, for at most `ns`. Gives the GIL up.
 
-    Comes back at every wake-up, so that Python can run signal handlers. Returns what `status` does.
+    Comes back at every wake-up, so that Python can run signal handlers. Returns what `status` does. Where the worker
+    sleeps on descriptors, the waiting thread takes its turn and fetches the answer itself.
     """
     row = resolve(ctl, handle)
     if row == 0:
         return np.int64(Status.STALE_HANDLE)
     since = clock(ctl)
-    spin = min(word(ctl, SPIN), ns)
+    worker = worker_row(ctl, peek(row + BATCH_WORKER * WORD))
+    if peek(worker + WORKER_EPOLL * WORD) >= 0:
+        while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns and try_turn(worker):
+            turn_until(ctl, worker, row, handle, since + ns)
+    spin = min(word(ctl, SPIN), ns - (clock(ctl) - since))
     while not finished(row):
         for _ in range(PAUSES):
             pause()
@@ -104,6 +116,26 @@ def wait(ctl, handle, ns):
     if resolve(ctl, handle) == 0:
         return np.int64(Status.STALE_HANDLE)
     return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+
+
+@kernel
+def turn_until(ctl, worker, row, handle, end):
+    """Be the worker, whose turn the caller holds, until the batch is finished or closed, or `end` has come.
+
+    Lets go of the turn. Sleeps on the worker's descriptors like its own thread: Linux wakes the last to come.
+    """
+    its_ctl, happened = peek(worker + WORKER_CTL * WORD), np.int64(1)
+    while not finished(row) and resolve(ctl, handle) != 0:
+        happened = call_word(word(ctl, TURN), its_ctl)
+        if happened == 0:
+            left = end - clock(ctl)
+            if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+                break
+            store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
+            sleep_on_descriptors(its_ctl, worker, left)
+    end_turn(ctl, worker)
+    if happened > 0 or work_waits(ctl, worker):
+        ring_bell(ctl, worker)
 
 
 @kernel("int64(int64, int64)")
@@ -264,9 +296,7 @@ def stop(ctl):
             closed += 1
     store(shared + SHARED_STOP * WORD, 1)
     for i in range(word(ctl, WORKERS)):
-        bell = worker_row(ctl, i) + WORKER_BELL * WORD
-        add(bell, 1)
-        futex_wake(word(ctl, SYSCALL), bell, EVERY_THREAD)
+        wake_worker(ctl, worker_row(ctl, i))
     return closed
 
 

@@ -39,7 +39,7 @@ from mooncache.kernels.layout import (
 )
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
 from mooncache.kernels.ring import push
-from mooncache.kernels.verbs import WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
+from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
 from mooncache.limits import CHUNK_BITS
 
 DONE, POSTED, WAITING = int(Slice.DONE), int(Slice.POSTED), int(Slice.WAITING)
@@ -78,6 +78,8 @@ def status_of(wc_status):
         return np.int64(Status.RETRIES_EXCEEDED)
     if wc_status == WcStatus.WR_FLUSH_ERR:
         return np.int64(Status.FLUSHED)
+    if wc_status == WcStatus.REM_ABORT_ERR:
+        return np.int64(Status.PEER_GONE)
     return np.int64(Status.LOCAL_ERROR)
 
 
@@ -130,7 +132,7 @@ def poll(ctl, worker, index):
     account(ctl, Kind.POLLS, 1)
     taken = poll_cq(peek(worker + WORKER_CQ * WORD), word(ctl, POLL_LOT), wc)
     if taken <= 0:
-        return np.int64(0)
+        return np.int64(taken == POLL_AGAIN)
     account(ctl, Kind.COMPLETIONS, taken)
     capacity, heap_store = word(ctl, CAPACITY), word(ctl, STORE) == Store.HEAP
     state, owner, generation = (

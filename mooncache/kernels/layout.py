@@ -49,6 +49,7 @@ class Opcode(IntEnum):
     """`ibv_wr_opcode` of the one-sided operations."""
 
     WRITE = 0
+    SEND = 2  # a batch's notification
     READ = 4
 
 
@@ -69,6 +70,7 @@ class Slice(IntEnum):
     WAITING = 1  # filled, not posted
     POSTED = 2  # the NIC has it
     DONE = 3
+    WITHHELD = 4  # a notification that was not sent, because other slices of its batch failed
 
 
 class Kind(IntEnum):
@@ -168,6 +170,7 @@ SYSCALL = _next()
 WRITE = _next()
 MALLOC = _next()  # 0: heap objects are accounted for, not made (the simulation)
 FREE = _next()
+TURN = _next()  # function(ctl of a worker) -> how much happened; see kernels/worker.py
 
 # ------------------------------------------------------------------ the actor's own
 ACTOR = _next()  # index of its worker row, or -1
@@ -256,6 +259,12 @@ WORKER_QUEUED = 6  # batches with slices to post
 WORKER_DEADLINES = 7  # queued batches that have a deadline
 WORKER_RETRY_RING = 8  # ring of slots to post again
 WORKER_PEERS = 9  # highest peer it has had batches for, + 1
+WORKER_TURN = 10  # 1: somebody is this worker, see kernels/worker.py; also the futex of its own thread
+WORKER_HELD = 11  # 1: that thread waits for its turn
+WORKER_EPOLL = 12  # epoll set that the thread sleeps on, or -1: it sleeps on the bell
+WORKER_BELL_FD = 13  # eventfd in that set, or -1
+WORKER_SERVES = 14  # 1: poll even with nothing outstanding, since peers may want something
+WORKER_CTL = 15  # address of the worker's control block
 WORKER_WORDS = 16
 EPOCH_QUIET = (1 << 62) - 1
 
@@ -266,6 +275,7 @@ TABLE_ENDS = 2  # address of int64[REGIONS]
 TABLE_SLOTS = 3  # address of int64[REGIONS]
 TABLE_KEYS = 4  # address of int64[REGIONS], by slot: lkey or rkey
 TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
+TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
 TABLE_WORDS = 8
 
 

@@ -95,7 +95,7 @@ def build_run(ctl, row, slot, n, wr):
         poke(wr + WR_ID, generation | (slot + i))
         u32(wr + WR_OPCODE)[0] = opcode
         poke(wr + WR_REMOTE_ADDR, target[slot + i])
-        u32(wr + WR_RKEY)[0] = rkey[remote[slot + i]]
+        poke(wr + WR_RKEY, rkey[remote[slot + i]])  # a NIC reads the low half, a software wire all of it
         state[slot + i] = POSTED
         wr += WR_BYTES
         sge += 16

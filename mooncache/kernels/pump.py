@@ -11,10 +11,10 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import call_word, fence, futex_wait, load, pause, peek, poke, store
+from mooncache.kernels.atomics import call_word, fence, load, pause, peek, poke, store
 from mooncache.kernels.complete import endpoint_row, poll
 from mooncache.kernels.handle import batch_row, row_of
-from mooncache.kernels.jit import kernel
+from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
     ACTOR,
     BATCH_NEXT,
@@ -22,7 +22,6 @@ from mooncache.kernels.layout import (
     BATCH_REMAINING,
     COUNTERS,
     ENDPOINT_FIRST,
-    EPOCH_QUIET,
     HORIZON,
     NEXT_COMPLETION,
     NOW,
@@ -44,23 +43,26 @@ from mooncache.kernels.layout import (
     WORKER_BELL,
     WORKER_CQ,
     WORKER_DEADLINES,
-    WORKER_EPOCH,
+    WORKER_EPOLL,
     WORKER_OUTSTANDING,
     WORKER_PARKED,
     WORKER_PEERS,
     WORKER_QUEUED,
     WORKER_RETRY_RING,
     WORKER_RING,
+    WORKER_SERVES,
     Kind,
     Policy,
 )
+from mooncache.kernels.linux import epoll_wait
 from mooncache.kernels.post import enqueue, overdue, post_batches, post_retries, stop_posting
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first, pop
-from mooncache.kernels.submit import worker_row
+from mooncache.kernels.worker import end_turn, sleep_on, take_turn, worker_row
 
-NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+TICK_MS = 1  # a sleeper with deadlines to keep looks this often
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
 ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
 PAUSES = 64  # between two looks at the clock while spinning
@@ -134,35 +136,63 @@ def busy(ctl, worker):
         or peek(worker + WORKER_QUEUED * WORD) > 0
         or first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
         or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
-        or (word(ctl, POLICY) == Policy.EPOCH and first(word(ctl, RETIRED_RING)) != RING_EMPTY)
+        or retired_waits(ctl)
     )
 
 
 @kernel
-def sleep_on(ctl, bell, seen, ns):
-    """Sleep on a futex word while it is `seen`, for at most `ns`."""
-    timespec = ctl + SCRATCH * WORD
-    poke(timespec, ns // NS_PER_S)
-    poke(timespec + WORD, ns % NS_PER_S)
-    futex_wait(word(ctl, SYSCALL), bell, seen, timespec)
+def retired_waits(ctl):
+    """Whether the epoch policy has batches to free in an idle moment."""
+    return word(ctl, POLICY) == Policy.EPOCH and first(word(ctl, RETIRED_RING)) != RING_EMPTY
+
+
+@kernel
+def sleep_on_descriptors(ctl, worker, ns):
+    """Sleep until the worker's eventfd, or a descriptor of its wire, stirs; for at most `ns`."""
+    most = TICK_MS if peek(worker + WORKER_DEADLINES * WORD) > 0 else HEARTBEAT_NS // NS_PER_MS
+    ms = min(most, -(-ns // NS_PER_MS))
+    epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SCRATCH * WORD, 1, ms)
+
+
+@kernel
+def work_waits(ctl, worker):
+    """Whether there is something to do that no descriptor will tell of."""
+    if peek(worker + WORKER_EPOLL * WORD) < 0:
+        return busy(ctl, worker)
+    return (
+        first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
+        or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
+        or retired_waits(ctl)
+    )
 
 
 @kernel
 def park(ctl, worker):
-    """Sleep until somebody rings the worker's bell. It announces itself as asleep first, then looks once more."""
+    """Sleep until there is work. The worker announces itself as asleep first, looks once more, and lets its turn go."""
     seen = load(worker + WORKER_BELL * WORD)
-    store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
     store(worker + WORKER_PARKED * WORD, 1)
     fence()
-    if not busy(ctl, worker) and load(word(ctl, SHARED) + SHARED_STOP * WORD) == 0:
+    if not work_waits(ctl, worker) and load(word(ctl, SHARED) + SHARED_STOP * WORD) == 0:
         account(ctl, Kind.PARKS, 1)
-        sleep_on(ctl, worker + WORKER_BELL * WORD, seen, HEARTBEAT_NS)
+        end_turn(ctl, worker)
+        if peek(worker + WORKER_EPOLL * WORD) < 0:
+            sleep_on(ctl, worker + WORKER_BELL * WORD, seen, HEARTBEAT_NS)
+        else:
+            sleep_on_descriptors(ctl, worker, HEARTBEAT_NS)
+        take_turn(ctl, worker)
     store(worker + WORKER_PARKED * WORD, 0)
 
 
 @kernel
 def idle_real(ctl, worker):
-    """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
+    """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep.
+
+    A wire of sockets says by a descriptor when it has something, so there the worker sleeps sooner: spinning would
+    take the core that the peer's process may need.
+    """
+    if peek(worker + WORKER_EPOLL * WORD) >= 0:
+        park(ctl, worker)
+        return
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
         pause()
         return
@@ -197,8 +227,19 @@ def turn(ctl, worker, index):
     if peek(worker + WORKER_DEADLINES * WORD) > 0:
         expire(ctl, worker, index)
     happened += post(ctl, worker, index)
-    if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+    if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:
         happened += poll(ctl, worker, index)
+    return happened
+
+
+@callback("int64(int64)")
+def turn_once(ctl):
+    """One round, by whoever holds the turn of the worker that `ctl` belongs to; returns how much happened."""
+    since = clock(ctl)
+    happened = np.int64(turn(ctl, worker_row(ctl, word(ctl, ACTOR)), word(ctl, ACTOR)))
+    if happened == 0 and on_idle(ctl):
+        happened = np.int64(1)
+    raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
     return happened
 
 
@@ -209,6 +250,8 @@ def pump(ctl):
     worker = worker_row(ctl, index)
     virtual = word(ctl, VIRTUAL) != 0
     finished = word(ctl, COUNTERS) + Kind.BATCHES_FINISHED * WORD
+    if not virtual:
+        take_turn(ctl, worker)
     before, since = peek(finished), clock(ctl)
     while True:
         happened = turn(ctl, worker, index) > 0
@@ -225,7 +268,7 @@ def pump(ctl):
             raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
             stop = load(word(ctl, SHARED) + SHARED_STOP * WORD)
             if stop == ABANDONED or (stop != 0 and not busy(ctl, worker)):
-                store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)  # or the others would wait for it for ever
+                end_turn(ctl, worker)
                 return np.int64(Pump.STOPPED)
             idle_real(ctl, worker)
             since = clock(ctl)

@@ -17,7 +17,7 @@ from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, SGE_BYTES, WC_BYTES,
 _libc = ctypes.CDLL(None)
 
 
-def _function(name: str) -> int:
+def function_address(name: str) -> int:
     """Address of a libc function; kernels call it by that, which keeps them cacheable."""
     return int(ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value or 0)
 
@@ -100,6 +100,11 @@ class RegionTable:
     def __len__(self) -> int:
         return int(self.header[layout.TABLE_COUNT])
 
+    @property
+    def gone(self) -> int:
+        """Address of the word that says that the connection to the peer with this table is broken."""
+        return address_of(self.header) + layout.TABLE_GONE * WORD
+
     def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
         """The first registered (address, length) that overlaps the range, if any."""
         n = len(self)
@@ -163,6 +168,7 @@ class Block:
         self.words[layout.CACHE_OBJECTS] = address_of(self.cache)
         if actor >= 0:
             self._prepare_work_requests(state.settings)
+            state.worker_rows[actor, layout.WORKER_CTL] = self.ctl
 
     def _prepare_work_requests(self, settings: Settings) -> None:
         chain = settings.chain_length
@@ -232,6 +238,7 @@ class State:
             settings.workers, layout.WORKER_WORDS
         )
         self.worker_rows[:, layout.WORKER_EPOCH] = layout.EPOCH_QUIET
+        self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD]] = -1
         self.rings: list[np.ndarray] = []
         for row in self.worker_rows:
             submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
@@ -276,11 +283,11 @@ class State:
             (layout.SPIN, s.spin_ns),
             (layout.EVENT_FD, event_fd),
             (layout.VIRTUAL, virtual),
-            (layout.CLOCK_GETTIME, _function("clock_gettime")),
-            (layout.SYSCALL, _function("syscall")),
-            (layout.WRITE, _function("write")),
-            (layout.MALLOC, 0 if virtual else _function("malloc")),
-            (layout.FREE, 0 if virtual else _function("free")),
+            (layout.CLOCK_GETTIME, function_address("clock_gettime")),
+            (layout.SYSCALL, function_address("syscall")),
+            (layout.WRITE, function_address("write")),
+            (layout.MALLOC, 0 if virtual else function_address("malloc")),
+            (layout.FREE, 0 if virtual else function_address("free")),
         ):
             t[field] = value
 

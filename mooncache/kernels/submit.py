@@ -9,7 +9,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, address_of, cas, fence, futex_wake, i64, load, peek, poke
+from mooncache.kernels.atomics import add, address_of, call_word, cas, i64, load, peek, poke
 from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
 from mooncache.kernels.handle import handle_of, resolve
 from mooncache.kernels.jit import kernel
@@ -31,18 +31,19 @@ from mooncache.kernels.layout import (
     CAPACITY,
     CHUNK_NEXT,
     CHUNK_SLICES,
+    PEER_TABLES,
     SCRATCH,
     SHARED,
     SHARED_NEXT_WORKER,
     SHARED_STOP,
+    SLICE_BYTES,
     STORE,
-    SYSCALL,
+    TABLE_GONE,
+    TURN,
     WORD,
-    WORKER_BELL,
-    WORKER_PARKED,
+    WORKER_CTL,
+    WORKER_EPOLL,
     WORKER_RING,
-    WORKER_ROWS,
-    WORKER_WORDS,
     WORKERS,
     Kind,
     Store,
@@ -50,23 +51,14 @@ from mooncache.kernels.layout import (
 from mooncache.kernels.pool import acquire, release
 from mooncache.kernels.ring import push
 from mooncache.kernels.split import COUNT_ONLY, REQUESTS, walk
+from mooncache.kernels.worker import end_turn, ring_bell, try_turn, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
+AT_ONCE_BYTES = 256 * 1024
+"""A batch up to this long is posted by its submitter while the worker sleeps: some ten microseconds, GIL held."""
 
-@kernel
-def worker_row(ctl, worker):
-    """Address of a worker's row."""
-    return word(ctl, WORKER_ROWS) + worker * WORKER_WORDS * WORD
-
-
-@kernel
-def ring_bell(ctl, row):
-    """Wake the worker if it sleeps. Dekker's pattern: the caller's push, a fence, then this look at its flag."""
-    fence()
-    if load(row + WORKER_PARKED * WORD) != 0:
-        add(row + WORKER_BELL * WORD, 1)
-        futex_wake(word(ctl, SYSCALL), row + WORKER_BELL * WORD, 1)
-        account(ctl, Kind.WAKES, 1)
+HAND_ROUNDS = 4
+"""Take and post, send, fetch an answer that is there already, and see that nothing is left."""
 
 
 @kernel
@@ -105,6 +97,8 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
     """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed."""
     if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
         return np.int64(-Status.CLOSED)  # no worker would take it
+    if peek(i64(word(ctl, PEER_TABLES))[peer] + TABLE_GONE * WORD) != 0:
+        return np.int64(-Status.PEER_GONE)
     if n > REQUESTS:
         return np.int64(-Status.TOO_LARGE)
     slices = walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY)
@@ -152,8 +146,25 @@ def publish_row(ctl, row):
     worker = add(word(ctl, SHARED) + SHARED_NEXT_WORKER * WORD, 1) % word(ctl, WORKERS)
     poke(row + BATCH_WORKER * WORD, worker)
     target = worker_row(ctl, worker)
+    at_once = peek(row + BATCH_SLICES * WORD) * word(ctl, SLICE_BYTES) <= AT_ONCE_BYTES
     push(peek(target + WORKER_RING * WORD), slot_of(ctl, row))
-    ring_bell(ctl, target)
+    if not (at_once and peek(target + WORKER_EPOLL * WORD) >= 0 and lend_a_hand(ctl, target)):
+        ring_bell(ctl, target)
+
+
+@kernel
+def lend_a_hand(ctl, worker):
+    """Be the worker for some rounds while its thread sleeps; False, with nothing done, when somebody else is."""
+    if not try_turn(worker):
+        return False
+    happened, rounds = np.int64(1), 0
+    while happened > 0 and rounds < HAND_ROUNDS:
+        happened = call_word(word(ctl, TURN), peek(worker + WORKER_CTL * WORD))
+        rounds += 1
+    end_turn(ctl, worker)
+    if happened > 0:  # there is more to do, and no descriptor tells of it
+        ring_bell(ctl, worker)
+    return True
 
 
 @kernel

@@ -8,8 +8,15 @@ kernels call those and Python is not involved.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mooncache.errors import UsageError
+
+if TYPE_CHECKING:
+    from mooncache.discovery.dial import Answer
+    from mooncache.discovery.listener import Reply, Request
 
 
 class Keys(NamedTuple):
@@ -30,22 +37,60 @@ class RemoteRegion(NamedTuple):
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What an engine tells its peers: who it is, what is registered, and what its provider needs to connect."""
+    """What an engine tells its peers: who it is, what is registered, and what its provider needs to connect.
+
+    Attributes:
+        generation: random, 63 bits; another one means that another engine has this name now.
+        address: "host:port" where it answers handshakes; empty when it is reached in this process only.
+        data: for providers that reach other processes, plain JSON values.
+    """
 
     name: str
+    generation: int
+    address: str
     provider: str
     regions: tuple[RemoteRegion, ...]
-    data: object
+    data: Any
+
+
+class Link(NamedTuple):
+    """What a provider needs besides a peer's descriptor in order to connect.
+
+    Attributes:
+        gone: address of a word that the provider sets to 1 when the connection to this peer is broken.
+        dial: asks the peer `(purpose, body)`; over its Unix socket when a name for that is given. See `discovery.dial`.
+    """
+
+    gone: int
+    dial: Callable[..., Answer]
+
+
+def _nobody(*_: object, **__: object) -> Answer:
+    raise UsageError("this peer lives in the same process and is not dialled")
+
+
+HERE = Link(0, _nobody)
+"""The link of peers that live in the same process."""
 
 
 class Provider(ABC):
-    """One wire of one engine. Methods are called by one thread at a time."""
+    """One wire of one engine. Methods are called by one thread at a time, `serve` by the listener's.
+
+    Attributes:
+        descriptors: one epoll descriptor a worker, readable when `poll_cq` has something to do; empty when the wire
+            has no such thing and must be polled.
+    """
 
     name: str
+    descriptors: Sequence[int] = ()
 
     @abstractmethod
-    def open(self, workers: int, queue_depth: int) -> list[int]:
-        """Make the device; returns the address of one `ibv_cq` a worker. Raises TransportError."""
+    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+        """Make the device; returns the address of one `ibv_cq` a worker. Raises TransportError.
+
+        Args:
+            inbox: address of the engine's inbox (`kernels/inbox.py`), for what peers SEND.
+        """
 
     @abstractmethod
     def register(self, address: int, length: int, access: int) -> Keys:
@@ -56,16 +101,29 @@ class Provider(ABC):
         """Withdraw a registration; when this returns, no peer's operation touches the range any more."""
 
     @abstractmethod
-    def describe(self) -> object:
-        """What a peer's `connect` needs, as `Descriptor.data`."""
+    def describe(self, unix: str = "") -> object:
+        """What a peer's `connect` needs, as `Descriptor.data`. `unix`: name of the engine's abstract Unix socket."""
 
     @abstractmethod
-    def connect(self, peer: Descriptor) -> list[int]:
+    def connect(self, peer: Descriptor, link: Link) -> list[int]:
         """Connect to a peer; returns the address of one `ibv_qp` a worker.
 
         A peer that was connected before under its name, and may have been opened anew since, keeps its queue pairs:
-        from now on they lead to what `peer` describes. Raises TransportError.
+        from now on they lead to what `peer` describes. Raises TransportError. May wait for the network: the engine
+        calls it for one peer at a time, but for several peers at once.
         """
+
+    def serve(self, request: Request) -> Reply:
+        """Answer a peer's `Link.dial`. Raises UsageError for a purpose it does not know."""
+        raise UsageError(f"provider {self.name!r} knows no purpose {request.purpose!r}")
+
+    def connected(self, peer: str) -> bool:
+        """Whether the connection to a peer has not broken since `connect`."""
+        return True
+
+    def wire(self, peer: str) -> str:
+        """How bytes travel to a connected peer, in a few words."""
+        return self.name
 
     @abstractmethod
     def close(self) -> None:

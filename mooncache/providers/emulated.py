@@ -50,8 +50,8 @@ from mooncache.providers.software import (
     Q_RING,
     Q_SCRATCH,
     Q_TAIL,
+    InProcessProvider,
     Queue,
-    SoftwareProvider,
     key_status,
     move_bytes,
     queue_of,
@@ -203,7 +203,7 @@ def post_send(qp, wr, bad_wr):
             break
         sge = peek(wr + WR_SG_LIST)
         length, opcode = np.int64(u32(sge + SGE_LENGTH)[0]), np.int64(u32(wr + WR_OPCODE)[0])
-        remote, rkey = peek(wr + WR_REMOTE_ADDR), np.int64(u32(wr + WR_RKEY)[0])
+        remote, rkey = peek(wr + WR_REMOTE_ADDR), peek(wr + WR_RKEY)
         message_free += message_ps
         byte_free = max(message_free, byte_free) + ((length * byte_cost) >> FRACTION_BITS)
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
@@ -312,7 +312,7 @@ class Nic:
         return (8 * PS_PER_S << FRACTION_BITS) // self.bits_per_s
 
 
-class Emulated(SoftwareProvider):
+class Emulated(InProcessProvider):
     """Engines of one process over an emulated NIC. `clocks`: addresses of virtual clocks, one a worker, or none."""
 
     name = "emulated"

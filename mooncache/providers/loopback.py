@@ -26,8 +26,8 @@ from mooncache.providers.software import (
     Q_MASK,
     Q_RING,
     Q_TAIL,
+    InProcessProvider,
     Queue,
-    SoftwareProvider,
     move_bytes,
     queue_of,
     write_completion,
@@ -50,7 +50,7 @@ def post_send(qp, wr, bad_wr):
             return np.int32(ENOMEM)
         sge = peek(wr + WR_SG_LIST)
         status = move_bytes(
-            queue, keys, np.int64(u32(wr + WR_RKEY)[0]), np.int64(u32(wr + WR_OPCODE)[0]),
+            queue, keys, peek(wr + WR_RKEY), np.int64(u32(wr + WR_OPCODE)[0]),
             peek(sge + SGE_ADDR), peek(wr + WR_REMOTE_ADDR), np.int64(u32(sge + SGE_LENGTH)[0]),
         )  # fmt: skip
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
@@ -86,7 +86,7 @@ def poll_cq(cq, entries, wc):
     return np.int32(taken)
 
 
-class Loopback(SoftwareProvider):
+class Loopback(InProcessProvider):
     """Engines of one process, copying in the posting thread."""
 
     name = "loopback"

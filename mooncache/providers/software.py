@@ -15,6 +15,7 @@ import time
 import weakref
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,16 +38,17 @@ from mooncache.kernels.verbs import (
     WC_WR_ID,
     WcStatus,
 )
-from mooncache.providers.base import Descriptor, Keys, Provider
+from mooncache.providers.base import Descriptor, Keys, Link, Provider
 
 # key table: REGIONS entries of
 KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_OWN, QUEUE_WORDS = 9, 11, 16  # scratch: a timespec; from Q_OWN on: the provider's own
-# completion queue words
+Q_SCRATCH, Q_OWN, QUEUE_WORDS = 9, 11, 32  # scratch: a timespec; from Q_OWN on: the provider's own
+# completion queue words; behind the queues come the provider's own
 CQ_COUNT, CQ_TURN, CQ_QUEUES = 0, 1, 2
+CQ_OWN_WORDS = 32
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -58,11 +60,14 @@ def queue_of(qp):
 
 @kernel
 def key_status(keys, rkey, address, length, opcode):
-    """Whether the target lets this range be reached under this key, a WcStatus; forms no sum that could overflow."""
+    """Whether the target lets this range be reached under this key, a WcStatus; forms no sum that could overflow.
+
+    0 is the key of entries that are not in use.
+    """
     entry = keys + (rkey & KEY_SLOT_MASK) * KEY_WORDS * WORD
     needed = Access.READ if opcode == Opcode.READ else Access.WRITE
     base, end = peek(entry + KEY_BASE * WORD), peek(entry + KEY_END * WORD)
-    if load(entry + KEY * WORD) != rkey or peek(entry + KEY_ACCESS * WORD) & needed == 0:
+    if rkey == 0 or load(entry + KEY * WORD) != rkey or peek(entry + KEY_ACCESS * WORD) & needed == 0:
         return np.int64(WcStatus.REM_ACCESS_ERR)
     if address < base or address >= end or length > end - address:
         return np.int64(WcStatus.REM_ACCESS_ERR)
@@ -96,8 +101,10 @@ def write_completion(wc, wr_id, status):
 class KeyTable:
     """What a device lets peers reach. Keys are drawn at random, so that an old one names nothing by chance."""
 
-    def __init__(self) -> None:
-        self.entries = aligned(limits.REGIONS * KEY_WORDS).reshape(limits.REGIONS, KEY_WORDS)
+    def __init__(self, words: np.ndarray | None = None) -> None:
+        """`words`: zeroed int64[REGIONS * KEY_WORDS] to use, on a cache line of its own."""
+        words = aligned(limits.REGIONS * KEY_WORDS) if words is None else words
+        self.entries = words.reshape(limits.REGIONS, KEY_WORDS)
         self._free = list(range(limits.REGIONS - 1, -1, -1))
 
     @property
@@ -110,7 +117,7 @@ class KeyTable:
         if not self._free:
             raise CapacityError(f"all {limits.REGIONS} registrations of this device are in use; unregister some first")
         slot = self._free.pop()
-        key = secrets.randbelow(1 << 20) * limits.REGIONS + slot + (1 << 30)
+        key = secrets.randbelow(1 << 53) * limits.REGIONS + slot  # 53 random bits above ten of the slot: 63 in all
         self.entries[slot, 1:] = address, address + length, access
         self.entries[slot, KEY] = key
         return key
@@ -178,13 +185,14 @@ class SoftwareProvider(Provider):
     post_send: Callback
     poll_cq: Callback
     entry_words: int
+    queue_type: type[Queue] = Queue
 
     def __init__(self) -> None:
         self.keys = KeyTable()
-        self.queues: list[list[Queue]] = []  # [worker][peer]
+        self.queues: list[list[Any]] = []  # [worker][peer]
         self.peers: dict[str, int] = {}
 
-    def open(self, workers: int, queue_depth: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
         """See `Provider.open`."""
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
@@ -193,7 +201,7 @@ class SoftwareProvider(Provider):
         self.context[CONTEXT_POST_SEND // WORD] = self.post_send.address
         self.context[CONTEXT_POLL_CQ // WORD] = self.poll_cq.address
         self.completion_queues = [aligned(CQ_BYTES // WORD) for _ in range(workers)]
-        self.lists = [aligned(CQ_QUEUES + limits.PEERS) for _ in range(workers)]
+        self.lists = [aligned(CQ_QUEUES + limits.PEERS + CQ_OWN_WORDS) for _ in range(workers)]
         self.queues = [[] for _ in range(workers)]
         for cq, queues in zip(self.completion_queues, self.lists, strict=True):
             cq[0] = address_of(self.context)
@@ -205,16 +213,42 @@ class SoftwareProvider(Provider):
         key = self.keys.add(address, length, access)
         return Keys(lkey=key, rkey=key)
 
+    def _add_queues(self, name: str, keys: KeyTable) -> None:
+        """One queue a worker for a new peer, entered into the worker's list."""
+        index = len(self.peers)
+        if index >= limits.PEERS:
+            raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
+        for worker, queues in enumerate(self.queues):
+            queue = self.queue_type(self.context, keys, self.depth, self.entry_words)
+            self.prepare(queue, worker)
+            queues.append(queue)
+            self.lists[worker][CQ_QUEUES + index] = address_of(queue.words)
+            self.lists[worker][CQ_COUNT] = index + 1
+        self.peers[name] = index
+
+    @abstractmethod
+    def prepare(self, queue: Queue, worker: int) -> None:
+        """Set what a new queue of this provider needs besides."""
+
+
+class InProcessProvider(SoftwareProvider):
+    """A software provider whose peers live in the same process."""
+
+    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+        """See `Provider.open`."""
+        self.inbox = inbox
+        return super().open(workers, queue_depth, inbox)
+
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         self.keys.remove(keys.rkey)
         wait_for_moves()
 
-    def describe(self) -> InProcess:
+    def describe(self, unix: str = "") -> InProcess:
         """See `Provider.describe`."""
         return InProcess(os.getpid(), self.keys)
 
-    def connect(self, peer: Descriptor) -> list[int]:
+    def connect(self, peer: Descriptor, link: Link) -> list[int]:
         """See `Provider.connect`."""
         data = peer.data
         if not isinstance(data, InProcess) or data.process != os.getpid():
@@ -228,23 +262,6 @@ class SoftwareProvider(Provider):
         for queue in ours:
             queue.lead_to(data.keys)
         return [address_of(queue.qp) for queue in ours]
-
-    def _add_queues(self, name: str, keys: KeyTable) -> None:
-        """One queue a worker for a new peer, entered into the worker's list."""
-        index = len(self.peers)
-        if index >= limits.PEERS:
-            raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
-        for worker, queues in enumerate(self.queues):
-            queue = Queue(self.context, keys, self.depth, self.entry_words)
-            self.prepare(queue, worker)
-            queues.append(queue)
-            self.lists[worker][CQ_QUEUES + index] = address_of(queue.words)
-            self.lists[worker][CQ_COUNT] = index + 1
-        self.peers[name] = index
-
-    @abstractmethod
-    def prepare(self, queue: Queue, worker: int) -> None:
-        """Set what a new queue of this provider needs besides."""
 
     def close(self) -> None:
         """See `Provider.close`; peers are refused from now on."""

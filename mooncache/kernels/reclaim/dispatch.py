@@ -14,8 +14,6 @@ from mooncache.kernels.layout import (
     SHARED_REAPER_PARKED,
     SYSCALL,
     WORD,
-    WORKER_BELL,
-    WORKER_PARKED,
     WORKER_ROWS,
     Kind,
     Policy,
@@ -23,15 +21,17 @@ from mooncache.kernels.layout import (
 from mooncache.kernels.reclaim import bulk, deferred, epoch, inline, leak, on_close, thread_cache
 from mooncache.kernels.reclaim.base import charge_freeing
 from mooncache.kernels.ring import push
+from mooncache.kernels.worker import ring_bell
 
 
 @kernel
-def wake(ctl, bell, parked):
-    """Wake the one sleeper on `bell`, if it sleeps."""
+def wake_reaper(ctl):
+    """Wake the reaper, if it sleeps."""
+    shared = word(ctl, SHARED)
     fence()
-    if load(parked) != 0:
-        add(bell, 1)
-        futex_wake(word(ctl, SYSCALL), bell, 1)
+    if load(shared + SHARED_REAPER_PARKED * WORD) != 0:
+        add(shared + SHARED_REAPER_BELL * WORD, 1)
+        futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, 1)
         account(ctl, Kind.WAKES, 1)
 
 
@@ -43,9 +43,9 @@ def hand_over(ctl, row):
     poke(row + BATCH_RETIRED_AT * WORD, add(shared + SHARED_EPOCH * WORD, 1))
     push(word(ctl, RETIRED_RING), slot_of(ctl, row))
     if word(ctl, POLICY) == Policy.DEFERRED:
-        wake(ctl, shared + SHARED_REAPER_BELL * WORD, shared + SHARED_REAPER_PARKED * WORD)
+        wake_reaper(ctl)
     else:
-        wake(ctl, worker + WORKER_BELL * WORD, worker + WORKER_PARKED * WORD)
+        ring_bell(ctl, worker)
 
 
 @kernel

@@ -1,0 +1,33 @@
+"""What workers of a wire of descriptors sleep on: one epoll set each, over the wire's own set and a bell."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Sequence
+
+from mooncache.kernels import layout
+from mooncache.kernels.state import State
+
+
+class Bells:
+    """The epoll sets and eventfds of an engine's workers; none where the wire has no descriptors."""
+
+    def __init__(self, state: State, descriptors: Sequence[int]) -> None:
+        self._epolls: list[select.epoll] = []
+        self._bells: list[int] = []
+        for row, descriptor in zip(state.worker_rows, descriptors, strict=False):
+            epoll, bell = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epolls.append(epoll)
+            self._bells.append(bell)
+            epoll.register(bell, select.EPOLLIN | select.EPOLLET)  # by its edges, so that nobody needs to read it
+            epoll.register(descriptor, select.EPOLLIN)
+            row[layout.WORKER_EPOLL], row[layout.WORKER_BELL_FD] = epoll.fileno(), bell
+            row[layout.WORKER_SERVES] = 1
+
+    def close(self) -> None:
+        """Close them. The workers must have left."""
+        for epoll in self._epolls:
+            epoll.close()
+        for bell in self._bells:
+            os.close(bell)

@@ -1,0 +1,138 @@
+"""Notifications: short messages that came with batches of peers, in the order in which each peer submitted them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic_ns
+from typing import NamedTuple
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.errors import EngineClosed, UsageError
+from mooncache.kernels import inbox as kernels
+from mooncache.kernels.layout import aligned
+from mooncache.kernels.state import address_of, function_address
+from mooncache.operands import deadline_ns
+
+MESSAGE_BYTES = 1024
+LENGTH_BYTES = 2
+
+
+class Notification(NamedTuple):
+    """One message, and the engine that sent it. All bytes of the batch it came with are in this engine's memory."""
+
+    peer: str
+    message: bytes
+
+
+def pack(sender: str, message: object) -> bytes:
+    """As it travels: length of the sender's name, the name, the message. Raises UsageError for one that is too long."""
+    if isinstance(message, str):
+        message = message.encode()
+    if not isinstance(message, bytes | bytearray | memoryview):
+        raise UsageError(f"expected a notification of bytes or str, got {type(message).__name__}")
+    message = bytes(message)
+    if len(message) > MESSAGE_BYTES:
+        raise UsageError(f"expected a notification of at most {MESSAGE_BYTES} bytes, got {len(message)}")
+    name = sender.encode()[: limits.NOTE_BYTES - MESSAGE_BYTES - LENGTH_BYTES]
+    return len(name).to_bytes(LENGTH_BYTES, "little") + name + message
+
+
+def unpack(note: bytes) -> Notification:
+    """The inverse of `pack`; a length that does not fit counts as the rest."""
+    end = LENGTH_BYTES + int.from_bytes(note[:LENGTH_BYTES], "little")
+    return Notification(note[LENGTH_BYTES:end].decode(errors="replace"), note[end:])
+
+
+class Inbox:
+    """What has arrived and was not fetched yet, at most limits.INBOX_NOTES; a batch whose message finds it full fails.
+
+    Iterating takes out what is there now; `async for` waits for more, for ever; `get` waits once.
+    """
+
+    def __init__(self) -> None:
+        self._words = aligned(kernels.INBOX_WORDS)
+        self._buffer = np.zeros(limits.NOTE_BYTES, np.uint8)
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._words[[kernels.I_EVENT_FD, kernels.I_ONE]] = self._event_fd, 1
+        self._words[kernels.I_WRITE] = function_address("write")
+        self.address = address_of(self._words)
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Notification]:
+        while (note := self._fetch()) is not None:
+            yield note
+
+    def _fetch(self) -> Notification | None:
+        length = kernels.fetch(self.address, self._buffer)  # holds the GIL, and so do the next two lines' reads
+        return None if length == kernels.EMPTY else unpack(self._buffer[:length].tobytes())
+
+    def get(self, timeout: float | None = None) -> Notification:
+        """The oldest one; waits for it.
+
+        Args:
+            timeout: seconds, or None for no limit.
+
+        Raises TimeoutError: none came in time. EngineClosed: the engine closed meanwhile.
+        """
+        deadline = deadline_ns(timeout)
+        while (note := self._fetch()) is None:
+            left = (deadline - monotonic_ns()) / 1e9 if deadline else 0.5
+            if left <= 0:
+                raise TimeoutError(f"no notification came within {timeout} s")
+            with self._watched() as event_fd:
+                select.select([event_fd], [], [], min(left, 0.5))
+        return note
+
+    @contextmanager
+    def _watched(self) -> Iterator[int]:
+        """The eventfd, to be waited for."""
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("the engine was closed; nothing more will come")
+            self._waiting += 1
+        try:
+            yield self._event_fd
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Done with the eventfd; whoever is last after `close` closes it."""
+        with self._lock:
+            self._waiting -= 1
+            if not self._closed:
+                with suppress(BlockingIOError):  # another waiter was faster
+                    os.eventfd_read(self._event_fd)
+            elif self._waiting == 0:
+                os.close(self._event_fd)
+
+    async def __aiter__(self) -> AsyncIterator[Notification]:
+        loop = asyncio.get_running_loop()
+        while True:
+            for note in self:
+                yield note
+            with self._watched() as event_fd:
+                stirred = asyncio.Event()
+                loop.add_reader(event_fd, stirred.set)
+                try:
+                    await stirred.wait()
+                finally:
+                    loop.remove_reader(event_fd)
+
+    def close(self) -> None:
+        """Refuse what still comes."""
+        kernels.shut(self.address)
+        with self._lock:
+            self._closed = True
+            if self._waiting:
+                os.eventfd_write(self._event_fd, 1)
+            else:
+                os.close(self._event_fd)

@@ -1,0 +1,92 @@
+"""System calls that kernels make, by number: what a wire without a NIC needs, and sleeping until a descriptor stirs.
+
+Each takes the address of libc's `syscall` and returns what the kernel does: -1 on an error, with `errno` saying why.
+The structs are those of LP64 Linux.
+"""
+
+from mooncache.kernels.atomics import X86, call_syscall, call_word, i32, peek
+from mooncache.kernels.jit import kernel
+
+SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM, SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_READV, SYS_WRITEV = (
+    (3, 46, 47, 45, 233, 281, 310, 311) if X86 else (57, 211, 212, 207, 21, 22, 270, 271)
+)  # the last two are process_vm_readv and process_vm_writev
+
+IOVEC_BYTES = 16  # struct iovec
+IOV_BASE, IOV_LEN = 0, 8
+IOV_MAX = 1024
+MSGHDR_BYTES = 56  # struct msghdr
+MSG_IOV, MSG_IOVLEN = 16, 24
+EPOLL_EVENT_BYTES, EPOLL_EVENT_DATA = (12, 4) if X86 else (16, 8)  # packed on x86-64 only
+EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET = 0x1, 0x4, 0x8, 0x10, 0x2000, 1 << 31
+EPOLL_CTL_ADD = 1
+MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 0x20, 0x40, 0x4000
+EINTR, EAGAIN, EPERM, ESRCH, EFAULT = 4, 11, 1, 3, 14
+
+
+@kernel
+def errno(location):
+    """This thread's errno; `location` is the address of libc's `__errno_location`."""
+    return int(i32(call_word(location, 0))[0])
+
+
+@kernel
+def sendmsg(syscall, descriptor, msghdr):
+    """Bytes that a non-blocking socket took from the ranges of a msghdr. Never raises SIGPIPE."""
+    return call_syscall(syscall, SYS_SENDMSG, descriptor, msghdr, MSG_NOSIGNAL | MSG_DONTWAIT, 0, 0, 0)
+
+
+@kernel
+def recvmsg(syscall, descriptor, msghdr):
+    """Bytes that a socket had for the ranges of a msghdr, without waiting; 0 at the end of the stream."""
+    return call_syscall(syscall, SYS_RECVMSG, descriptor, msghdr, MSG_DONTWAIT, 0, 0, 0)
+
+
+@kernel
+def recv(syscall, descriptor, buffer, length):
+    """Bytes received into one buffer, without waiting; 0 at the end of the stream."""
+    return call_syscall(syscall, SYS_RECVFROM, descriptor, buffer, length, MSG_DONTWAIT, 0, 0)
+
+
+@kernel
+def discard(syscall, descriptor, length):
+    """Up to `length` bytes of a TCP stream dropped unread; how many."""
+    return call_syscall(syscall, SYS_RECVFROM, descriptor, 0, length, MSG_DONTWAIT | MSG_TRUNC, 0, 0)
+
+
+@kernel
+def close(syscall, descriptor):
+    """Close a descriptor; every epoll set forgets it."""
+    return call_syscall(syscall, SYS_CLOSE, descriptor, 0, 0, 0, 0, 0)
+
+
+@kernel
+def epoll_add(syscall, epoll, descriptor, event):
+    """Watch a descriptor; `event` is the address of a filled struct epoll_event."""
+    return call_syscall(syscall, SYS_EPOLL_CTL, epoll, EPOLL_CTL_ADD, descriptor, event, 0, 0)
+
+
+@kernel
+def epoll_wait(syscall, epoll, events, most, ms):
+    """Events written to `events`, after at most `ms` milliseconds; 0 looks only."""
+    return call_syscall(syscall, SYS_EPOLL_PWAIT, epoll, events, most, ms, 0, 0)
+
+
+@kernel
+def process_readv(syscall, pid, local, remote, n):
+    """Bytes copied from another process: `local` and `remote` are addresses of n iovecs each."""
+    return call_syscall(syscall, SYS_READV, pid, local, n, remote, n, 0)
+
+
+@kernel
+def process_writev(syscall, pid, local, remote, n):
+    """Bytes copied into another process; the same operands."""
+    return call_syscall(syscall, SYS_WRITEV, pid, local, n, remote, n, 0)
+
+
+@kernel
+def iov_length(iov, n):
+    """Bytes in n iovecs."""
+    total = 0
+    for i in range(n):
+        total += peek(iov + i * IOVEC_BYTES + IOV_LEN)
+    return total

@@ -1,0 +1,558 @@
+"""Peers on the same host: bytes are copied once, straight from pages to pages, by the sender's workers.
+
+    mapped    the peer's memory was allocated by an engine: its segment is mapped here
+    PROCESS   any other memory: process_vm_writev and readv, where the system permits them
+    LANE      where it does not, and for notifications: a connection, as over TCP
+
+Keys are checked in the peer's own table, which is mapped here, for every slice. A peer that withdraws a range waits
+for the *guards*, words that are odd while a sender copies. Who is handed these mappings has proven to know the
+secret: it is trusted to look at the keys before it writes, as no other kind of peer has to be.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import select
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.discovery.dial import Answer
+from mooncache.discovery.listener import Reply, Request
+from mooncache.errors import TransportError, UsageError
+from mooncache.kernels import regions
+from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
+from mooncache.kernels.jit import callback, kernel
+from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode, aligned
+from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
+from mooncache.kernels.state import RegionTable, address_of, function_address
+from mooncache.kernels.verbs import (
+    CQ_CQ_CONTEXT,
+    ENOMEM,
+    SGE_LENGTH,
+    WR_NEXT,
+    WR_OPCODE,
+    WR_REMOTE_ADDR,
+    WR_SG_LIST,
+    WcStatus,
+)
+from mooncache.memory import Segment, allocate, segment_of
+from mooncache.providers import lanes
+from mooncache.providers.base import Descriptor, Keys, Link
+from mooncache.providers.frames import set_range
+from mooncache.providers.lanes import PENDING, Route, entry_of, turn_lanes, word_at
+from mooncache.providers.software import (
+    CQ_COUNT,
+    CQ_QUEUES,
+    KEY_WORDS,
+    Q_HEAD,
+    Q_KEYS,
+    Q_TAIL,
+    KeyTable,
+    key_status,
+    queue_of,
+)
+from mooncache.providers.stream import (
+    StreamProvider,
+    answer_poll,
+    list_lanes,
+    nudge,
+    post_entry,
+    report_all,
+    wait_until,
+    wait_while_odd,
+)
+
+log = logging.getLogger("mooncache")
+
+LOT = 32
+"""Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
+
+SHARE_BYTES = 1 << 20
+"""A chain this long is worth waking another worker for: it takes 200 us to copy, waking 30."""
+
+LANES_EVERY = 16
+"""While there is something to copy, connections are looked at every so many lots."""
+
+GUARD_BYTES = limits.WORKERS * LINE
+
+
+# ------------------------------------------------------------------------------ kernels
+@kernel
+def route_of(queue, opcode, remote, length):
+    """How a work request's bytes travel: a Route, or the address at which the range is mapped here."""
+    if opcode == Opcode.SEND:
+        return np.int64(Route.LANE)
+    maps = load(queue + lanes.Q_MAPS * WORD)
+    if maps != 0:
+        at = regions.find(maps, remote, word_at(queue, lanes.Q_MAP_HINT))
+        if at >= 0:
+            poke(queue + lanes.Q_MAP_HINT * WORD, at)
+            base, end = i64(peek(maps + TABLE_BASES * WORD))[at], i64(peek(maps + TABLE_ENDS * WORD))[at]
+            slot = i64(peek(maps + TABLE_SLOTS * WORD))[at]
+            if length <= end - remote:
+                return i64(peek(maps + TABLE_KEYS * WORD))[slot] + (remote - base)
+    return np.int64(Route.LANE if word_at(queue, lanes.Q_PID) == 0 else Route.PROCESS)
+
+
+@callback("int32(int64, int64, int64)")
+def post_send(qp, wr, bad_wr):
+    """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full."""
+    queue, error, size = queue_of(qp), np.int32(0), np.int64(0)
+    direct, by_lane = np.int64(0), False
+    while wr != 0 and error == 0:
+        length = np.int64(u32(peek(wr + WR_SG_LIST) + SGE_LENGTH)[0])
+        route = route_of(queue, np.int64(u32(wr + WR_OPCODE)[0]), peek(wr + WR_REMOTE_ADDR), length)
+        if post_entry(queue, wr, route):
+            if route == Route.LANE:
+                by_lane = True
+            elif word_at(queue, lanes.Q_BROKEN) == 0:
+                direct += 1
+                size += length
+            wr = peek(wr + WR_NEXT)
+        else:
+            poke(bad_wr, wr)
+            error = np.int32(ENOMEM)
+    if direct > 0:
+        poke(queue + lanes.Q_DIRECT * WORD, word_at(queue, lanes.Q_DIRECT) + direct)
+        if size >= SHARE_BYTES:
+            call_helpers(word_at(queue, lanes.Q_PORT))
+    if by_lane:
+        list_lanes(queue)
+    return error
+
+
+@kernel
+def call_helpers(port):
+    """Wake the other workers of this engine that sleep: there is enough to copy for them, too."""
+    fence()
+    for i in range(word_at(port, lanes.P_PORT_COUNT)):
+        other = peek(word_at(port, lanes.P_PORTS) + i * WORD)
+        if other != port and load(other + lanes.P_ASLEEP * WORD) != 0:
+            if exchange(other + lanes.P_ASLEEP * WORD, 0) != 0:
+                nudge(other)
+
+
+@kernel
+def claim(queue, own):
+    """Take the next lot of entries to copy: where it starts and how many; 0 when there is none.
+
+    A lot is a run of entries of the direct routes: these stay where they are until they are copied. Entries for the
+    lanes may be gone any moment, so only the queue's own worker steps over them.
+    """
+    at, head = load(queue + lanes.Q_CLAIMED * WORD), load(queue + Q_HEAD * WORD)
+    if own:
+        start = max(at, word_at(queue, Q_TAIL))
+        while start < head and not is_direct(entry_of(queue, start)):
+            start += 1
+        if start != at:
+            cas(queue + lanes.Q_CLAIMED * WORD, at, start)
+            at = load(queue + lanes.Q_CLAIMED * WORD)
+    n = np.int64(0)
+    while n < LOT and at + n < head and is_direct(entry_of(queue, at + n)):
+        n += 1
+    if n == 0 or cas(queue + lanes.Q_CLAIMED * WORD, at, at + n) != at:
+        return at, np.int64(0)
+    return at, n
+
+
+@kernel
+def is_direct(entry):
+    """Whether an entry waits to be copied."""
+    return word_at(entry, lanes.E_ROUTE) != Route.LANE and word_at(entry, lanes.E_STATUS) == PENDING
+
+
+@kernel
+def copy_lot(port, queue, own):
+    """Copy one lot of a queue; returns how many entries. Their keys hold the outcome until all bytes are visible."""
+    at, n = claim(queue, own)
+    if n == 0:
+        return n
+    guard = word_at(queue, lanes.Q_GUARDS) + word_at(port, lanes.P_INDEX) * LINE
+    store(guard, peek(guard) + 1)
+    fence()
+    keys = word_at(queue, Q_KEYS)
+    others = np.int64(0)
+    for i in range(at, at + n):
+        entry = entry_of(queue, i)
+        local, remote = word_at(entry, lanes.E_LOCAL), word_at(entry, lanes.E_REMOTE)
+        length, opcode = word_at(entry, lanes.E_LENGTH), word_at(entry, lanes.E_OPCODE)
+        route = word_at(entry, lanes.E_ROUTE)
+        status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
+        if status == WcStatus.SUCCESS:
+            if route == Route.PROCESS:
+                status = np.int64(PENDING)
+                others += 1
+            elif opcode == Opcode.READ:
+                stream_copy(local, route, length)
+            else:
+                stream_copy(route, local, length)
+        poke(entry + lanes.E_KEY * WORD, status)
+    if others > 0:
+        copy_others(port, queue, at, n)
+    fence()
+    store(guard, peek(guard) + 1)
+    for i in range(at, at + n):
+        entry = entry_of(queue, i)
+        store(entry + lanes.E_STATUS * WORD, word_at(entry, lanes.E_KEY))
+    add(queue + lanes.Q_COPIED * WORD, n)
+    return n
+
+
+@kernel
+def move_others(port, queue, first, n, opcode):
+    """One system call for the `n` iovecs from `first` on; the bytes it moved, or minus an errno."""
+    local = word_at(port, lanes.P_LOCAL) + first * IOVEC_BYTES
+    remote = word_at(port, lanes.P_REMOTE) + first * IOVEC_BYTES
+    syscall, pid = word_at(port, lanes.P_SYSCALL), word_at(queue, lanes.Q_PID)
+    if opcode == Opcode.READ:
+        moved = process_readv(syscall, pid, local, remote, n)
+    else:
+        moved = process_writev(syscall, pid, local, remote, n)
+    return moved if moved >= 0 else -errno(word_at(port, lanes.P_ERRNO))
+
+
+@kernel
+def copy_others(port, queue, at, n):
+    """Copy the lot's entries whose outcome is still PENDING: all at once, or one by one if that fails."""
+    for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
+        count, total = 0, 0
+        for i in range(at, at + n):
+            entry = entry_of(queue, i)
+            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
+                length = word_at(entry, lanes.E_LENGTH)
+                set_range(word_at(port, lanes.P_LOCAL), count, word_at(entry, lanes.E_LOCAL), length)
+                set_range(word_at(port, lanes.P_REMOTE), count, word_at(entry, lanes.E_REMOTE), length)
+                count += 1
+                total += length
+        if count == 0:
+            continue
+        whole = move_others(port, queue, 0, count, opcode) == total
+        k = 0
+        for i in range(at, at + n):
+            entry = entry_of(queue, i)
+            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
+                status = np.int64(WcStatus.SUCCESS)
+                if not whole:
+                    moved = move_others(port, queue, k, 1, opcode)
+                    if moved != word_at(entry, lanes.E_LENGTH):
+                        status = np.int64(WcStatus.REM_OP_ERR)
+                    if moved == -ESRCH:
+                        status = np.int64(WcStatus.REM_ABORT_ERR)
+                poke(entry + lanes.E_KEY * WORD, status)
+                k += 1
+
+
+@kernel
+def copy_own(port):
+    """Copy one lot of each queue of this worker; returns whether there is or was something to copy."""
+    busy = False
+    for i in range(word_at(port, CQ_COUNT)):
+        queue = word_at(port, CQ_QUEUES + i)
+        if word_at(queue, lanes.Q_DIRECT) != load(queue + lanes.Q_COPIED * WORD):
+            copy_lot(port, queue, True)
+            busy = True
+    return busy
+
+
+@kernel
+def help_others(port):
+    """Copy one lot for another worker of this engine; returns whether there was one."""
+    for i in range(word_at(port, lanes.P_PORT_COUNT)):
+        other = peek(word_at(port, lanes.P_PORTS) + i * WORD)
+        if other != port:
+            for k in range(word_at(other, CQ_COUNT)):
+                queue = word_at(other, CQ_QUEUES + k)
+                if queue != 0 and copy_lot(port, queue, False) > 0:
+                    return True
+    return False
+
+
+@callback("int32(int64, int32, int64)")
+def poll_cq(cq, entries, wc):
+    """Copy a lot, look at the lanes now and then, report what is answered."""
+    port = peek(cq + CQ_CQ_CONTEXT)
+    store(port + lanes.P_ASLEEP * WORD, 0)
+    moved = copy_own(port)
+    lots = word_at(port, lanes.P_LOTS)
+    poke(port + lanes.P_LOTS * WORD, lots + 1)
+    if not moved or lots % LANES_EVERY == 0:
+        moved = turn_lanes(port) or moved
+    if not moved and word_at(port, lanes.P_PORT_COUNT) > 1:
+        moved = help_others(port)
+        if not moved:
+            store(port + lanes.P_ASLEEP * WORD, 1)
+            fence()
+            moved = help_others(port)
+    return answer_poll(report_all(port, np.int64(entries), wc), moved)
+
+
+@kernel("int64(int64, int64, int64, int64, int64)")
+def peek_at(syscall, errno_location, pid, local, remote):
+    """Read one word of another process, by iovecs; 8, or minus an errno."""
+    moved = process_readv(syscall, pid, local, remote, 1)
+    return moved if moved >= 0 else -errno(errno_location)
+
+
+# ------------------------------------------------------------------------------ Python
+class Mapping:
+    """Memory of a peer, mapped here."""
+
+    def __init__(self, descriptor: int, length: int, *, writable: bool) -> None:
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        try:
+            self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, prot)
+        except (OSError, ValueError) as error:
+            raise TransportError(f"the peer's memory of {length} bytes cannot be mapped: {error}") from error
+        self.address, self.length = int(np.frombuffer(self._map, np.uint8).ctypes.data), length
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._map.close()
+
+
+class Share:
+    """What this engine has mapped of one peer.
+
+    Attributes:
+        sock: a connection to it that stays open; when it ends, the peer no longer waits for our guards.
+        guards: one line a worker of ours.
+        pid: of the peer, if the system lets us at the memory of that process; else 0.
+        why: why it does not.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.sock, body = answer.sock, answer.body
+        with ExitStack() as undo:
+            undo.callback(self.sock.close)
+            self.keys = Mapping(answer.fds[0], limits.REGIONS * KEY_WORDS * WORD, writable=False)
+            undo.callback(self.keys.close)
+            self.guards = Mapping(answer.fds[1], GUARD_BYTES, writable=True)
+            undo.pop_all()
+        self.segments: dict[int, tuple[int, Mapping]] = {}  # by number: the peer's address, our mapping
+        self.maps = RegionTable("mapped memory")
+        self.pid, self.why = reachable(int(body["pid"]), int(body["word"]), int(body["nonce"]))
+
+    def learn(self, answer: Answer, there: Sequence[int], first: int) -> None:
+        """Map the segments that an answer brings, from descriptor `first` on, and drop those no longer there."""
+        for (number, address, length), descriptor in zip(answer.body["segments"], answer.fds[first:], strict=True):
+            self.segments[int(number)] = int(address), Mapping(descriptor, int(length), writable=True)
+        gone = [self.segments.pop(number)[1] for number in self.segments.keys() - set(there)]
+        table = RegionTable("mapped memory")
+        for address, mapping in self.segments.values():
+            table.add(address, mapping.length, mapping.address, 0)
+        former, self.maps = self.maps, table
+        self._retired = former, gone
+
+    def drop_retired(self) -> None:
+        """Unmap what the last `learn` found gone. No worker may look at the former maps any more."""
+        _, gone = self._retired
+        for mapping in gone:
+            mapping.close()
+
+    def close(self) -> None:
+        """Unmap everything. Nobody may be copying."""
+        for _, mapping in self.segments.values():
+            mapping.close()
+        self.keys.close()
+        self.guards.close()
+        self.sock.close()
+
+
+def reachable(pid: int, address: int, nonce: int) -> tuple[int, str]:
+    """A process that holds `nonce` at `address`, if this one may read and write its memory: its pid, or 0 and why.
+
+    Reading the nonce also tells it from one of the same number in another namespace.
+    """
+    seen = np.zeros(1, np.int64)
+    local, remote = np.array([address_of(seen), WORD], np.int64), np.array([address, WORD], np.int64)
+    moved = peek_at(
+        function_address("syscall"), function_address("__errno_location"), pid, address_of(local), address_of(remote)
+    )
+    if moved != WORD:
+        return 0, os.strerror(-moved)
+    return (pid, "") if seen[0] == nonce else (0, "it is in another process namespace")
+
+
+class Shm(StreamProvider):
+    """Engines of other processes on the same host.
+
+    Args:
+        elsewhere: reach peers that share no memory as well, over TCP.
+        lanes: connections of each worker to each peer.
+    """
+
+    name = "shm"
+    post_send = post_send
+    poll_cq = poll_cq
+
+    def __init__(self, *, elsewhere: bool = False, lanes: int = 1) -> None:
+        super().__init__(lanes)
+        self.elsewhere = elsewhere
+        self._table = allocate(limits.REGIONS * KEY_WORDS * WORD)
+        self.keys = KeyTable(self._table.view(np.int64))
+        self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
+        self._segments: dict[int, Segment] = {}  # by rkey
+        self._leases: dict[int, tuple[socket.socket, np.ndarray]] = {}  # by descriptor: a peer's `sock` and guards
+        self._shares: dict[str, Share | None] = {}
+
+    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+        """See `Provider.open`."""
+        queues = super().open(workers, queue_depth, inbox)
+        self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]
+        for i, port in enumerate(self.ports):
+            port.words[lanes.P_LOCAL] = address_of(self._vectors[2 * i])
+            port.words[lanes.P_REMOTE] = address_of(self._vectors[2 * i + 1])
+        return queues
+
+    # ------------------------------------------------------------------------------ as a target
+    def register(self, address: int, length: int, access: int) -> Keys:
+        """See `Provider.register`."""
+        keys = super().register(address, length, access)
+        segment = segment_of(address, length)
+        if segment is not None:
+            self._segments[keys.rkey] = segment
+        return keys
+
+    def unregister(self, keys: Keys) -> None:
+        """See `Provider.unregister`."""
+        super().unregister(keys)
+        for descriptor, (_, guards) in list(self._leases.items()):
+            words = [(guards, worker * LINE // WORD) for worker in range(limits.WORKERS)]
+            wait_while_odd(words, lambda descriptor=descriptor: descriptor in self._leases)  # type: ignore[misc]
+        self._segments.pop(keys.rkey, None)
+
+    def describe(self, unix: str = "") -> dict[str, Any]:
+        """See `Provider.describe`."""
+        numbers = sorted({segment.number for segment in list(self._segments.values())})
+        return {**super().describe(), "unix": unix, "segments": numbers}
+
+    def serve(self, request: Request) -> Reply:
+        """See `Provider.serve`: a peer on this host asks for descriptors of our memory."""
+        if request.purpose not in ("share", "segments"):
+            return super().serve(request)
+        if not request.local:
+            raise UsageError(f"{request.purpose!r} is answered over the Unix socket only")
+        known = set(request.body["have"])
+        wanted = {s.number: s for s in list(self._segments.values()) if s.number not in known}
+        held = {number: memory for number, s in wanted.items() if (memory := s.memory()) is not None}
+        body: dict[str, Any] = {"segments": [[n, wanted[n].address, wanted[n].length] for n in held]}
+        fds = [wanted[n].descriptor for n in held]
+        if request.purpose == "segments":
+            return Reply(body, fds, then=lambda sock, held=held: sock.close())  # type: ignore[misc]
+        guards = allocate(GUARD_BYTES)
+        own = [segment_of(address_of(array), array.nbytes) for array in (self._table, guards)]
+        body |= {"pid": os.getpid(), "word": address_of(self._nonce), "nonce": int(self._nonce[0])}
+        return Reply(
+            body, [s.descriptor for s in own if s] + fds,
+            then=lambda sock, held=held: self._lease(sock, guards.view(np.int64)),  # type: ignore[misc]
+        )  # fmt: skip
+
+    def _lease(self, sock: socket.socket, guards: np.ndarray) -> None:
+        with self._lock:
+            if self._closed:
+                sock.close()
+                return
+            self._leases[sock.fileno()] = sock, guards
+            self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+
+    def hung_up(self, descriptor: int) -> None:
+        """See `StreamProvider.hung_up`: a peer that maps our memory is gone, so its guards mean nothing any more."""
+        with self._lock:
+            sock, _ = self._leases.pop(descriptor)
+            self._watched.unregister(descriptor)
+            sock.close()
+
+    # ------------------------------------------------------------------------------ as an initiator
+    def connect(self, peer: Descriptor, link: Link) -> list[int]:
+        """See `Provider.connect`."""
+        queue_pairs = super().connect(peer, link)
+        share = self._shares.get(peer.name)
+        if share is None:
+            self._shares[peer.name] = self._open_share(peer, link)
+        elif share.segments.keys() != set(peer.data["segments"]):
+            self._learn(share, peer, link)
+        return queue_pairs
+
+    def _open_share(self, peer: Descriptor, link: Link) -> Share | None:
+        """Map a peer's memory, if it is on this host and offers that."""
+        unix = peer.data.get("unix")
+        if not unix:
+            self._go_without(peer, "it was not opened for shared memory")
+            return None
+        try:
+            answer = link.dial("share", {"have": []}, unix=unix)
+        except TransportError:
+            self._go_without(peer, "it is on another host")
+            return None
+        try:
+            share = Share(answer)
+            share.learn(answer, peer.data["segments"], 2)
+        finally:
+            for descriptor in answer.fds:
+                os.close(descriptor)
+        if share.why:
+            log.info(
+                "peer %r: memory that no engine allocated goes over TCP, since process_vm_readv is refused: %s",
+                peer.name, share.why,
+            )  # fmt: skip
+        for queue in self.queues_of(peer.name):
+            queue.words[Q_KEYS] = share.keys.address
+            queue.words[lanes.Q_GUARDS] = share.guards.address
+            queue.words[lanes.Q_PID] = share.pid
+            queue.words[lanes.Q_MAPS] = address_of(share.maps.header)
+        return share
+
+    def _go_without(self, peer: Descriptor, why: str) -> None:
+        if not self.elsewhere:
+            raise TransportError(
+                f"peer {peer.name!r} at {peer.address} cannot be reached by shared memory: {why}; use auto or tcp"
+            )
+        log.debug("peer %r is reached over TCP: %s", peer.name, why)
+
+    def _learn(self, share: Share, peer: Descriptor, link: Link) -> None:
+        """The peer has registered other segments than the last time."""
+        answer = link.dial("segments", {"have": sorted(share.segments)}, unix=peer.data["unix"])
+        answer.sock.close()
+        try:
+            share.learn(answer, peer.data["segments"], 0)
+        finally:
+            for descriptor in answer.fds:
+                os.close(descriptor)
+        queues = self.queues_of(peer.name)
+        for queue in queues:
+            queue.words[lanes.Q_MAPS] = address_of(share.maps.header)
+        # A worker may be looking at the former table, and what it has posted by it may not be copied yet.
+        wait_until(lambda: all(q.words[lanes.Q_DIRECT] == q.words[lanes.Q_COPIED] for q in queues), "a moment of rest")
+        share.drop_retired()
+
+    def forget(self, peer: str) -> None:
+        """See `StreamProvider.forget`."""
+        share = self._shares.pop(peer, None)
+        for queue in self.queues_of(peer):
+            queue.words[[lanes.Q_MAPS, lanes.Q_PID]] = 0
+        if share is not None:
+            share.close()
+
+    def wire(self, peer: str) -> str:
+        """See `Provider.wire`."""
+        share = self._shares.get(peer)
+        if share is None:
+            return "tcp"
+        return "shm, other memory by " + ("process_vm_writev" if share.pid else f"tcp ({share.why})")
+
+    def close(self) -> None:
+        """See `Provider.close`."""
+        super().close()
+        for share in self._shares.values():
+            if share is not None:
+                share.close()
+        for sock, _ in self._leases.values():
+            sock.close()
