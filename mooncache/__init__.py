@@ -4,6 +4,7 @@ from mooncache.batch import Batch
 from mooncache.engine import Engine
 from mooncache.errors import (
     CapacityError,
+    DiscoveryError,
     EngineClosed,
     Failure,
     MooncacheError,
@@ -12,6 +13,7 @@ from mooncache.errors import (
     TransportError,
     UsageError,
 )
+from mooncache.inbox import Inbox, Notification
 from mooncache.memory import Region
 from mooncache.peer import Peer
 from mooncache.stats import Stats
@@ -19,10 +21,13 @@ from mooncache.stats import Stats
 __all__ = [
     "Batch",
     "CapacityError",
+    "DiscoveryError",
     "Engine",
     "EngineClosed",
     "Failure",
+    "Inbox",
     "MooncacheError",
+    "Notification",
     "Peer",
     "Region",
     "Stats",

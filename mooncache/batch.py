@@ -32,10 +32,11 @@ class Batch:
         requests: how many requests it has; failures name them by index.
     """
 
-    __slots__ = ("_closed", "_engine", "_failures", "_handle", "_peer", "requests")
+    __slots__ = ("_closed", "_engine", "_failures", "_handle", "_notes", "_peer", "requests")
 
-    def __init__(self, engine: Engine, handle: int, peer: str, requests: int) -> None:
+    def __init__(self, engine: Engine, handle: int, peer: str, requests: int, notified: bool) -> None:
         self._engine, self._handle, self._peer, self.requests = engine, handle, peer, requests
+        self._notes = int(notified)  # slices that carry its notification
         self._closed = False
         self._failures: tuple[Failure, ...] | None = None
 
@@ -57,11 +58,13 @@ class Batch:
     @property
     def slices(self) -> int:
         """Slices the requests were cut into; 0 once closed."""
-        return max(0, int(calls.read_word(self._engine.ctl, self._handle, layout.BATCH_SLICES)))
+        return max(0, int(calls.read_word(self._engine.ctl, self._handle, layout.BATCH_SLICES)) - self._notes)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
         """The failed requests (index, status, reason), ascending; empty when all arrived.
+
+        A notification that failed on its own account is listed like a request, with the index `requests`.
 
         Raises:
             UsageError: the batch is not finished yet, or was closed before it was.
@@ -78,7 +81,7 @@ class Batch:
     def _collect(self) -> tuple[Failure, ...]:
         if not calls.read_word(self._engine.ctl, self._handle, layout.BATCH_FAILED):
             return ()
-        request, why = np.zeros(self.requests, np.int64), np.zeros(self.requests, np.int64)
+        request, why = np.zeros((2, self.requests + self._notes), np.int64)
         count = calls.failures(self._engine.ctl, self._handle, request, why)
         if Status.REMOTE_ACCESS in why[:count]:
             self._engine.refresh(self._peer)

@@ -21,7 +21,7 @@ from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
-from mooncache.inbox import Inbox
+from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, jit, layout, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy, Store
 from mooncache.kernels.reclaim import thread_cache
@@ -103,9 +103,9 @@ class Engine:
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
             self.awaiting.ctl = self._reaper.ctl
-            self.inbox = Inbox()
-            undo.callback(self.inbox.close)
-            queues = self.provider.open(self._settings.workers, self._settings.queue_depth, self.inbox.address)
+            self._inbox = Inbox()
+            undo.callback(self._inbox.close)
+            queues = self.provider.open(self._settings.workers, self._settings.queue_depth, self._inbox.words)
             undo.callback(self.provider.close)
             self._state.worker_rows[:, layout.WORKER_CQ] = queues
             self._bells = Bells(self._state, self.provider.descriptors)
@@ -328,8 +328,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------ transfers
     def write(
-        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None
-    ) -> Batch:
+        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
+        notify: bytes | str | None = None,
+    ) -> Batch:  # fmt: skip
         """Copy local ranges to a peer, one request per index.
 
         Args:
@@ -339,6 +340,9 @@ class Engine:
             length: bytes, each at least 1, likewise.
             timeout: seconds, for the whole batch: until then slots are waited for if too few are free, and slices
                 are posted; afterwards unposted ones fail as TIMED_OUT. None: no limit.
+            notify: up to 1,024 bytes that the peer's `notifications` gets when all data is in its memory, after those
+                of batches submitted to it before. Never sent for a batch that fails. The batch is done when the peer
+                has it; with n = 0 it travels alone.
 
         Returns a running `Batch`, or a finished one when n is 0. The arrays may be reused at once; the ranges belong
         to the transfer until `Batch.quiesced`.
@@ -348,33 +352,41 @@ class Engine:
             CapacityError: more slices than the pool can hold, or too few free before the timeout.
             TransportError: the peer is unknown. EngineClosed: the engine is closed.
         """
-        return self._submit(Opcode.WRITE, peer, source, target, length, timeout)
+        return self._submit(Opcode.WRITE, peer, source, target, length, timeout, notify)
 
     def read(
-        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None
-    ) -> Batch:
+        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
+        notify: bytes | str | None = None,
+    ) -> Batch:  # fmt: skip
         """Copy a peer's ranges here: `source` are addresses at the peer, `target` local ones. Else like `write`."""
-        return self._submit(Opcode.READ, peer, target, source, length, timeout)
+        return self._submit(Opcode.READ, peer, target, source, length, timeout, notify)
+
+    def notifications(self) -> Inbox:
+        """What peers have sent along with batches: iterate to take out what is there, `async for` to wait for more."""
+        return self._inbox
 
     def _submit(
-        self, opcode: Opcode, peer: str | Peer, local: Operand, remote: Operand, length: Operand, timeout: float | None
-    ) -> Batch:
+        self, opcode: Opcode, peer: str | Peer, local: Operand, remote: Operand, length: Operand,
+        timeout: float | None, notify: bytes | str | None,
+    ) -> Batch:  # fmt: skip
         """`local` and `remote` are what the kernels call source and target: a read's bytes flow the other way."""
         if self.closed:
             self._check_open()
         to = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer) or self.connect(peer)
         deadline = deadline_ns(timeout)
         ctl = self.ctl
-        if type(local) is int and type(remote) is int and type(length) is int:
+        if type(local) is int and type(remote) is int and type(length) is int and notify is None:
             operands: tuple[Any, ...] = as_words(local, remote, length)
             kernel, requests = submit.submit_one, 1
         else:
             arrays = as_arrays(local, remote, length)
             operands, kernel, requests = arrays, submit.submit, max(a.size for a in arrays)
+            if notify is not None:
+                operands, kernel = (*arrays, pack(self.name, notify)), submit.submit_noted
         handle = kernel(ctl, to.index, opcode.value, deadline, *operands)
         if handle < 0:
             handle = self._try_again(kernel, ctl, to, opcode, deadline, operands)
-        return Batch(self, handle, to.name, requests)
+        return Batch(self, handle, to.name, requests, notify is not None)
 
     def _own(self, peer: Peer) -> Peer:
         if self._peers.get(peer.name) is not peer:
@@ -401,7 +413,7 @@ class Engine:
                 self._reconnect(peer)
             else:
                 raise refusal(
-                    status, opcode, calls.refused_request(ctl), operands, self._state.regions, peer.table,
+                    status, opcode, calls.refused_request(ctl), operands[:3], self._state.regions, peer.table,
                     self._settings.chunks * CHUNK_SLICES,
                 )  # fmt: skip
 
@@ -459,14 +471,14 @@ class Engine:
         _join(reapers, JOIN_SECONDS)
         self.awaiting.release()
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
-            held = (self._state, self._workers, self._reaper, self.provider, self._peers, self._bells, self.inbox)
+            held = (self._state, self._workers, self._reaper, self.provider, self._peers, self._bells, self._inbox)
             _abandoned.append(held)
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:
             thread_cache.drop(block.ctl)
         self.provider.close()
         self._bells.close()
-        self.inbox.close()
+        self._inbox.close()
         self.awaiting.close()
 
     def __enter__(self) -> Engine:

@@ -105,7 +105,9 @@ class TransferFailed(MooncacheError):
         self.failures = tuple(failures)
         self.peer = peer
         first = self.failures[0]
-        super().__init__(
-            f"{len(self.failures)} of {requests} requests to peer {peer!r} failed; "
-            f"the first is request {first.request}: {first.status.name} ({first.reason})"
-        )
+        if first.request == requests:
+            what = f"the notification to peer {peer!r} failed, all {requests} requests arrived"
+        else:
+            failed = sum(failure.request < requests for failure in self.failures)
+            what = f"{failed} of {requests} requests to peer {peer!r} failed; the first is request {first.request}"
+        super().__init__(f"{what}: {first.status.name} ({first.reason})")

@@ -31,8 +31,8 @@ class Notification(NamedTuple):
     message: bytes
 
 
-def pack(sender: str, message: object) -> bytes:
-    """As it travels: length of the sender's name, the name, the message. Raises UsageError for one that is too long."""
+def pack(sender: str, message: object) -> np.ndarray:
+    """As it travels, uint8: length of the sender's name, the name, the message. Raises UsageError for one too long."""
     if isinstance(message, str):
         message = message.encode()
     if not isinstance(message, bytes | bytearray | memoryview):
@@ -41,7 +41,7 @@ def pack(sender: str, message: object) -> bytes:
     if len(message) > MESSAGE_BYTES:
         raise UsageError(f"expected a notification of at most {MESSAGE_BYTES} bytes, got {len(message)}")
     name = sender.encode()[: limits.NOTE_BYTES - MESSAGE_BYTES - LENGTH_BYTES]
-    return len(name).to_bytes(LENGTH_BYTES, "little") + name + message
+    return np.frombuffer(len(name).to_bytes(LENGTH_BYTES, "little") + name + message, np.uint8).copy()
 
 
 def unpack(note: bytes) -> Notification:
@@ -57,12 +57,12 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self._words = aligned(kernels.INBOX_WORDS)
+        self.words = aligned(kernels.INBOX_WORDS)
         self._buffer = np.zeros(limits.NOTE_BYTES, np.uint8)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._words[[kernels.I_EVENT_FD, kernels.I_ONE]] = self._event_fd, 1
-        self._words[kernels.I_WRITE] = function_address("write")
-        self.address = address_of(self._words)
+        self.words[[kernels.I_EVENT_FD, kernels.I_ONE]] = self._event_fd, 1
+        self.words[kernels.I_WRITE] = function_address("write")
+        self._address = address_of(self.words)
         self._lock = threading.Lock()
         self._waiting = 0
         self._closed = False
@@ -72,7 +72,7 @@ class Inbox:
             yield note
 
     def _fetch(self) -> Notification | None:
-        length = kernels.fetch(self.address, self._buffer)  # holds the GIL, and so do the next two lines' reads
+        length = kernels.fetch(self._address, self._buffer)  # holds the GIL, and so do the next two lines' reads
         return None if length == kernels.EMPTY else unpack(self._buffer[:length].tobytes())
 
     def get(self, timeout: float | None = None) -> Notification:
@@ -129,7 +129,7 @@ class Inbox:
 
     def close(self) -> None:
         """Refuse what still comes."""
-        kernels.shut(self.address)
+        kernels.shut(self._address)
         with self._lock:
             self._closed = True
             if self._waiting:

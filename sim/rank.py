@@ -106,7 +106,7 @@ class VirtualEngine:
         self.reaper = self._block(prices)
         clock = address_of(self.worker.words) + layout.NOW * layout.WORD
         self.provider = emulated.Emulated(nic, clocks=[clock])
-        (self.cq,) = self.provider.open(1, settings.queue_depth, 0)
+        (self.cq,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
         self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
         self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")

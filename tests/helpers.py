@@ -218,7 +218,7 @@ class Rig:
         self._zeros = np.zeros(len(Kind), np.int64)
         self.caller, self.worker = self._block(-1), self._block(0)
         self.provider = provider or Gated()
-        (self.cq,) = self.provider.open(1, self.state.settings.queue_depth, 0)
+        (self.cq,) = self.provider.open(1, self.state.settings.queue_depth, np.zeros(0, np.int64))
         self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
         self.worker.words[layout.NEXT_COMPLETION] = never.address
         self.worker.words[layout.HORIZON] = (1 << 62) - 2

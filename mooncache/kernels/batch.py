@@ -31,6 +31,7 @@ from mooncache.kernels.layout import (
     BATCH_LAST,
     BATCH_LINK,
     BATCH_NEXT,
+    BATCH_NOTE,
     BATCH_POSTED,
     BATCH_ROWS,
     BATCH_STATE,
@@ -112,6 +113,7 @@ def acquire_row(ctl):
     poke(row + BATCH_AWAITED * WORD, 0)
     poke(row + BATCH_CANCEL_ASKED * WORD, 0)
     poke(row + BATCH_FINISHED_AT * WORD, 0)
+    poke(row + BATCH_NOTE * WORD, -1)
     add(row + BATCH_GENERATION * WORD, 1)
     move(row, ACQUIRE)
     return row

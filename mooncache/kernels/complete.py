@@ -12,6 +12,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CANCELLED,
     BATCH_FAILED,
+    BATCH_NOTE,
     BATCH_PEER,
     BATCH_POSTED,
     BATCH_REMAINING,
@@ -20,9 +21,6 @@ from mooncache.kernels.layout import (
     CHUNK_GENERATION,
     COMPLETIONS,
     ENDPOINT_OUTSTANDING,
-    ENDPOINT_ROWS,
-    ENDPOINT_WORDS,
-    PEERS,
     POLL_LOT,
     RETRIES,
     RUN,
@@ -37,6 +35,7 @@ from mooncache.kernels.layout import (
     Slice,
     Store,
 )
+from mooncache.kernels.note import endpoint_row, settle_note
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
 from mooncache.kernels.ring import push
 from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
@@ -46,14 +45,10 @@ DONE, POSTED, WAITING = int(Slice.DONE), int(Slice.POSTED), int(Slice.WAITING)
 
 
 @kernel
-def endpoint_row(ctl, worker, peer):
-    """Address of the worker's endpoint to a peer."""
-    return word(ctl, ENDPOINT_ROWS) + (worker * word(ctl, PEERS) + peer) * ENDPOINT_WORDS * WORD
-
-
-@kernel
 def settle(ctl, row):
-    """End the batch if all its slices are answered."""
+    """End the batch if all its slices are answered; post its notification if that is the last."""
+    if peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_REMAINING * WORD) <= 1:
+        settle_note(ctl, row)
     if peek(row + BATCH_REMAINING * WORD) == 0 and finish(ctl, row):
         retire(ctl, row)
 
@@ -98,7 +93,9 @@ def answer_failure(ctl, worker, row, slot, wc_status):
     """A work request failed: post its slice again later, or let it fail."""
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
-    if passing(wc_status) and cancelled == 0 and attempts[slot] < word(ctl, RETRIES):
+    if wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD):
+        fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
+    elif passing(wc_status) and cancelled == 0 and attempts[slot] < word(ctl, RETRIES):
         attempts[slot] += 1
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         push(peek(worker + WORKER_RETRY_RING * WORD), slot)

@@ -73,6 +73,14 @@ class Slice(IntEnum):
     WITHHELD = 4  # a notification that was not sent, because other slices of its batch failed
 
 
+class Note(IntEnum):
+    """What a batch's notification waits for."""
+
+    DATA = 0  # all other slices of its batch
+    TURN = 1  # the notifications of batches submitted before
+    ANSWER = 2  # it is posted
+
+
 class Kind(IntEnum):
     """Kinds of work, as `account` counts them. The simulation prices each; production only counts."""
 
@@ -142,6 +150,7 @@ ENDPOINT_ROWS = _next()  # int64[workers, peers, ENDPOINT_WORDS]
 WORKER_ROWS = _next()  # int64[workers, WORKER_WORDS]
 RETIRED_RING = _next()  # ring of batch slots that the reaper or an epoch frees
 LOCAL_TABLE = _next()  # region table of this engine
+NOTES = _next()  # uint8[batches, NOTE_BYTES]: the notification of each batch that has one
 SHARED = _next()  # int64[SHARED_WORDS], words that several actors write, one cache line each
 
 # ------------------------------------------------------------------ scalars fixed when the engine opens
@@ -239,6 +248,9 @@ BATCH_RETIRED_AT = 21  # epoch
 BATCH_UNPOSTED = 22  # slices from the cursor on
 BATCH_CANCELLED = 23  # 0, or the Status its unposted slices failed with
 BATCH_CANCEL_ASKED = 24
+BATCH_NOTE = 25  # slot of the slice that carries its notification, or -1
+BATCH_NOTE_STATE = 26  # Note
+BATCH_NOTE_NEXT = 27  # next batch in the endpoint's queue of those with a notification, -1
 BATCH_WORDS = 32  # four cache lines, so that two workers never share one
 
 # ------------------------------------------------------------------ endpoint rows: a worker's side of one peer
@@ -246,6 +258,8 @@ ENDPOINT_QP = 0  # ibv_qp address, 0 when not connected
 ENDPOINT_OUTSTANDING = 1
 ENDPOINT_FIRST = 2  # first batch with slices to post, -1
 ENDPOINT_LAST = 3
+ENDPOINT_NOTE_FIRST = 4  # first batch with a notification, in the order of submission, -1
+ENDPOINT_NOTE_LAST = 5
 ENDPOINT_WORDS = 8  # a cache line
 
 # ------------------------------------------------------------------ worker rows
@@ -265,7 +279,8 @@ WORKER_EPOLL = 12  # epoll set that the thread sleeps on, or -1: it sleeps on th
 WORKER_BELL_FD = 13  # eventfd in that set, or -1
 WORKER_SERVES = 14  # 1: poll even with nothing outstanding, since peers may want something
 WORKER_CTL = 15  # address of the worker's control block
-WORKER_WORDS = 16
+WORKER_NOTES = 16  # batches with a notification, all endpoints
+WORKER_WORDS = 24
 EPOCH_QUIET = (1 << 62) - 1
 
 # ------------------------------------------------------------------ region tables

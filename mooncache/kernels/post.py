@@ -10,7 +10,7 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import i16, i32, i64, peek, poke, u32
 from mooncache.kernels.batch import slot_of
-from mooncache.kernels.complete import endpoint_row, fail_slice, settle
+from mooncache.kernels.complete import fail_slice, settle
 from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -19,6 +19,8 @@ from mooncache.kernels.layout import (
     BATCH_DEADLINE,
     BATCH_FAILED,
     BATCH_NEXT,
+    BATCH_NOTE,
+    BATCH_NOTE_STATE,
     BATCH_OFFSET,
     BATCH_OPCODE,
     BATCH_PEER,
@@ -33,6 +35,7 @@ from mooncache.kernels.layout import (
     COUNTERS,
     ENDPOINT_FIRST,
     ENDPOINT_LAST,
+    ENDPOINT_NOTE_FIRST,
     ENDPOINT_OUTSTANDING,
     ENDPOINT_QP,
     LOCAL_TABLE,
@@ -54,8 +57,11 @@ from mooncache.kernels.layout import (
     WORKER_QUEUED,
     WORKER_RETRY_RING,
     Kind,
+    Note,
+    Opcode,
     Slice,
 )
+from mooncache.kernels.note import endpoint_row
 from mooncache.kernels.ring import first, pop, push
 from mooncache.kernels.verbs import (
     ENOMEM,
@@ -99,6 +105,21 @@ def build_run(ctl, row, slot, n, wr):
         state[slot + i] = POSTED
         wr += WR_BYTES
         sge += 16
+
+
+@kernel
+def build_note(ctl, slot, wr):
+    """Write the work request of a notification."""
+    generation = (i64(word(ctl, CHUNK_GENERATION))[slot // SLOTS] & GENERATION_MASK) << 32
+    sge = peek(wr + WR_SG_LIST)
+    poke(sge + SGE_ADDR, i64(word(ctl, SLICE_SOURCE))[slot])
+    u32(sge + SGE_LENGTH)[0] = i32(word(ctl, SLICE_LENGTH))[slot]
+    u32(sge + SGE_LKEY)[0] = 0
+    poke(wr + WR_ID, generation | slot)
+    u32(wr + WR_OPCODE)[0] = Opcode.SEND
+    poke(wr + WR_REMOTE_ADDR, 0)
+    poke(wr + WR_RKEY, 0)
+    i16(word(ctl, SLICE_STATE))[slot] = POSTED
 
 
 @kernel
@@ -253,6 +274,31 @@ def post_batches(ctl, worker, endpoint):
     return moved
 
 
+# ------------------------------------------------------------------------------ notifications
+@kernel
+def post_note(ctl, worker, endpoint):
+    """Post the notification whose turn it is at this endpoint, if it waits for nothing else; returns how many."""
+    first_one = peek(endpoint + ENDPOINT_NOTE_FIRST * WORD)
+    if first_one < 0 or peek(endpoint + ENDPOINT_OUTSTANDING * WORD) >= word(ctl, QUEUE_DEPTH):
+        return np.int64(0)
+    row = batch_row(ctl, first_one)
+    if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN:
+        return np.int64(0)
+    slot = peek(row + BATCH_NOTE * WORD)
+    build_note(ctl, slot, word(ctl, WORK_REQUESTS))
+    accepted, refused = ring_doorbell(ctl, endpoint, np.int64(1))
+    if accepted == 0 and not refused:
+        i16(word(ctl, SLICE_STATE))[slot] = WAITING
+        return np.int64(0)
+    poke(row + BATCH_NOTE_STATE * WORD, Note.ANSWER)
+    if refused:
+        fail_slice(ctl, row, slot, Status.LOCAL_ERROR)
+        settle(ctl, row)
+    else:
+        note_posted(worker, endpoint, row, accepted)
+    return np.int64(1)
+
+
 # ------------------------------------------------------------------------------ slices posted again
 @kernel
 def post_retries(ctl, worker, index):
@@ -275,7 +321,10 @@ def post_retries(ctl, worker, index):
         room = min(word(ctl, CHAIN), word(ctl, QUEUE_DEPTH) - peek(endpoint + ENDPOINT_OUTSTANDING * WORD))
         n = np.int64(0)
         while n < room and slot != RING_EMPTY and batch_row(ctl, owner[slot // SLOTS]) == row:
-            build_run(ctl, row, slot, 1, word(ctl, WORK_REQUESTS) + n * WR_BYTES)
+            if slot == peek(row + BATCH_NOTE * WORD):
+                build_note(ctl, slot, word(ctl, WORK_REQUESTS) + n * WR_BYTES)
+            else:
+                build_run(ctl, row, slot, 1, word(ctl, WORK_REQUESTS) + n * WR_BYTES)
             pop(ring)
             n += 1
             slot = first(ring)
@@ -306,6 +355,7 @@ def stop_posting(ctl, worker, index, row, status):
     if left > 0:
         dequeue(ctl, worker, endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD)), row)
         answer_unposted(ctl, row, left, status)
+    if left > 0 or (peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_NOTE_STATE * WORD) != Note.ANSWER):
         settle(ctl, row)
 
 

@@ -12,14 +12,16 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import call_word, fence, load, pause, peek, poke, store
-from mooncache.kernels.complete import endpoint_row, poll
+from mooncache.kernels.complete import poll, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
     ACTOR,
     BATCH_NEXT,
+    BATCH_NOTE,
     BATCH_PEER,
     BATCH_REMAINING,
+    BATCH_UNPOSTED,
     COUNTERS,
     ENDPOINT_FIRST,
     HORIZON,
@@ -44,6 +46,7 @@ from mooncache.kernels.layout import (
     WORKER_CQ,
     WORKER_DEADLINES,
     WORKER_EPOLL,
+    WORKER_NOTES,
     WORKER_OUTSTANDING,
     WORKER_PARKED,
     WORKER_PEERS,
@@ -55,7 +58,8 @@ from mooncache.kernels.layout import (
     Policy,
 )
 from mooncache.kernels.linux import epoll_wait
-from mooncache.kernels.post import enqueue, overdue, post_batches, post_retries, stop_posting
+from mooncache.kernels.note import endpoint_row, enqueue_note
+from mooncache.kernels.post import enqueue, overdue, post_batches, post_note, post_retries, stop_posting
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first, pop
@@ -91,7 +95,12 @@ def take(ctl, worker, index):
             account(ctl, Kind.BATCHES_TAKEN, 1)
             peer = peek(row + BATCH_PEER * WORD)
             poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
-            enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
+            if peek(row + BATCH_NOTE * WORD) >= 0:
+                enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), row)
+            if peek(row + BATCH_UNPOSTED * WORD) > 0:
+                enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
+            else:
+                settle(ctl, row)
         else:
             cancel_entry(ctl, worker, index, ~entry)
 
@@ -113,6 +122,9 @@ def post(ctl, worker, index):
             endpoint = endpoint_row(ctl, index, peer)
             if peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
                 moved += post_batches(ctl, worker, endpoint)
+    if peek(worker + WORKER_NOTES * WORD) > 0:
+        for peer in range(peek(worker + WORKER_PEERS * WORD)):
+            moved += post_note(ctl, worker, endpoint_row(ctl, index, peer))
     return moved
 
 

@@ -234,6 +234,8 @@ class State:
         ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
         self.endpoint_rows[:, :, layout.ENDPOINT_FIRST] = -1
         self.endpoint_rows[:, :, layout.ENDPOINT_LAST] = -1
+        self.endpoint_rows[:, :, [layout.ENDPOINT_NOTE_FIRST, layout.ENDPOINT_NOTE_LAST]] = -1
+        self._hold(layout.NOTES, np.zeros(settings.batches * limits.NOTE_BYTES, np.uint8))
         self.worker_rows = self._hold(layout.WORKER_ROWS, aligned(settings.workers * layout.WORKER_WORDS)).reshape(
             settings.workers, layout.WORKER_WORDS
         )

@@ -18,6 +18,7 @@ from mooncache.kernels.layout import (
     BATCH_DEADLINE,
     BATCH_FIRST,
     BATCH_GENERATION,
+    BATCH_NOTE,
     BATCH_OFFSET,
     BATCH_OPCODE,
     BATCH_PEER,
@@ -48,6 +49,7 @@ from mooncache.kernels.layout import (
     Kind,
     Store,
 )
+from mooncache.kernels.note import fill_note
 from mooncache.kernels.pool import acquire, release
 from mooncache.kernels.ring import push
 from mooncache.kernels.split import COUNT_ONLY, REQUESTS, walk
@@ -93,8 +95,13 @@ def give_up(ctl, row):
 
 
 @kernel
-def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step):
-    """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed."""
+def prepare_words(
+    ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step, note, note_length
+):
+    """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed.
+
+    `note`: address of `note_length` bytes that follow the data as a notification; none when that is 0.
+    """
     if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
         return np.int64(-Status.CLOSED)  # no worker would take it
     if peek(i64(word(ctl, PEER_TABLES))[peer] + TABLE_GONE * WORD) != 0:
@@ -104,12 +111,13 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
     slices = walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY)
     if slices < 0:
         return slices
-    if slices > word(ctl, CAPACITY):
+    slots = slices + np.int64(note_length > 0)
+    if slots > word(ctl, CAPACITY):
         return np.int64(-Status.TOO_LARGE)
     row = acquire_row(ctl)
     if row == 0:
         return np.int64(-Status.BATCHES_EMPTY)
-    if slices > 0 and not acquire(ctl, row, slot_of(ctl, row), slices):
+    if slots > 0 and not acquire(ctl, row, slot_of(ctl, row), slots):
         give_up(ctl, row)
         return np.int64(-Status.POOL_EMPTY)
     first = peek(row + BATCH_FIRST * WORD)
@@ -117,14 +125,16 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
     if filled != slices:  # another thread wrote to the operands between the two walks
         give_up(ctl, row)
         return np.int64(-Status.OPERANDS_CHANGED)
+    if note_length > 0:
+        fill_note(ctl, row, n, note, note_length)
     if word(ctl, STORE) == Store.HEAP and not allocate_objects(ctl, row):
         give_up(ctl, row)
         return np.int64(-Status.HEAP_EMPTY)
     account(ctl, Kind.BATCHES_SUBMITTED, 1)
     account(ctl, Kind.REQUESTS, n)
-    account(ctl, Kind.SLICES_FILLED, slices)
-    poke(row + BATCH_SLICES * WORD, slices)
-    poke(row + BATCH_REMAINING * WORD, slices)
+    account(ctl, Kind.SLICES_FILLED, slots)
+    poke(row + BATCH_SLICES * WORD, slots)
+    poke(row + BATCH_REMAINING * WORD, slots)
     poke(row + BATCH_UNPOSTED * WORD, slices)
     poke(row + BATCH_CURSOR * WORD, peek(row + BATCH_FIRST * WORD))
     poke(row + BATCH_OFFSET * WORD, 0)
@@ -137,13 +147,19 @@ def prepare_words(ctl, peer, opcode, deadline, n, sources, source_step, targets,
 
 @kernel
 def publish_row(ctl, row):
-    """Seal the batch and put it into a worker's ring; round robin over workers. An empty batch is finished at once."""
+    """Seal the batch and put it into a worker's ring. An empty batch is finished at once.
+
+    Round robin over workers; those with a notification all by one worker a peer, which keeps their order.
+    """
     poke(row + BATCH_SUBMITTED_AT * WORD, clock(ctl))
     move(row, SEAL)
     if peek(row + BATCH_SLICES * WORD) == 0:
         finish(ctl, row)
         return
-    worker = add(word(ctl, SHARED) + SHARED_NEXT_WORKER * WORD, 1) % word(ctl, WORKERS)
+    if peek(row + BATCH_NOTE * WORD) >= 0:
+        worker = peek(row + BATCH_PEER * WORD) % word(ctl, WORKERS)
+    else:
+        worker = add(word(ctl, SHARED) + SHARED_NEXT_WORKER * WORD, 1) % word(ctl, WORKERS)
     poke(row + BATCH_WORKER * WORD, worker)
     target = worker_row(ctl, worker)
     at_once = peek(row + BATCH_SLICES * WORD) * word(ctl, SLICE_BYTES) <= AT_ONCE_BYTES
@@ -168,11 +184,14 @@ def lend_a_hand(ctl, worker):
 
 
 @kernel
-def submit_words(ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step):
+def submit_words(
+    ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step, note, note_length
+):
     """`prepare_words` and `publish_row`."""
     handle = prepare_words(
-        ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step
-    )
+        ctl, peer, opcode, deadline, n, sources, source_step, targets, target_step, lengths, length_step, note,
+        note_length,
+    )  # fmt: skip
     if handle >= 0:
         publish_row(ctl, resolve(ctl, handle))
     return handle
@@ -188,7 +207,18 @@ def submit(ctl, peer, opcode, deadline, source, target, length):
     return submit_words(
         ctl, peer, opcode, deadline, n,
         address_of(source), np.int64(source.size > 1), address_of(target), np.int64(target.size > 1),
-        address_of(length), np.int64(length.size > 1),
+        address_of(length), np.int64(length.size > 1), np.int64(0), np.int64(0),
+    )  # fmt: skip
+
+
+@kernel("int64(int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], uint8[::1])")
+def submit_noted(ctl, peer, opcode, deadline, source, target, length, note):
+    """`submit` with a notification: 1 to NOTE_BYTES bytes, copied."""
+    n = max(source.size, target.size, length.size)
+    return submit_words(
+        ctl, peer, opcode, deadline, n,
+        address_of(source), np.int64(source.size > 1), address_of(target), np.int64(target.size > 1),
+        address_of(length), np.int64(length.size > 1), address_of(note), np.int64(note.size),
     )  # fmt: skip
 
 
@@ -199,7 +229,9 @@ def submit_one(ctl, peer, opcode, deadline, source, target, length):
     poke(operands, source)
     poke(operands + WORD, target)
     poke(operands + 2 * WORD, length)
-    return submit_words(ctl, peer, opcode, deadline, 1, operands, 0, operands + WORD, 0, operands + 2 * WORD, 0)
+    return submit_words(
+        ctl, peer, opcode, deadline, 1, operands, 0, operands + WORD, 0, operands + 2 * WORD, 0, 0, 0
+    )  # fmt: skip
 
 
 @kernel("int64(int64, int64, int64, int64, int64[::1], int64[::1], int64[::1])")
@@ -209,7 +241,7 @@ def prepare(ctl, peer, opcode, deadline, source, target, length):
     return prepare_words(
         ctl, peer, opcode, deadline, n,
         address_of(source), np.int64(source.size > 1), address_of(target), np.int64(target.size > 1),
-        address_of(length), np.int64(length.size > 1),
+        address_of(length), np.int64(length.size > 1), np.int64(0), np.int64(0),
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from mooncache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,11 +87,11 @@ class Provider(ABC):
     descriptors: Sequence[int] = ()
 
     @abstractmethod
-    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
         """Make the device; returns the address of one `ibv_cq` a worker. Raises TransportError.
 
         Args:
-            inbox: address of the engine's inbox (`kernels/inbox.py`), for what peers SEND.
+            inbox: int64 words of the engine's inbox (`kernels/inbox.py`), for what peers SEND.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ import numpy as np
 from mooncache.errors import UsageError
 from mooncache.kernels.atomics import call_clock_gettime, exchange, pause, peek, poke, store, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD, aligned
+from mooncache.kernels.layout import WORD, Opcode, aligned
 from mooncache.kernels.state import address_of
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
@@ -55,6 +55,7 @@ from mooncache.providers.software import (
     key_status,
     move_bytes,
     queue_of,
+    send_note,
     write_completion,
 )
 
@@ -70,6 +71,7 @@ N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, NIC_WORDS = 7, 8, 9, 10, 11, 
 E_ID, E_STATUS, E_DUE, ENTRY_WORDS = 0, 1, 2, 3
 M_LOCAL, M_REMOTE, M_LENGTH, M_OPCODE, M_KEY, MOVE_WORDS = 0, 1, 2, 3, 4, 5
 Q_MOVES = Q_OWN
+SENDING = -1  # status of a notification until its time has come
 # plan entries
 P_AT, P_ACTION, P_VALUE, PLAN_WORDS = 0, 1, 2, 3
 
@@ -208,9 +210,12 @@ def post_send(qp, wr, bad_wr):
         byte_free = max(message_free, byte_free) + ((length * byte_cost) >> FRACTION_BITS)
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
         poke(entry + E_ID * WORD, peek(wr + WR_ID))
-        poke(entry + E_STATUS * WORD, key_status(keys, rkey, remote, length, opcode))
+        if opcode == Opcode.SEND:
+            poke(entry + E_STATUS * WORD, SENDING)
+        else:
+            poke(entry + E_STATUS * WORD, key_status(keys, rkey, remote, length, opcode))
         poke(entry + E_DUE * WORD, byte_free + latency)
-        if move != 0:
+        if move != 0 or opcode == Opcode.SEND:
             moved = moves + (head & mask) * MOVE_WORDS * WORD
             poke(moved + M_LOCAL * WORD, peek(sge + SGE_ADDR))
             poke(moved + M_REMOTE * WORD, remote)
@@ -246,7 +251,10 @@ def drain(queue, entries, wc):
         if peek(entry + E_DUE * WORD) > now:
             break
         status = peek(entry + E_STATUS * WORD)
-        if move != 0 and status == WcStatus.SUCCESS:
+        if status == SENDING:
+            moved = peek(queue + Q_MOVES * WORD) + (tail & mask) * MOVE_WORDS * WORD
+            status = send_note(queue, peek(moved + M_LOCAL * WORD), peek(moved + M_LENGTH * WORD))
+        elif move != 0 and status == WcStatus.SUCCESS:
             moved = peek(queue + Q_MOVES * WORD) + (tail & mask) * MOVE_WORDS * WORD
             status = move_bytes(
                 queue, peek(queue + Q_KEYS * WORD), peek(moved + M_KEY * WORD), peek(moved + M_OPCODE * WORD),

@@ -259,7 +259,8 @@ def check_stalls(port):
 def next_request(lane):
     """Build the next request frame from the queue's entries; False when there is none, or too many are in flight."""
     queue = word_at(lane, L_QUEUE)
-    at, head = word_at(queue, Q_SENT), word_at(queue, Q_HEAD)
+    # What was copied and reported meanwhile has moved the tail past what no lane has looked at.
+    at, head = max(word_at(queue, Q_SENT), word_at(queue, Q_TAIL)), word_at(queue, Q_HEAD)
     while at < head and word_at(entry_of(queue, at), E_ROUTE) != Route.LANE:
         at += 1
     poke(queue + Q_SENT * WORD, at)

@@ -4,7 +4,7 @@ import numpy as np
 
 from mooncache.kernels.atomics import peek, poke, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD
+from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     ENOMEM,
@@ -30,6 +30,7 @@ from mooncache.providers.software import (
     Queue,
     move_bytes,
     queue_of,
+    send_note,
     write_completion,
 )
 
@@ -48,11 +49,12 @@ def post_send(qp, wr, bad_wr):
             poke(bad_wr, wr)
             poke(queue + Q_HEAD * WORD, head)
             return np.int32(ENOMEM)
-        sge = peek(wr + WR_SG_LIST)
-        status = move_bytes(
-            queue, keys, peek(wr + WR_RKEY), np.int64(u32(wr + WR_OPCODE)[0]),
-            peek(sge + SGE_ADDR), peek(wr + WR_REMOTE_ADDR), np.int64(u32(sge + SGE_LENGTH)[0]),
-        )  # fmt: skip
+        sge, opcode = peek(wr + WR_SG_LIST), np.int64(u32(wr + WR_OPCODE)[0])
+        local, length = peek(sge + SGE_ADDR), np.int64(u32(sge + SGE_LENGTH)[0])
+        if opcode == Opcode.SEND:
+            status = send_note(queue, local, length)
+        else:
+            status = move_bytes(queue, keys, peek(wr + WR_RKEY), opcode, local, peek(wr + WR_REMOTE_ADDR), length)
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
         poke(entry + ENTRY_ID * WORD, peek(wr + WR_ID))
         poke(entry + ENTRY_STATUS * WORD, status)

@@ -403,7 +403,7 @@ class Shm(StreamProvider):
         self._leases: dict[int, tuple[socket.socket, np.ndarray]] = {}  # by descriptor: a peer's `sock` and guards
         self._shares: dict[str, Share | None] = {}
 
-    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox)
         self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]

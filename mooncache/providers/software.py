@@ -22,6 +22,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
+from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
 from mooncache.kernels.state import address_of
@@ -45,7 +46,7 @@ KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_OWN, QUEUE_WORDS = 9, 11, 32  # scratch: a timespec; from Q_OWN on: the provider's own
+Q_SCRATCH, Q_INBOX, Q_OWN, QUEUE_WORDS = 9, 11, 12, 32  # scratch: a timespec; from Q_OWN on: the provider's own
 # completion queue words; behind the queues come the provider's own
 CQ_COUNT, CQ_TURN, CQ_QUEUES = 0, 1, 2
 CQ_OWN_WORDS = 32
@@ -87,6 +88,15 @@ def move_bytes(queue, keys, rkey, opcode, local, remote, length):
             copy(remote, local, length)
     store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
     return status
+
+
+@kernel
+def send_note(queue, local, length):
+    """Put a notification into the inbox of a peer in the same process; returns a WcStatus."""
+    inbox = peek(queue + Q_INBOX * WORD)
+    if inbox != 0 and deliver(inbox, local, length):
+        return np.int64(WcStatus.SUCCESS)
+    return np.int64(WcStatus.RNR_RETRY_EXC_ERR)
 
 
 @kernel
@@ -138,6 +148,7 @@ class InProcess:
 
     process: int
     keys: KeyTable
+    inbox: np.ndarray
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
@@ -148,7 +159,7 @@ class Queue:
 
     def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
         entries = power_of_two(depth)
-        self.keys: list[KeyTable] = []  # of the target, and of those closed under its name, which a post may still read
+        self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
         self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
         self.ring = aligned(entries * entry_words)
         self.words = aligned(QUEUE_WORDS)
@@ -159,11 +170,12 @@ class Queue:
         self.qp[QP_QP_CONTEXT // WORD] = address_of(self.words)
         _queues.add(self)
 
-    def lead_to(self, keys: KeyTable) -> None:
-        """Let what is posted from now on reach the device with this key table."""
-        if keys not in self.keys:
-            self.keys.append(keys)
+    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None) -> None:
+        """Let what is posted from now on reach the device with this key table, and the engine with this inbox."""
+        if self.words[Q_KEYS] != keys.address:
+            self.held += [keys.entries] if inbox is None else [keys.entries, inbox]
         self.words[Q_KEYS] = keys.address
+        self.words[Q_INBOX] = 0 if inbox is None else address_of(inbox)
 
     @property
     def outstanding(self) -> int:
@@ -192,7 +204,7 @@ class SoftwareProvider(Provider):
         self.queues: list[list[Any]] = []  # [worker][peer]
         self.peers: dict[str, int] = {}
 
-    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
         """See `Provider.open`."""
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
@@ -234,7 +246,7 @@ class SoftwareProvider(Provider):
 class InProcessProvider(SoftwareProvider):
     """A software provider whose peers live in the same process."""
 
-    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
         """See `Provider.open`."""
         self.inbox = inbox
         return super().open(workers, queue_depth, inbox)
@@ -246,7 +258,7 @@ class InProcessProvider(SoftwareProvider):
 
     def describe(self, unix: str = "") -> InProcess:
         """See `Provider.describe`."""
-        return InProcess(os.getpid(), self.keys)
+        return InProcess(os.getpid(), self.keys, self.inbox)
 
     def connect(self, peer: Descriptor, link: Link) -> list[int]:
         """See `Provider.connect`."""
@@ -260,7 +272,7 @@ class InProcessProvider(SoftwareProvider):
             self._add_queues(peer.name, data.keys)
         ours = [queues[self.peers[peer.name]] for queues in self.queues]
         for queue in ours:
-            queue.lead_to(data.keys)
+            queue.lead_to(data.keys, data.inbox)
         return [address_of(queue.qp) for queue in ours]
 
     def close(self) -> None:

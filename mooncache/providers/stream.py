@@ -371,11 +371,14 @@ class StreamProvider(SoftwareProvider):
         self.generations: dict[str, int] = {}
         self._closed = False
 
-    def open(self, workers: int, queue_depth: int, inbox: int) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox)
+        self._inbox = inbox
         self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self.ports = [Port(words, i, self.keys, inbox, self._trouble_fd) for i, words in enumerate(self.lists)]
+        self.ports = [
+            Port(words, i, self.keys, address_of(inbox), self._trouble_fd) for i, words in enumerate(self.lists)
+        ]
         self._ports = np.array([port.address for port in self.ports], np.int64)
         for port in self.ports:
             port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
