@@ -57,8 +57,9 @@ from mooncache.kernels.layout import (
     WORKERS,
     Kind,
 )
+from mooncache.kernels.linux import sched_yield
 from mooncache.kernels.pool import EVERY_THREAD
-from mooncache.kernels.pump import ABANDONED, PAUSES, sleep_on_descriptors, work_waits
+from mooncache.kernels.pump import ABANDONED, PAUSES, lingers, sleep_on_descriptors, work_waits
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.regions import take_out
 from mooncache.kernels.submit import bump_generation, request_cancel
@@ -99,10 +100,13 @@ def wait(ctl, handle, ns):
     if peek(worker + WORKER_EPOLL * WORD) >= 0:
         while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns and try_turn(worker):
             turn_until(ctl, worker, row, handle, since + ns)
-    spin = min(word(ctl, SPIN), ns - (clock(ctl) - since))
+    spin, sockets = min(word(ctl, SPIN), ns - (clock(ctl) - since)), peek(worker + WORKER_EPOLL * WORD) >= 0
     while not finished(row):
-        for _ in range(PAUSES):
-            pause()
+        if sockets:
+            sched_yield(word(ctl, SYSCALL))
+        else:
+            for _ in range(PAUSES):
+                pause()
         if clock(ctl) - since > spin:
             break
     left = ns - (clock(ctl) - since)
@@ -127,7 +131,7 @@ def turn_until(ctl, worker, row, handle, end):
     its_ctl, happened = peek(worker + WORKER_CTL * WORD), np.int64(1)
     while not finished(row) and resolve(ctl, handle) != 0:
         happened = call_word(word(ctl, TURN), its_ctl)
-        if happened == 0:
+        if happened == 0 and not lingers(its_ctl, worker):
             left = end - clock(ctl)
             if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
                 break

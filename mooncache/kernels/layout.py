@@ -280,6 +280,7 @@ WORKER_BELL_FD = 13  # eventfd in that set, or -1
 WORKER_SERVES = 14  # 1: poll even with nothing outstanding, since peers may want something
 WORKER_CTL = 15  # address of the worker's control block
 WORKER_NOTES = 16  # batches with a notification, all endpoints
+WORKER_IDLE_SINCE = 17  # when it last found nothing to do after something, ns; 0: it is not idle
 WORKER_WORDS = 24
 EPOCH_QUIET = (1 << 62) - 1
 

@@ -7,9 +7,9 @@ The structs are those of LP64 Linux.
 from mooncache.kernels.atomics import X86, call_syscall, call_word, i32, peek
 from mooncache.kernels.jit import kernel
 
-SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM, SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_READV, SYS_WRITEV = (
-    (3, 46, 47, 45, 233, 281, 310, 311) if X86 else (57, 211, 212, 207, 21, 22, 270, 271)
-)  # the last two are process_vm_readv and process_vm_writev
+SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM = (3, 46, 47, 45) if X86 else (57, 211, 212, 207)
+SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_SCHED_YIELD = (233, 281, 24) if X86 else (21, 22, 124)
+SYS_PROCESS_VM_READV, SYS_PROCESS_VM_WRITEV = (310, 311) if X86 else (270, 271)
 
 IOVEC_BYTES = 16  # struct iovec
 IOV_BASE, IOV_LEN = 0, 8
@@ -72,15 +72,21 @@ def epoll_wait(syscall, epoll, events, most, ms):
 
 
 @kernel
+def sched_yield(syscall):
+    """Let another thread that is ready have this core."""
+    return call_syscall(syscall, SYS_SCHED_YIELD, 0, 0, 0, 0, 0, 0)
+
+
+@kernel
 def process_readv(syscall, pid, local, remote, n):
     """Bytes copied from another process: `local` and `remote` are addresses of n iovecs each."""
-    return call_syscall(syscall, SYS_READV, pid, local, n, remote, n, 0)
+    return call_syscall(syscall, SYS_PROCESS_VM_READV, pid, local, n, remote, n, 0)
 
 
 @kernel
 def process_writev(syscall, pid, local, remote, n):
     """Bytes copied into another process; the same operands."""
-    return call_syscall(syscall, SYS_WRITEV, pid, local, n, remote, n, 0)
+    return call_syscall(syscall, SYS_PROCESS_VM_WRITEV, pid, local, n, remote, n, 0)
 
 
 @kernel
