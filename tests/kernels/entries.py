@@ -8,7 +8,7 @@ import ctypes
 import numpy as np
 
 from mooncache.kernels import account as accounts
-from mooncache.kernels import atomics, batch, handle, pool, regions, ring
+from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, worker
 from mooncache.kernels.atomics import i64, pause, peek, poke
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import BATCH_FIRST, BATCH_ROWS, BATCH_WORDS, CHUNK_NEXT, RING_EMPTY, WORD
@@ -48,6 +48,38 @@ def cas_many(address, n):
             lost += 1
             old = seen
     return np.int64(lost)
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def stream_copy(target, source, length):
+    atomics.stream_copy(target, source, length)
+    atomics.fence()
+    return np.int64(length)
+
+
+@kernel("int64(int64, int64, int64, int64)", nogil=True)
+def deliver_many(box, address, length, n):
+    """Deliver n times, however often the inbox is full meanwhile; returns how often it was."""
+    full = np.int64(0)
+    for i in range(n):
+        poke(address, i)
+        while not inbox.deliver(box, address, length):
+            full += 1
+            pause()
+    return full
+
+
+@kernel("int64(int64, int64, int64)", nogil=True)
+def turn_many(row, cell, n):
+    """Take a worker's turn n times and add to a plain word while holding it; returns how often it was taken."""
+    missed = np.int64(0)
+    for _ in range(n):
+        while not worker.try_turn(row):
+            missed += 1
+            pause()
+        poke(cell, peek(cell) + 1)
+        atomics.store(row + worker.WORKER_TURN * WORD, 0)
+    return missed
 
 
 @kernel("int64(int64, int64, int64)", nogil=True)

@@ -1,8 +1,10 @@
 """Atomics between threads that really run at the same time: every kernel here gives the GIL up."""
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.helpers import Task, in_threads, until
+from tests.helpers import Task, in_threads, random_bytes, until
 from tests.kernels import entries
 
 N = 200_000
@@ -68,3 +70,13 @@ def test_copy_and_fill_touch_exactly_their_bytes():
     expected[3:16] = np.arange(50, 63)
     expected[40:45] = 9
     np.testing.assert_array_equal(target, expected)
+
+
+@settings(max_examples=300)
+@given(length=st.integers(0, 70_000), source=st.integers(0, 200), target=st.integers(0, 200))
+def test_copying_past_the_caches_copies_exactly_the_range(length, source, target):
+    held, into = random_bytes(70_400), np.zeros(70_400, np.uint8)
+    entries.stream_copy(into.ctypes.data + target, held.ctypes.data + source, length)
+    np.testing.assert_array_equal(into[target : target + length], held[source : source + length])
+    assert not into[:target].any()
+    assert not into[target + length :].any()

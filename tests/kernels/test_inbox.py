@@ -1,0 +1,79 @@
+"""The inbox against a plain queue; and with two threads delivering while a third fetches."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mooncache.inbox import Inbox
+from mooncache.kernels import inbox as kernels
+from mooncache.limits import INBOX_NOTES, NOTE_BYTES
+from tests.helpers import in_threads, until
+from tests.kernels import entries
+
+N = 5000
+
+
+def fetch(inbox: Inbox) -> bytes | None:
+    buffer = np.zeros(NOTE_BYTES, np.uint8)
+    length = kernels.fetch(inbox._address, buffer)
+    return None if length == kernels.EMPTY else buffer[:length].tobytes()
+
+
+@given(st.lists(st.integers(0, 3), max_size=300))
+def test_what_goes_in_comes_out_in_order(moves):
+    inbox, queue, note = Inbox(), [], np.zeros(NOTE_BYTES // 8, np.int64)
+    for i, move in enumerate(moves):
+        if move:
+            length = 8 + (i * 37) % (NOTE_BYTES - 8)
+            note[1:] = i
+            assert entries.deliver_many(inbox._address, note.ctypes.data, length, 1) == 0
+            queue.append(note.tobytes()[:length])
+        else:
+            assert fetch(inbox) == (queue.pop(0) if queue else None)
+    for expected in queue:
+        assert fetch(inbox) == expected
+    assert fetch(inbox) is None
+    inbox.close()
+
+
+def test_two_threads_deliver_while_another_fetches():
+    inbox = Inbox()
+    notes = [np.full(2, who, np.int64) for who in range(2)]
+    heard: list[tuple[int, int]] = []
+
+    def listen() -> None:
+        while len(heard) < 2 * N:
+            note = fetch(inbox)
+            if note is not None:
+                number, who = np.frombuffer(note, np.int64)
+                heard.append((int(who), int(number)))
+
+    in_threads(
+        listen, *[lambda note=note: entries.deliver_many(inbox._address, note.ctypes.data, 16, N) for note in notes]
+    )
+    for who in range(2):
+        assert [number for w, number in heard if w == who] == list(range(N))
+    inbox.close()
+
+
+def test_a_full_inbox_takes_nothing_until_there_is_room():
+    inbox, note = Inbox(), np.zeros(1, np.int64)
+    for _ in range(INBOX_NOTES):
+        assert entries.deliver_many(inbox._address, note.ctypes.data, 8, 1) == 0
+    head = int(inbox.words[kernels.I_HEAD])
+
+    def room() -> None:
+        until(lambda: int(inbox.words[kernels.I_HEAD]) == head, "nothing put in")
+        assert fetch(inbox) is not None
+
+    full, _ = in_threads(lambda: entries.deliver_many(inbox._address, note.ctypes.data, 8, 1), room)
+    assert full >= 0
+    assert inbox.words[kernels.I_HEAD] - inbox.words[kernels.I_TAIL] == INBOX_NOTES
+    inbox.close()
+
+
+def test_a_shut_inbox_takes_nothing():
+    inbox = Inbox()
+    inbox.close()
+    assert inbox.words[kernels.I_CLOSED] == 1
+    assert fetch(inbox) is None
