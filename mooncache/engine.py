@@ -84,7 +84,7 @@ class Engine:
     """
 
     def __init__(
-        self, name: str | None = None, *, provider: str | Provider = "loopback", store: str = "pool",
+        self, name: str | None = None, *, provider: str | Provider = "auto", store: str = "pool",
         policy: str = "bulk", listen: str = "127.0.0.1:0", secret: str | bytes | None = None, insecure: bool = False,
         discovery: str | None = None, advertise: str | None = None, **settings: int,
     ) -> None:  # fmt: skip

@@ -30,7 +30,7 @@ def engines() -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(name: str | None = None, **options: Any) -> Engine:
-        made.append(Engine(name, **{**SMALL, **options}))
+        made.append(Engine(name, **{"provider": "loopback", **SMALL, **options}))
         return made[-1]
 
     yield make

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mooncache.engine import PROVIDERS
 from mooncache.kernels.layout import Policy
 
 ROOT = Path(__file__).parent.parent
@@ -20,9 +21,18 @@ def test_the_readme_example_runs() -> None:
         engine.close()  # type: ignore[attr-defined]
 
 
+def table_of(section: str) -> list[str]:
+    """What the first column of a section's table names in code."""
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))
+
+
 def test_the_readme_lists_all_policies() -> None:
-    listed = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert listed == [policy.name.lower() for policy in Policy]
+    assert table_of("The comparison") == [policy.name.lower() for policy in Policy]
+
+
+def test_the_readme_lists_all_wires() -> None:
+    assert {*table_of("Wires"), "auto"} == set(PROVIDERS)
 
 
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
