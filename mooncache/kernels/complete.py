@@ -35,10 +35,11 @@ from mooncache.kernels.layout import (
     Slice,
     Store,
 )
-from mooncache.kernels.note import endpoint_row, settle_note
+from mooncache.kernels.note import settle_note
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
 from mooncache.kernels.ring import push
 from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
+from mooncache.kernels.worker import endpoint_row
 from mooncache.limits import CHUNK_BITS
 
 DONE, POSTED, WAITING = int(Slice.DONE), int(Slice.POSTED), int(Slice.WAITING)

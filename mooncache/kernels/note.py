@@ -28,10 +28,7 @@ from mooncache.kernels.layout import (
     CHUNK_SLICES,
     ENDPOINT_NOTE_FIRST,
     ENDPOINT_NOTE_LAST,
-    ENDPOINT_ROWS,
-    ENDPOINT_WORDS,
     NOTES,
-    PEERS,
     SLICE_ATTEMPTS,
     SLICE_FIRST,
     SLICE_LAST,
@@ -47,17 +44,11 @@ from mooncache.kernels.layout import (
     Note,
     Slice,
 )
-from mooncache.kernels.worker import worker_row
+from mooncache.kernels.worker import endpoint_row, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 from mooncache.limits import NOTE_BYTES
 
 NOWHERE = -1  # its local and remote region
-
-
-@kernel
-def endpoint_row(ctl, worker, peer):
-    """Address of the worker's endpoint to a peer."""
-    return word(ctl, ENDPOINT_ROWS) + (worker * word(ctl, PEERS) + peer) * ENDPOINT_WORDS * WORD
 
 
 @kernel

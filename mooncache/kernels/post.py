@@ -61,7 +61,6 @@ from mooncache.kernels.layout import (
     Opcode,
     Slice,
 )
-from mooncache.kernels.note import endpoint_row
 from mooncache.kernels.ring import first, pop, push
 from mooncache.kernels.verbs import (
     ENOMEM,
@@ -77,6 +76,7 @@ from mooncache.kernels.verbs import (
     WR_SG_LIST,
     post_send,
 )
+from mooncache.kernels.worker import endpoint_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 WAITING, POSTED = int(Slice.WAITING), int(Slice.POSTED)

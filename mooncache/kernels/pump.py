@@ -59,12 +59,12 @@ from mooncache.kernels.layout import (
     Policy,
 )
 from mooncache.kernels.linux import epoll_wait, sched_yield
-from mooncache.kernels.note import endpoint_row, enqueue_note
+from mooncache.kernels.note import enqueue_note
 from mooncache.kernels.post import enqueue, overdue, post_batches, post_note, post_retries, stop_posting
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first, pop
-from mooncache.kernels.worker import end_turn, sleep_on, take_turn, worker_row
+from mooncache.kernels.worker import end_turn, endpoint_row, sleep_on, take_turn, worker_row
 
 NS_PER_MS = 1_000_000
 TICK_MS = 1  # a sleeper with deadlines to keep looks this often

@@ -2,15 +2,18 @@
 
 Whoever holds the *turn* of a worker is the worker: the rings' consumer, the only one to touch its endpoints and its
 control block. Its own thread holds it while awake. While that thread sleeps on descriptors, another may take the turn
-for a moment: a submitter to post a small batch at once, a waiting thread to fetch its answer. That saves waking a
-thread, twice what a small transfer takes. Who gives the turn back with work left rings the bell.
+for a moment: a submitter to post a small batch at once, a waiting thread to fetch its answer. To wake the worker would
+take longer than such a transfer. Who gives the turn back with work left rings the bell.
 """
 
 from mooncache.kernels.account import account, word
 from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wait, futex_wake, load, poke, store
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
+    ENDPOINT_ROWS,
+    ENDPOINT_WORDS,
     EPOCH_QUIET,
+    PEERS,
     SCRATCH,
     SYSCALL,
     WORD,
@@ -35,6 +38,12 @@ RECHECK_NS = 100_000_000  # a worker whose turn is taken looks this often even i
 def worker_row(ctl, index):
     """Address of a worker's row."""
     return word(ctl, WORKER_ROWS) + index * WORKER_WORDS * WORD
+
+
+@kernel
+def endpoint_row(ctl, worker, peer):
+    """Address of the worker's endpoint to a peer."""
+    return word(ctl, ENDPOINT_ROWS) + (worker * word(ctl, PEERS) + peer) * ENDPOINT_WORDS * WORD
 
 
 @kernel
