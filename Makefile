@@ -32,7 +32,9 @@ bench: setup  ## measure this machine, into results/
 	$(BIN)/mooncache bench gil --json > results/bench_gil.json
 	$(BIN)/mooncache bench soak --json > results/bench_soak.json
 	$(BIN)/mooncache bench placement --json > results/bench_placement.json
-	@echo "Written: results/bench_lifecycle.json, _gil, _soak and _placement"
+	$(BIN)/mooncache bench transfer --json > results/bench_transfer.json
+	$(BIN)/mooncache bench latency --json > results/bench_latency.json
+	@echo "Written: results/bench_lifecycle.json, _gil, _soak, _placement, _transfer and _latency"
 
 fuzz: setup  ## run the seeded random tests with many more examples
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests -m fuzz

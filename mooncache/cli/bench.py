@@ -8,9 +8,11 @@ from typing import Any
 import typer
 
 from mooncache.cli import gil as gil_bench
+from mooncache.cli import latency as latency_bench
 from mooncache.cli import lifecycle as lifecycle_bench
 from mooncache.cli import placement as placement_bench
 from mooncache.cli import soak as soak_bench
+from mooncache.cli import transfer as transfer_bench
 from mooncache.cli.measure import show_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine with the real engine.")
@@ -88,3 +90,47 @@ def placement(
 ) -> None:
     """The incident with the real engine on an emulated NIC: how much of a worker's time goes into freeing?"""
     show(placement_bench.run(layers, slices, ranks, pair, quick), json, placement_bench.show)
+
+
+@bench.command()
+def transfer(
+    provider: list[str] = typer.Option(
+        list(transfer_bench.DEFAULT_PROVIDERS), help="tcp, shm, loopback or auto. Repeatable."
+    ),
+    op: list[str] = typer.Option([], help="write or read. Repeatable."),
+    ranks: list[int] = typer.Option([], help="Pairs of processes that send at once. Repeatable."),
+    workers: list[int] = typer.Option([], help="Worker threads of each engine. Repeatable."),
+    slices: list[int] = typer.Option([], help="Blocks of a batch, in random order. Repeatable."),
+    block: list[str] = typer.Option([], help="Bytes of a block, such as 512 or 16KiB. Repeatable."),
+    layers: int = typer.Option(
+        1, help="Batches of a sample, one after another. From 8 on: do memory and descriptors stay flat?"
+    ),
+    repeat: int = typer.Option(transfer_bench.REPEATS, help="Samples of each combination, of its reference as well."),
+    against: str = typer.Option("", help="Also measure other packages: mooncake, nixl, or mooncake,nixl."),
+    json: bool = JSON,
+) -> None:
+    """From process to process over real wires, against plain Python sockets and memcpy in the same run.
+
+    Without --op, --ranks, --workers, --slices and --block: a standard set, in about three minutes; with any of them:
+    every combination. Every byte is checked where it arrives. Exit status 1 if memory or descriptors grew.
+    """
+    shapes = transfer_bench.shapes(op, ranks, workers, slices, block)
+    others = [name.strip() for name in against.split(",") if name.strip()]
+    report = transfer_bench.run(provider, shapes, layers, repeat, others)
+    show(report, json, transfer_bench.show)
+    if report["violations"]:
+        raise typer.Exit(1)
+
+
+@bench.command()
+def latency(
+    provider: list[str] = typer.Option(
+        list(latency_bench.DEFAULT_PROVIDERS), help="shm, tcp, loopback or auto. Repeatable."
+    ),
+    op: list[str] = typer.Option(["write"], help="write or read. Repeatable."),
+    block: list[str] = typer.Option(list(latency_bench.BLOCKS), help="Bytes of an operation. Repeatable."),
+    operations: int = typer.Option(latency_bench.OPERATIONS, help="Of each combination, of its reference as well."),
+    json: bool = JSON,
+) -> None:
+    """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
+    show(latency_bench.run(provider, op, block, operations), json, latency_bench.show)
