@@ -269,7 +269,7 @@ class Engine:
         self._check_open()
         peer = self._peers.get(name)
         described = None
-        if peer is None:
+        if peer is None or (peer.name != name and peer.gone):  # two names of one engine may be of two later on
             described = self._look_up(name)  # asks the peer, so never while holding one's own lock: it may ask us
             peer = self._enter(name, described)
         self._reconnect(peer, described)
@@ -288,6 +288,7 @@ class Engine:
                 self._peers[name] = known[0]
                 return known[0]
             peer = Peer(len(set(self._peers.values())), name)
+            peer.generation = described.generation
             if peer.index >= self._settings.peers:
                 raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
             self._state.connect(peer.index, peer.table, [0] * self._settings.workers)
@@ -318,8 +319,15 @@ class Engine:
             peer.refresh(described)
             self._state.connect(peer.index, peer.table, queue_pairs)
             peer.gone = False
-            if not self.provider.connected(peer.name):  # it broke meanwhile
+            superseded = self._service is not None and self._service.superseded(peer.name, peer.generation)
+            if superseded or not self.provider.connected(peer.name):  # it broke meanwhile
                 peer.gone = True
+
+    def supersede(self, name: str, generation: int) -> None:
+        """A peer's name is another engine's now: the next submit connects anew. What is under way goes on."""
+        peer = self._peers.get(name)
+        if peer is not None and peer.generation != generation:
+            peer.gone = True
 
     def _dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
         """What providers ask of the peer at an address, over its Unix socket when they have a name for that."""
@@ -372,7 +380,7 @@ class Engine:
         """`local` and `remote` are what the kernels call source and target: a read's bytes flow the other way."""
         if self.closed:
             self._check_open()
-        to = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer) or self.connect(peer)
+        to = self._own(peer) if isinstance(peer, Peer) else self._called(peer)
         deadline = deadline_ns(timeout)
         ctl = self.ctl
         if type(local) is int and type(remote) is int and type(length) is int and notify is None:
@@ -387,6 +395,10 @@ class Engine:
         if handle < 0:
             handle = self._try_again(kernel, ctl, to, opcode, deadline, operands)
         return Batch(self, handle, to.name, requests, notify is not None)
+
+    def _called(self, name: str) -> Peer:
+        peer = self._peers.get(name)
+        return self.connect(name) if peer is None or (peer.name != name and peer.gone) else peer
 
     def _own(self, peer: Peer) -> Peer:
         if self._peers.get(peer.name) is not peer:
@@ -452,7 +464,8 @@ class Engine:
     def close(self) -> None:
         """Cancel what runs, wait for the NIC's last answers, stop the workers. A second close does nothing.
 
-        Raises TransportError when the NIC does not answer within 5 s; its buffers are then not quiesced.
+        Connections on which answers are missing after 5 s are broken. Raises TransportError where a NIC does not answer
+        even then; its buffers are not quiesced.
         """
         with self._lock:
             if self.closed:
@@ -464,6 +477,9 @@ class Engine:
         calls.stop(self.ctl)
         workers, reapers = self._threads[: len(self._workers)], self._threads[len(self._workers) :]
         hanging = _join(workers, JOIN_SECONDS)
+        if hanging:
+            self.provider.hang_up()
+            hanging = _join(workers, JOIN_SECONDS / 10)
         if hanging:
             calls.abandon(self.ctl)
             _join(workers, JOIN_SECONDS / 10)

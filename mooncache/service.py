@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mooncache.discovery.address import parse_address
-from mooncache.discovery.base import Names, open_names
+from mooncache.discovery.base import LEASE_S, Names, StoreDown, open_names
 from mooncache.discovery.dial import Answer, dial
+from mooncache.discovery.fields import is_name
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import from_json, to_json
-from mooncache.errors import DiscoveryError, EngineClosed, UsageError
+from mooncache.errors import DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.peer import directory
 from mooncache.providers.base import Descriptor
 
 if TYPE_CHECKING:
     from mooncache.engine import Engine
 
+log = logging.getLogger("mooncache")
+
 
 class Service:
-    """Listens for peers from the start; holds its engine weakly, so that a forgotten one can be collected."""
+    """Listens for peers from the start; holds its engine weakly, so that a forgotten one can be collected.
+
+    Once it has looked a name up in a store it watches that store: a name that another engine takes over, say its
+    successor on another host, is connected to anew even where the old connections have not noticed anything. A name
+    that goes away changes nothing: what is connected stays so until it breaks.
+
+    Raises:
+        UsageError: a name that peers could not call, and what `open_names` and `Listener` raise.
+    """
 
     def __init__(
         self, engine: Engine, listen: str, secret: str | bytes | None, insecure: bool, discovery: str | None,
         advertise: str | None,
     ) -> None:  # fmt: skip
         self._engine = weakref.ref(engine)
+        if not is_name(engine.name) or ":" in engine.name:
+            raise UsageError(
+                "expected an engine's name to be 1 to 255 printable characters without ':' (peers would take it for "
+                f"host:port), got {engine.name!r}"
+            )
         self._secret = secret.encode() if isinstance(secret, str) else secret
         self._name, self._generation = engine.name, engine.generation
-        self._names: Names | None = None if discovery is None else open_names(discovery)
+        self._names: Names | None = None if discovery is None else open_names(discovery, lease=LEASE_S)
+        self._lock = threading.Lock()  # held while the watch is started
+        self._watched = False
+        self._latest: dict[str, int] = {}  # generations that the store has told since each name was looked up
+        self._addresses: dict[str, str] = {}  # of names, as the store last said
         try:
             self._listener = Listener(
                 listen, secret=self._secret, insecure=insecure, name=engine.name, serve=_weakly(engine, _answer),
@@ -61,18 +83,59 @@ class Service:
         if local:
             return local
         if self._names is not None:
-            return self._names.look_up(name).address
+            return self._address_in(self._names, name)
+        if any(engine.name == name for engine in directory.engines()):
+            raise TransportError(
+                f"peer {name!r} uses a provider that reaches engines of this process only; open both ends with the same"
+            )
         raise DiscoveryError(
             f"no engine named {name!r} in this process, and this one looks up no names: call the peer by "
             "host:port, or give both engines the same discovery='redis://...' or 'etcd://...'"
         )
 
+    def _address_in(self, names: Names, name: str) -> str:
+        self._watch(names)
+        try:
+            self._addresses[name] = names.look_up(name).address
+        except StoreDown as error:
+            if name not in self._addresses:
+                raise
+            log.warning("peer %r is sought where it was last: %s", name, error)
+        return self._addresses[name]
+
     def look_up(self, name: str) -> Descriptor:
         """What the engine called `name` says of itself, now, asked over the network."""
+        self._latest.pop(name, None)  # what is told from here on may be newer than what is found
         address = self.address_of(name)
         answer = self.dial(address, "describe", {})
         answer.sock.close()
-        return from_json(answer.body, f"peer {name!r} at {address}")
+        described = from_json(answer.body, f"peer {name!r} at {address}")
+        if ":" not in name and described.name != name:
+            raise DiscoveryError(
+                f"{address} is where {name!r} was, but {described.name!r} answers; has {name!r} ended?"
+            )
+        return described
+
+    # -------------------------------------------------------------------------- names that change hands
+    def _watch(self, names: Names) -> None:
+        with self._lock:
+            if not self._watched:
+                self._watched = True
+                names.watch(self._told)
+
+    def _told(self, name: str, generation: int | None) -> None:
+        """The store says who has a name now. In its thread."""
+        if generation is None:
+            self._latest.pop(name, None)
+            return
+        self._latest[name] = generation
+        engine = self._engine()
+        if engine is not None:
+            engine.supersede(name, generation)
+
+    def superseded(self, name: str, generation: int) -> bool:
+        """Whether the store has told of another engine under this name since it was looked up."""
+        return self._latest.get(name, generation) != generation
 
     def dial(self, address: str, purpose: str, body: dict[str, Any]) -> Answer:
         """Ask the engine at an address."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from mooncache import Engine
 from tests.helpers import SMALL, Pair
 from tests.kernels.entries import Gated
+from tests.servers import Server
 
 # Compiling within the first example takes seconds, hence no deadline.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -62,3 +63,11 @@ def pair(pairs: Callable[..., Pair]) -> Pair:
 def gated(pairs: Callable[..., Pair]) -> Pair:
     """Two engines whose transfers stay running until `here.provider.open_gate()`."""
     return pairs(Gated(), Gated())
+
+
+@pytest.fixture(scope="session", params=["redis", "etcd"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A store of names."""
+    server = Server(request.param, tmp_path_factory.mktemp(request.param))
+    yield server
+    server.kill()

@@ -30,13 +30,18 @@ TIMEOUT_S = 3.0
 SIMILAR = 5
 """Names that an error message suggests."""
 
+
+class StoreDown(DiscoveryError):
+    """A store of names cannot be asked: whether it knows a name is not known."""
+
+
 Changed = Callable[[str, int | None], None]
 
 
 class Names(ABC):
     """A store of names, as one engine sees it. Methods may be called from any thread.
 
-    A store writes the methods at the end; they are bounded in time and raise DiscoveryError when it cannot be asked.
+    A store writes the methods at the end; they are bounded in time and raise StoreDown when it cannot be asked.
 
     Attributes:
         where: its address, as messages call it, without passwords.
@@ -66,7 +71,7 @@ class Names(ABC):
 
         Raises:
             UsageError: already announced. CapacityError: the record would be too large.
-            DiscoveryError: the store cannot be asked. (Later outages are logged, and outlasted.)
+            StoreDown: the store cannot be asked. (Later outages are logged, and outlasted.)
         """
         own = describe()
         record = encode(own, keys=False)
@@ -94,7 +99,7 @@ class Names(ABC):
                 log.info("%r stays at %s until its lease ends: %s", self._own[0], self.where, error)
 
     def look_up(self, name: str) -> Descriptor:
-        """The record announced under a name; its rkeys are 0. Raises DiscoveryError: none there, or not to be had."""
+        """The record announced under a name; its rkeys are 0. Raises DiscoveryError: none there; StoreDown."""
         record = self._fetch(name)
         if record is None:
             names = self._generations().keys()
@@ -121,12 +126,16 @@ class Names(ABC):
         self._due.set()
 
     def close(self) -> None:
-        """Withdraw, and end threads and connections. A second close does nothing. Not from a callback."""
-        self.withdraw()
-        self._closing.set()
+        """Withdraw, and end threads and connections. A second close does nothing.
+
+        In a callback or `describe`, where the last reference to an engine may end, it does not wait for that thread.
+        """
+        self._closing.set()  # before it withdraws, which also wakes a listener of ours
         self._due.set()
+        self.withdraw()
         for thread in self._threads.values():
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join()
         self._disconnect()
 
     def __repr__(self) -> str:
@@ -183,7 +192,7 @@ class Names(ABC):
             return write() if self._describe is describe else self._own[1]
 
     def _look(self) -> None:
-        if self._watchers:
+        if self._watchers and not self._closing.is_set():
             now = self._generations()
             settled = not self._down and monotonic() >= self._settled
             for watcher in self._watchers:
@@ -304,6 +313,6 @@ def where_of(parts: SplitResult) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def unreachable(where: str, error: Exception) -> DiscoveryError:
+def unreachable(where: str, error: Exception) -> StoreDown:
     """What a store raises when its library did."""
-    return DiscoveryError(f"{where} cannot be asked ({type(error).__name__}: {error}); is it up, and this its address?")
+    return StoreDown(f"{where} cannot be asked ({type(error).__name__}: {error}); is it up, and this its address?")

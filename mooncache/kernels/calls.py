@@ -57,7 +57,6 @@ from mooncache.kernels.layout import (
     WORKERS,
     Kind,
 )
-from mooncache.kernels.linux import sched_yield
 from mooncache.kernels.pool import EVERY_THREAD
 from mooncache.kernels.pump import ABANDONED, PAUSES, lingers, sleep_on_descriptors, work_waits
 from mooncache.kernels.reclaim.dispatch import retire
@@ -100,13 +99,12 @@ def wait(ctl, handle, ns):
     if peek(worker + WORKER_EPOLL * WORD) >= 0:
         while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns and try_turn(worker):
             turn_until(ctl, worker, row, handle, since + ns)
-    spin, sockets = min(word(ctl, SPIN), ns - (clock(ctl) - since)), peek(worker + WORKER_EPOLL * WORD) >= 0
+        spin = np.int64(0)  # somebody else is at it, who may need this core
+    else:
+        spin = min(word(ctl, SPIN), ns)
     while not finished(row):
-        if sockets:
-            sched_yield(word(ctl, SYSCALL))
-        else:
-            for _ in range(PAUSES):
-                pause()
+        for _ in range(PAUSES):
+            pause()
         if clock(ctl) - since > spin:
             break
     left = ns - (clock(ctl) - since)

@@ -281,6 +281,8 @@ WORKER_SERVES = 14  # 1: poll even with nothing outstanding, since peers may wan
 WORKER_CTL = 15  # address of the worker's control block
 WORKER_NOTES = 16  # batches with a notification, all endpoints
 WORKER_IDLE_SINCE = 17  # when it last found nothing to do after something, ns; 0: it is not idle
+WORKER_YIELDS_BAD = 18  # idle moments to come in which it sleeps at once, since its core is wanted
+WORKER_YIELDS_PENALTY = 19  # how many the last bad one brought
 WORKER_WORDS = 24
 EPOCH_QUIET = (1 << 62) - 1
 

@@ -55,6 +55,8 @@ from mooncache.kernels.layout import (
     WORKER_RETRY_RING,
     WORKER_RING,
     WORKER_SERVES,
+    WORKER_YIELDS_BAD,
+    WORKER_YIELDS_PENALTY,
     Kind,
     Policy,
 )
@@ -70,6 +72,8 @@ NS_PER_MS = 1_000_000
 TICK_MS = 1  # a sleeper with deadlines to keep looks this often
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
 ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
+YIELD_NS = 500_000  # a yield that took longer met a thread that computes
+PENALTY, PENALTY_MOST = 64, 1 << 16  # idle moments
 PAUSES = 64  # between two looks at the clock while spinning
 
 
@@ -201,14 +205,25 @@ def lingers(ctl, worker):
     """On a wire of sockets: whether it is too early to sleep. Lets others have the core meanwhile.
 
     A peer's answer mostly comes within microseconds. Who sleeps until then is woken on the core of whoever wakes it,
-    and then both ends share one core while another idles: half the speed. Who yields keeps its place.
+    and then both ends share one core while another idles: half the speed. Who yields keeps its place. But beside a
+    thread that computes, a yield costs a time slice, milliseconds, and a sleeper is woken at once: so a bad yield
+    makes the worker sleep right away for a number of idle moments, more each time.
     """
-    since = peek(worker + WORKER_IDLE_SINCE * WORD)
+    now, since = clock(ctl), peek(worker + WORKER_IDLE_SINCE * WORD)
     if since == 0:
-        poke(worker + WORKER_IDLE_SINCE * WORD, clock(ctl))
-    elif clock(ctl) - since > word(ctl, SPIN):
+        poke(worker + WORKER_IDLE_SINCE * WORD, now)
+        if peek(worker + WORKER_YIELDS_BAD * WORD) > 0:
+            raise_word(worker + WORKER_YIELDS_BAD * WORD, -1)
+            return False
+    elif now - since > word(ctl, SPIN):
+        poke(worker + WORKER_YIELDS_PENALTY * WORD, peek(worker + WORKER_YIELDS_PENALTY * WORD) // 2)
         return False
     sched_yield(word(ctl, SYSCALL))
+    if clock(ctl) - now > YIELD_NS:
+        penalty = min(max(2 * peek(worker + WORKER_YIELDS_PENALTY * WORD), PENALTY), PENALTY_MOST)
+        poke(worker + WORKER_YIELDS_PENALTY * WORD, penalty)
+        poke(worker + WORKER_YIELDS_BAD * WORD, penalty)
+        return False
     return True
 
 

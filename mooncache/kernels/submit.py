@@ -59,7 +59,7 @@ from mooncache.limits import CHUNK_SLICES as SLOTS
 AT_ONCE_BYTES = 256 * 1024
 """A batch up to this long is posted by its submitter while the worker sleeps: some ten microseconds, GIL held."""
 
-HAND_ROUNDS = 4
+HAND_ROUNDS = 8
 """Take and post, send, fetch an answer that is there already, and see that nothing is left."""
 
 

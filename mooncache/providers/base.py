@@ -127,6 +127,9 @@ class Provider(ABC):
         """How bytes travel to a connected peer, in a few words."""
         return self.name
 
+    def hang_up(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Break all connections, so that workers get the last answers now; does nothing where that is not possible."""
+
     @abstractmethod
     def close(self) -> None:
         """Give everything back. No queue pair or completion queue may be used afterwards."""

@@ -27,6 +27,7 @@ TRAILER_BYTES = 8
 SLICE_BYTES_MAX = 1 << 31  # longest slice that a frame may name; slice_bytes ends at half of it
 
 H_KIND, H_SEQ, H_COUNT, H_BYTES = 0, 8, 16, 24  # byte offsets
+DISCARD = 0  # base of an iovec whose bytes are to be dropped
 
 
 class Frame(IntEnum):
@@ -70,10 +71,14 @@ def write_entry(head, i, first, second, third):
 
 
 @kernel
-def header_holds(head, least, most):
-    """Whether a header is one of ours, with a kind from `least` to `most` and a table that fits."""
+def header_holds(head, incoming):
+    """Whether a header is one of ours, of a request if `incoming`, else of an answer, with a table that fits."""
     kind = peek(head + H_KIND) - MAGIC
-    return least <= kind <= most and 0 <= peek(head + H_COUNT) <= FRAME_SLICES and peek(head + H_BYTES) >= 0
+    if incoming:
+        known = kind == Frame.WRITE or kind == Frame.NOTE or kind == Frame.READ
+    else:
+        known = kind == Frame.ACK or kind == Frame.DATA
+    return known and 0 <= peek(head + H_COUNT) <= FRAME_SLICES and peek(head + H_BYTES) >= 0
 
 
 @kernel
@@ -105,7 +110,8 @@ def advance(iov, i, n):
         at = iov + i * IOVEC_BYTES
         left = peek(at + IOV_LEN)
         if n < left:
-            poke(at + IOV_BASE, peek(at + IOV_BASE) + n)
+            if peek(at + IOV_BASE) != DISCARD:
+                poke(at + IOV_BASE, peek(at + IOV_BASE) + n)
             poke(at + IOV_LEN, left - n)
             return i
         n -= left

@@ -46,6 +46,7 @@ from mooncache.kernels.linux import (
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import PEERS
 from mooncache.providers.frames import (
+    DISCARD,
     FRAME_SLICES,
     H_BYTES,
     H_COUNT,
@@ -114,19 +115,19 @@ class Reason(IntEnum):
     STALLED = 6
     SIBLING = 7  # another lane of the same queue pair broke
     NO_EPOLL = 8
+    CUT = 9  # Python asked for it
 
 
 (
     L_STATE, L_FD, L_QUEUE, L_PORT, L_LISTED, L_READABLE, L_WRITABLE, L_REASON, L_ERRNO, L_MOVING, L_PROGRESS, L_SEQ,
     L_IN_STAGE, L_IN_GOT, L_IN_HEAD, L_IN_NEXT, L_IN_NEXT_GOT, L_IN_IOV, L_IN_AT, L_IN_END, L_IN_STATUS, L_IN_NOTE,
     L_OUT_HEAD, L_OUT_IOV, L_OUT_AT, L_OUT_END, L_OUT_KIND, L_FLIGHTS, L_FLIGHT_HEAD, L_FLIGHT_TAIL, L_TRAILER,
-    L_OUT_TRAILER, L_FRAMES_IN, LANE_WORDS,
-) = (*range(33), 40)  # fmt: skip
+    L_OUT_TRAILER, L_FRAMES_IN, L_CUT, LANE_WORDS,
+) = (*range(34), 40)  # fmt: skip
 FLIGHTS = 16  # frames sent and not answered, on one lane
 F_FIRST, F_COUNT, F_OPCODE, FLIGHT_WORDS = 0, 1, 2, 3
 HEADER, TABLE, BODY = 0, 1, 2  # what an incoming frame waits for
 ENDED = 2  # L_READABLE: the stream has ended, and what is left of it can be read
-DISCARD = 0  # base of an iovec whose bytes are to be dropped
 
 
 @kernel
@@ -154,11 +155,15 @@ def enlist(lane):
 
 @kernel
 def adopt(port):
-    """Take over the lanes that Python has made ready."""
+    """Take over the lanes that Python has made ready, and end those that it wants cut."""
     poke(port + P_ADOPTED * WORD, load(port + P_ADOPT * WORD))
     for i in range(word_at(port, P_LANE_COUNT)):
         lane = word_at(port, P_LANES) + i * LANE_WORDS * WORD
         if load(lane + L_STATE * WORD) == LaneState.READY:
+            queue = word_at(lane, L_QUEUE)
+            if queue != 0 and word_at(queue, Q_BROKEN) != 0:  # its sibling broke before this one came
+                close_lane(lane, Reason.SIBLING, 0)
+                continue
             poke(lane + L_STATE * WORD, LaneState.LIVE)
             poke(lane + L_PROGRESS * WORD, word_at(port, P_NOW))
             event = word_at(port, P_EVENTS)
@@ -166,6 +171,8 @@ def adopt(port):
             poke(event + EPOLL_EVENT_DATA, lane)
             if epoll_add(word_at(port, P_SYSCALL), word_at(port, P_EPOLL), word_at(lane, L_FD), event) < 0:
                 break_lane(lane, Reason.NO_EPOLL, errno(word_at(port, P_ERRNO)))
+        if word_at(lane, L_STATE) == LaneState.LIVE and load(lane + L_CUT * WORD) != 0:
+            break_lane(lane, Reason.CUT, 0)
 
 
 @kernel
@@ -184,9 +191,9 @@ def break_lane(lane, reason, error):
     port, queue = word_at(lane, L_PORT), word_at(lane, L_QUEUE)
     close_lane(lane, reason, error)
     if queue != 0:
-        for i in range(word_at(queue, Q_LANE_COUNT)):
-            other = peek(word_at(queue, Q_LANES) + i * WORD)
-            if word_at(other, L_STATE) == LaneState.LIVE:
+        for i in range(word_at(port, P_LANE_COUNT)):  # not the queue's own list: that is filled after its lanes live
+            other = word_at(port, P_LANES) + i * LANE_WORDS * WORD
+            if load(other + L_STATE * WORD) == LaneState.LIVE and word_at(other, L_QUEUE) == queue:
                 close_lane(other, Reason.SIBLING, 0)
         break_queue(queue)
     raise_word(port + P_TROUBLES * WORD, 1)
@@ -197,13 +204,13 @@ def break_lane(lane, reason, error):
 @kernel
 def break_queue(queue):
     """Answer what was to go by lane as gone, and say so to submitters."""
-    store(word_at(queue, Q_GONE), 1)
+    store(queue + Q_BROKEN * WORD, 1)
     poke(queue + Q_SENT * WORD, word_at(queue, Q_HEAD))
     for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_HEAD)):
         entry = entry_of(queue, at)
         if word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE:
             store(entry + E_STATUS * WORD, WcStatus.REM_ABORT_ERR)
-    store(queue + Q_BROKEN * WORD, 1)
+    store(word_at(queue, Q_GONE), 1)  # last: whoever clears it, believing to be connected, looks at Q_BROKEN next
 
 
 @kernel
@@ -441,7 +448,8 @@ def open_answer(lane):
     flight = word_at(lane, L_FLIGHTS) + oldest % FLIGHTS * FLIGHT_WORDS * WORD
     count, reads = peek(flight + F_COUNT * WORD), peek(flight + F_OPCODE * WORD) == Opcode.READ
     expected = MAGIC | (Frame.DATA if reads else Frame.ACK)
-    if flights(lane) == 0 or peek(frame + H_SEQ) != oldest or peek(frame + H_KIND) != expected:
+    half_sent = oldest == word_at(lane, L_FLIGHT_HEAD) - 1 and word_at(lane, L_OUT_AT) < word_at(lane, L_OUT_END)
+    if flights(lane) == 0 or half_sent or peek(frame + H_SEQ) != oldest or peek(frame + H_KIND) != expected:
         break_lane(lane, Reason.BAD_ANSWER, 0)
         return
     for i in range(count):
@@ -566,8 +574,7 @@ def receive(lane):
     if word_at(lane, L_IN_STAGE) == HEADER:
         if not read_head(lane, frame, np.int64(HEADER_BYTES)):
             return word_at(lane, L_IN_GOT) > before
-        least, most = (Frame.WRITE, Frame.READ) if incoming else (Frame.ACK, Frame.DATA)
-        if not header_holds(frame, least, most):
+        if not header_holds(frame, incoming):
             break_lane(lane, Reason.BAD_HEADER, 0)
             return False
         poke(lane + L_IN_STAGE * WORD, TABLE)

@@ -19,7 +19,8 @@ import select
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,6 +107,7 @@ def route_of(queue, opcode, remote, length):
 def post_send(qp, wr, bad_wr):
     """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full."""
     queue, error, size = queue_of(qp), np.int32(0), np.int64(0)
+    step_over(queue)
     direct, by_lane = np.int64(0), False
     while wr != 0 and error == 0:
         length = np.int64(u32(peek(wr + WR_SG_LIST) + SGE_LENGTH)[0])
@@ -130,6 +132,14 @@ def post_send(qp, wr, bad_wr):
 
 
 @kernel
+def step_over(queue):
+    """Before entries are posted: claims go on at the oldest that is left, lest helpers take new ones for older."""
+    at, tail = load(queue + lanes.Q_CLAIMED * WORD), word_at(queue, Q_TAIL)
+    if at < tail:
+        cas(queue + lanes.Q_CLAIMED * WORD, at, tail)
+
+
+@kernel
 def call_helpers(port):
     """Wake the other workers of this engine that sleep: there is enough to copy for them, too."""
     fence()
@@ -149,7 +159,7 @@ def claim(queue, own):
     """
     at, head = load(queue + lanes.Q_CLAIMED * WORD), load(queue + Q_HEAD * WORD)
     if own:
-        start = max(at, word_at(queue, Q_TAIL))
+        start = at
         while start < head and not is_direct(entry_of(queue, start)):
             start += 1
         if start != at:
@@ -318,6 +328,18 @@ class Mapping:
         self._map.close()
 
 
+class Lease(NamedTuple):
+    """What a peer holds that maps our memory.
+
+    Attributes:
+        sock: a connection to it; when it ends, its guards mean nothing any more.
+        guards: one line a worker of the peer, odd while that copies.
+    """
+
+    sock: socket.socket
+    guards: np.ndarray
+
+
 class Share:
     """What this engine has mapped of one peer.
 
@@ -328,17 +350,19 @@ class Share:
         why: why it does not.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, there: Sequence[int]) -> None:
         self.sock, body = answer.sock, answer.body
+        self.segments: dict[int, tuple[int, Mapping]] = {}  # by number: the peer's address, our mapping
+        self.maps = RegionTable("mapped memory")
         with ExitStack() as undo:
             undo.callback(self.sock.close)
             self.keys = Mapping(answer.fds[0], limits.REGIONS * KEY_WORDS * WORD, writable=False)
             undo.callback(self.keys.close)
             self.guards = Mapping(answer.fds[1], GUARD_BYTES, writable=True)
+            undo.callback(self.guards.close)
+            self.pid, self.why = reachable(int(body["pid"]), int(body["word"]), int(body["nonce"]))
+            self.learn(answer, there, 2)
             undo.pop_all()
-        self.segments: dict[int, tuple[int, Mapping]] = {}  # by number: the peer's address, our mapping
-        self.maps = RegionTable("mapped memory")
-        self.pid, self.why = reachable(int(body["pid"]), int(body["word"]), int(body["nonce"]))
 
     def learn(self, answer: Answer, there: Sequence[int], first: int) -> None:
         """Map the segments that an answer brings, from descriptor `first` on, and drop those no longer there."""
@@ -400,7 +424,7 @@ class Shm(StreamProvider):
         self.keys = KeyTable(self._table.view(np.int64))
         self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
         self._segments: dict[int, Segment] = {}  # by rkey
-        self._leases: dict[int, tuple[socket.socket, np.ndarray]] = {}  # by descriptor: a peer's `sock` and guards
+        self._leases: dict[int, Lease] = {}  # by descriptor
         self._shares: dict[str, Share | None] = {}
 
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
@@ -424,10 +448,18 @@ class Shm(StreamProvider):
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         super().unregister(keys)
-        for descriptor, (_, guards) in list(self._leases.items()):
-            words = [(guards, worker * LINE // WORD) for worker in range(limits.WORKERS)]
-            wait_while_odd(words, lambda descriptor=descriptor: descriptor in self._leases)  # type: ignore[misc]
+        self._wait_for_guards()
         self._segments.pop(keys.rkey, None)
+
+    def _wait_for_guards(self) -> None:
+        """Return when every copy of a peer that may have looked at its key before this call has ended."""
+        for descriptor, lease in list(self._leases.items()):
+            words = [(lease.guards, worker * LINE // WORD) for worker in range(limits.WORKERS)]
+            wait_while_odd(words, partial(self._holds, descriptor, lease))
+
+    def _holds(self, descriptor: int, lease: Lease) -> bool:
+        """Whether a peer is still there; another one may have the descriptor by now."""
+        return self._leases.get(descriptor) is lease
 
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
@@ -460,25 +492,31 @@ class Shm(StreamProvider):
             if self._closed:
                 sock.close()
                 return
-            self._leases[sock.fileno()] = sock, guards
+            self._leases[sock.fileno()] = Lease(sock, guards)
             self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def hung_up(self, descriptor: int) -> None:
         """See `StreamProvider.hung_up`: a peer that maps our memory is gone, so its guards mean nothing any more."""
         with self._lock:
-            sock, _ = self._leases.pop(descriptor)
+            lease = self._leases.pop(descriptor)
             self._watched.unregister(descriptor)
-            sock.close()
+            lease.sock.close()
 
     # ------------------------------------------------------------------------------ as an initiator
     def connect(self, peer: Descriptor, link: Link) -> list[int]:
         """See `Provider.connect`."""
         queue_pairs = super().connect(peer, link)
         share = self._shares.get(peer.name)
-        if share is None:
-            self._shares[peer.name] = self._open_share(peer, link)
-        elif share.segments.keys() != set(peer.data["segments"]):
-            self._learn(share, peer, link)
+        try:
+            if share is None:
+                self._shares[peer.name] = self._open_share(peer, link)
+            elif share.segments.keys() != set(peer.data["segments"]):
+                self._learn(share, peer, link)
+        except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise TransportError(
+                f"what peer {peer.name!r} at {peer.address} says of its memory does not hold ({error!r}); use the same "
+                "release on both ends"
+            ) from error
         return queue_pairs
 
     def _open_share(self, peer: Descriptor, link: Link) -> Share | None:
@@ -487,14 +525,14 @@ class Shm(StreamProvider):
         if not unix:
             self._go_without(peer, "it was not opened for shared memory")
             return None
+        segments = peer.data["segments"]
         try:
             answer = link.dial("share", {"have": []}, unix=unix)
         except TransportError:
             self._go_without(peer, "it is on another host")
             return None
         try:
-            share = Share(answer)
-            share.learn(answer, peer.data["segments"], 2)
+            share = Share(answer, segments)
         finally:
             for descriptor in answer.fds:
                 os.close(descriptor)
@@ -550,9 +588,11 @@ class Shm(StreamProvider):
 
     def close(self) -> None:
         """See `Provider.close`."""
+        self.keys.clear()
+        self._wait_for_guards()  # while peers that hang up are still noticed
         super().close()
         for share in self._shares.values():
             if share is not None:
                 share.close()
-        for sock, _ in self._leases.values():
-            sock.close()
+        for lease in self._leases.values():
+            lease.sock.close()

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from typing import Any
 
@@ -168,6 +168,19 @@ def answer_poll(taken, moved):
 def hand_over(port, lane):
     """Let the worker of `port` take a lane over."""
     store(lane + lanes.L_STATE * WORD, LaneState.READY)
+    return stir(port)
+
+
+@kernel("int64(int64, int64)")
+def cut(port, lane):
+    """Let the worker of `port` end a lane."""
+    store(lane + lanes.L_CUT * WORD, 1)
+    return stir(port)
+
+
+@kernel
+def stir(port):
+    """Let the worker of `port` look at all its lanes."""
     add(port + lanes.P_ADOPT * WORD, 1)
     fence()
     return nudge(port)
@@ -232,14 +245,27 @@ class Lane:
         """Whether another connection may have it: nobody's, or broken and no longer in the worker's list."""
         return self.state == LaneState.EMPTY or (self.state == LaneState.BROKEN and not self.row[lanes.L_LISTED])
 
+    def serves(self, queue: Queue) -> bool:
+        """Whether its latest connection is one of this queue pair; once free it may become another's."""
+        return int(self.row[lanes.L_QUEUE]) == address_of(queue.words)
+
     def prepare(self, sock: socket.socket, queue: Queue | None, peer: str) -> None:
         """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
         self.peer, self.number = peer, self.number + 1
         self.row[:] = 0
+        for words in self._memory.values():
+            words[:] = 0  # heads are padded with what lies here, and another peer's keys are nobody's business
         for field, value in self._fixed.items():
             self.row[field] = value
         self.row[lanes.L_FD] = sock.detach()
         self.row[lanes.L_QUEUE] = 0 if queue is None else address_of(queue.words)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was under way on it: requests not answered, or a frame not complete."""
+        row = self.row
+        open_frames = row[lanes.L_FLIGHT_HEAD] != row[lanes.L_FLIGHT_TAIL] or row[lanes.L_OUT_AT] < row[lanes.L_OUT_END]
+        return bool(open_frames or row[lanes.L_IN_STAGE] != lanes.HEADER or row[lanes.L_IN_GOT])
 
     def why(self) -> str:
         """Why it broke."""
@@ -257,6 +283,7 @@ REASONS = {
     Reason.STALLED: f"nothing moved for {STALL_S:.0f} s",
     Reason.SIBLING: "another connection to this peer broke",
     Reason.NO_EPOLL: "it could not be watched",
+    Reason.CUT: "this engine ended it",
 }
 
 
@@ -339,7 +366,7 @@ class StreamQueue(Queue):
     @property
     def settled(self) -> bool:
         """Whether its worker has reported all that was on it, and let its lanes go."""
-        return self.outstanding == 0 and all(lane.free for lane in self.lanes)
+        return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
 
     def take(self, port: Port, socks: Sequence[socket.socket], peer: str) -> None:
         """Go on over these connections. It must be settled."""
@@ -375,15 +402,19 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox)
         self._inbox = inbox
-        self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self.ports = [
-            Port(words, i, self.keys, address_of(inbox), self._trouble_fd) for i, words in enumerate(self.lists)
-        ]
+        with ExitStack() as undo:
+            self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
+            undo.callback(os.close, self._trouble_fd)
+            self.ports: list[Port] = []
+            for i, words in enumerate(self.lists):
+                self.ports.append(Port(words, i, self.keys, address_of(inbox), self._trouble_fd))
+                undo.callback(self.ports[-1].close)
+            self._watched = select.epoll()
+            undo.pop_all()
         self._ports = np.array([port.address for port in self.ports], np.int64)
         for port in self.ports:
             port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
         self.descriptors = [port.epoll.fileno() for port in self.ports]
-        self._watched = select.epoll()
         self._watched.register(self._trouble_fd, select.EPOLLIN)
         self._watcher = threading.Thread(target=self._watch, name="mooncache-lanes", daemon=True)
         self._watcher.start()
@@ -432,8 +463,7 @@ class StreamProvider(SoftwareProvider):
                 self._add_queues(peer.name, self.keys)
         ours = self.queues_of(peer.name)
         if self.generations.get(peer.name, peer.generation) != peer.generation:
-            # Connections to the one that had this name before end by themselves, when its host says so.
-            wait_until(lambda: all(q.broken and q.settled for q in ours), f"the end of the former peer {peer.name!r}")
+            self._part(peer.name, ours)
             self.forget(peer.name)
         self.generations[peer.name] = peer.generation
         for port, queue in zip(self.ports, ours, strict=True):
@@ -453,6 +483,24 @@ class StreamProvider(SoftwareProvider):
     def forget(self, peer: str) -> None:
         """For subclasses: another engine has a peer's name now, and nothing is under way to the former."""
 
+    def _part(self, peer: str, queues: Sequence[StreamQueue]) -> None:
+        """Another engine has a peer's name. The former may still be there, or have gone without a word: what is under
+        way to it may finish, then its connections end."""
+        with suppress(TransportError):
+            wait_until(lambda: all(q.broken or q.outstanding == 0 for q in queues), f"what is under way to {peer!r}")
+        with self._lock:  # so that no lane becomes another connection's
+            for port, queue in zip(self.ports, queues, strict=True):
+                for lane in queue.lanes if not queue.broken else ():
+                    cut(port.address, lane.address)
+        wait_until(lambda: all(q.broken and q.settled for q in queues), f"the end of the former peer {peer!r}")
+
+    def hang_up(self) -> None:
+        """See `Provider.hang_up`."""
+        with self._lock:
+            for port in self.ports:
+                for lane in port.lanes:
+                    cut(port.address, lane.address)
+
     def _open_lanes(self, port: Port, queue: StreamQueue, peer: str, link: Link) -> None:
         """Connect a queue pair that is new or broken."""
         wait_until(lambda: queue.settled, f"what is under way to peer {peer!r}")
@@ -465,9 +513,11 @@ class StreamProvider(SoftwareProvider):
                 if self._closed:
                     raise EngineClosed("the engine was closed meanwhile")
                 queue.take(port, socks, peer)
-        except BaseException:
+        except BaseException as error:
             for sock in socks:
                 sock.close()
+            if isinstance(error, OSError):
+                raise TransportError(f"peer {peer!r} hung up while it was connected to: {error.strerror}") from error
             raise
 
     def prepare(self, queue: Queue, worker: int) -> None:
@@ -498,9 +548,15 @@ class StreamProvider(SoftwareProvider):
         reason = int(lane.row[lanes.L_REASON])
         incoming = lane.row[lanes.L_QUEUE] == 0
         if reason != Reason.SIBLING:
-            level = logging.INFO if incoming and reason == Reason.CLOSED else logging.WARNING
+            quiet = reason == Reason.CUT or (reason == Reason.CLOSED and not lane.busy)
             way = "from" if incoming else "to"
-            log.log(level, "connection %s peer %r ended: %s", way, lane.peer, lane.why())
+            log.log(
+                logging.INFO if quiet else logging.WARNING,
+                "connection %s peer %r ended: %s",
+                way,
+                lane.peer,
+                lane.why(),
+            )
 
     def close(self) -> None:
         """See `Provider.close`."""
@@ -508,7 +564,8 @@ class StreamProvider(SoftwareProvider):
         with self._lock:
             self._closed = True
         os.eventfd_write(self._trouble_fd, 1)
-        self._watcher.join()
+        if threading.current_thread() is not self._watcher:  # it may be the one that collects a forgotten engine
+            self._watcher.join()
         for port in self.ports:
             port.close()
         self._watched.close()

@@ -29,6 +29,7 @@ from mooncache.errors import (
     UsageError,
 )
 from tests.helpers import LIMIT, Task, until
+from tests.servers import has_ipv6
 
 SECRET = b"only we know"
 
@@ -106,20 +107,12 @@ class Raw:
 @pytest.mark.parametrize("secret", [None, SECRET])
 @pytest.mark.parametrize("bind", ["127.0.0.1:0", "[::1]:0", "localhost:0"])
 def test_a_call_is_answered_over_tcp(listeners, bind, secret):
-    if bind.startswith("[") and not _has_ipv6():
+    if bind.startswith("[") and not has_ipv6():
         pytest.skip("this machine has no ::1")
     where = listeners(bind, secret=secret)
     assert asked(where, "describe", {"a": [1, None, "ü", 1.5]}, secret=secret) == {
         "purpose": "describe", "caller": "asking", "body": {"a": [1, None, "ü", 1.5]}, "local": False,
     }  # fmt: skip
-
-
-def _has_ipv6() -> bool:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])

@@ -15,8 +15,8 @@ from mooncache.discovery.base import Names, open_names
 from mooncache.discovery.record import encode
 from mooncache.errors import DiscoveryError, UsageError
 from mooncache.providers.base import Descriptor, RemoteRegion
-from tests.discovery.servers import Server
 from tests.helpers import run_python, until
+from tests.servers import Server
 
 LEASE = 1.0  # seconds: etcd has no shorter ones
 LONG = 600.0  # for tests in which nothing may be refreshed or expire meanwhile
@@ -117,6 +117,20 @@ def test_closing_withdraws_ends_the_threads_and_may_be_repeated(stores):
     names.close()
     assert not any(thread.is_alive() for thread in threads)
     assert not known(other, "closes")
+
+
+@pytest.mark.parametrize("role", ["describe", "watch"])
+def test_it_may_be_closed_where_the_last_reference_to_its_engine_ended(stores, role):
+    """That is in its own thread, when a callback held the engine for a moment."""
+    names, other = stores(), stores()
+    own = described("ends-within")
+    names.announce(lambda: (names.close() if names._threads and role == "describe" else None, own)[1])
+    names.changed()
+    if role == "watch":
+        names.watch(lambda *_: names.close())
+    threads = list(names._threads.values())
+    until(lambda: not any(thread.is_alive() for thread in threads), "the end of the threads")
+    assert not known(other, own.name)
 
 
 def test_a_change_is_published_soon_and_many_become_few(stores):

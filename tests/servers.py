@@ -22,6 +22,14 @@ def free_ports(n: int) -> list[int]:
     return ports
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 class Server:
     """One server process. `forgets`: what it knew does not survive a restart."""
 
