@@ -7,8 +7,8 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from time import monotonic_ns
@@ -80,7 +80,8 @@ class Engine:
 
     Raises:
         UsageError: a setting out of range, a name in use, or an open port without a secret.
-        TransportError: the port is in use or the host unknown. DiscoveryError: the store of names does not answer.
+        TransportError: the port is in use, the host unknown, or no file descriptor left.
+        DiscoveryError: the store of names does not answer.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Engine:
         self._peers: dict[str, Peer] = {}
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
-        with ExitStack() as undo:  # if anything below fails, what stands above it is given back
+        with _system_errors(), ExitStack() as undo:  # if anything below fails, what stands above it is given back
             self.awaiting = Awaiting()
             undo.callback(self.awaiting.close)
             self._state = State(self._settings, event_fd=self.awaiting.event_fd)
@@ -222,10 +223,12 @@ class Engine:
             if busy:
                 raise UsageError(f"{region!r} is in use by {busy} slices; wait for their batches, then unregister it")
             del self.regions[region._slot]
-            self.provider.unregister(region._keys)
-            table.recycle(region._slot)
         if self._service is not None:
             self._service.changed()
+        try:
+            self.provider.unregister(region._keys)  # may wait for peers that copy; others are answered meanwhile
+        finally:
+            table.recycle(region._slot)
 
     # ------------------------------------------------------------------------------ peers
     @property
@@ -517,6 +520,17 @@ _abandoned: list[object] = []
 def _close_all() -> None:
     for engine in directory.engines():
         engine.close()
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """While an engine is opened: what the system refuses is a TransportError."""
+    try:
+        yield
+    except OSError as error:
+        raise TransportError(
+            f"no engine can be opened: {error.strerror}; has this process file descriptors left (`ulimit -n`)?"
+        ) from error
 
 
 def _own_prefix() -> str:

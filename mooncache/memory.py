@@ -180,6 +180,7 @@ class Region:
 
         Raises:
             UsageError: a batch of this engine still has slices in it (nothing is changed), or done before.
+            TransportError: a peer on this host was stopped while it copied, and may go on with that later.
         """
         self._engine.unregister(self)
 

@@ -76,7 +76,8 @@ HERE = Link(0, _nobody)
 
 
 class Provider(ABC):
-    """One wire of one engine. Methods are called by one thread at a time, `serve` by the listener's.
+    """One wire of one engine. Methods are called by one thread at a time, `serve` by the listener's; `unregister`, that
+    may have to wait, also while others are under way.
 
     Attributes:
         descriptors: one epoll descriptor a worker, readable when `poll_cq` has something to do; empty when the wire

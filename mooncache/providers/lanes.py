@@ -163,6 +163,7 @@ def adopt(port):
             queue = word_at(lane, L_QUEUE)
             if queue != 0 and word_at(queue, Q_BROKEN) != 0:  # its sibling broke before this one came
                 close_lane(lane, Reason.SIBLING, 0)
+                report_trouble(port)
                 continue
             poke(lane + L_STATE * WORD, LaneState.LIVE)
             poke(lane + L_PROGRESS * WORD, word_at(port, P_NOW))
@@ -196,6 +197,12 @@ def break_lane(lane, reason, error):
             if load(other + L_STATE * WORD) == LaneState.LIVE and word_at(other, L_QUEUE) == queue:
                 close_lane(other, Reason.SIBLING, 0)
         break_queue(queue)
+    report_trouble(port)
+
+
+@kernel
+def report_trouble(port):
+    """Let Python look at the lanes that have broken: until it has told why, nobody else gets them."""
     raise_word(port + P_TROUBLES * WORD, 1)
     poke(word_at(port, P_TIMESPEC), 1)
     call_write(word_at(port, P_WRITE), word_at(port, P_TROUBLE_FD), word_at(port, P_TIMESPEC), WORD)

@@ -17,10 +17,10 @@ import os
 import secrets
 import select
 import socket
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -317,10 +317,7 @@ class Mapping:
 
     def __init__(self, descriptor: int, length: int, *, writable: bool) -> None:
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        try:
-            self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, prot)
-        except (OSError, ValueError) as error:
-            raise TransportError(f"the peer's memory of {length} bytes cannot be mapped: {error}") from error
+        self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, prot)
         self.address, self.length = int(np.frombuffer(self._map, np.uint8).ctypes.data), length
 
     def close(self) -> None:
@@ -328,16 +325,17 @@ class Mapping:
         self._map.close()
 
 
-class Lease(NamedTuple):
-    """What a peer holds that maps our memory.
+class Lease:
+    """What a peer is given that maps our memory.
 
     Attributes:
-        sock: a connection to it; when it ends, its guards mean nothing any more.
         guards: one line a worker of the peer, odd while that copies.
+        ended: the peer is gone, and its guards mean nothing any more.
     """
 
-    sock: socket.socket
-    guards: np.ndarray
+    def __init__(self, peer: str) -> None:
+        self.peer, self.ended = peer, False
+        self.guards = allocate(GUARD_BYTES).view(np.int64)
 
 
 class Share:
@@ -424,7 +422,8 @@ class Shm(StreamProvider):
         self.keys = KeyTable(self._table.view(np.int64))
         self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
         self._segments: dict[int, Segment] = {}  # by rkey
-        self._leases: dict[int, Lease] = {}  # by descriptor
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # from before a peer has it until its connection ends
+        self._held: dict[int, tuple[socket.socket, Lease]] = {}  # by descriptor: connections to those who have one
         self._shares: dict[str, Share | None] = {}
 
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
@@ -453,13 +452,11 @@ class Shm(StreamProvider):
 
     def _wait_for_guards(self) -> None:
         """Return when every copy of a peer that may have looked at its key before this call has ended."""
-        for descriptor, lease in list(self._leases.items()):
+        with self._lock:
+            leases = list(self._leases)
+        for lease in leases:
             words = [(lease.guards, worker * LINE // WORD) for worker in range(limits.WORKERS)]
-            wait_while_odd(words, partial(self._holds, descriptor, lease))
-
-    def _holds(self, descriptor: int, lease: Lease) -> bool:
-        """Whether a peer is still there; another one may have the descriptor by now."""
-        return self._leases.get(descriptor) is lease
+            wait_while_odd(words, lease)
 
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
@@ -479,28 +476,31 @@ class Shm(StreamProvider):
         fds = [wanted[n].descriptor for n in held]
         if request.purpose == "segments":
             return Reply(body, fds, then=lambda sock, held=held: sock.close())  # type: ignore[misc]
-        guards = allocate(GUARD_BYTES)
-        own = [segment_of(address_of(array), array.nbytes) for array in (self._table, guards)]
+        lease = Lease(request.caller)
+        with self._lock:
+            self._leases.add(lease)  # the peer may copy before `_hold` is called
+        own = [segment_of(address_of(array), array.nbytes) for array in (self._table, lease.guards)]
         body |= {"pid": os.getpid(), "word": address_of(self._nonce), "nonce": int(self._nonce[0])}
         return Reply(
             body, [s.descriptor for s in own if s] + fds,
-            then=lambda sock, held=held: self._lease(sock, guards.view(np.int64)),  # type: ignore[misc]
+            then=lambda sock, held=held: self._hold(sock, lease),  # type: ignore[misc]
         )  # fmt: skip
 
-    def _lease(self, sock: socket.socket, guards: np.ndarray) -> None:
+    def _hold(self, sock: socket.socket, lease: Lease) -> None:
         with self._lock:
             if self._closed:
                 sock.close()
                 return
-            self._leases[sock.fileno()] = Lease(sock, guards)
+            self._held[sock.fileno()] = sock, lease
             self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def hung_up(self, descriptor: int) -> None:
         """See `StreamProvider.hung_up`: a peer that maps our memory is gone, so its guards mean nothing any more."""
         with self._lock:
-            lease = self._leases.pop(descriptor)
+            sock, lease = self._held.pop(descriptor)
+            lease.ended = True
             self._watched.unregister(descriptor)
-            lease.sock.close()
+            sock.close()
 
     # ------------------------------------------------------------------------------ as an initiator
     def connect(self, peer: Descriptor, link: Link) -> list[int]:
@@ -512,6 +512,10 @@ class Shm(StreamProvider):
                 self._shares[peer.name] = self._open_share(peer, link)
             elif share.segments.keys() != set(peer.data["segments"]):
                 self._learn(share, peer, link)
+        except OSError as error:
+            raise TransportError(
+                f"memory of peer {peer.name!r} at {peer.address} cannot be mapped here: {error.strerror}"
+            ) from error
         except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise TransportError(
                 f"what peer {peer.name!r} at {peer.address} says of its memory does not hold ({error!r}); use the same "
@@ -528,7 +532,9 @@ class Shm(StreamProvider):
         segments = peer.data["segments"]
         try:
             answer = link.dial("share", {"have": []}, unix=unix)
-        except TransportError:
+        except TransportError as error:
+            if not isinstance(error.__cause__, ConnectionRefusedError):
+                raise
             self._go_without(peer, "it is on another host")
             return None
         try:
@@ -589,10 +595,13 @@ class Shm(StreamProvider):
     def close(self) -> None:
         """See `Provider.close`."""
         self.keys.clear()
-        self._wait_for_guards()  # while peers that hang up are still noticed
+        try:
+            self._wait_for_guards()  # while peers that hang up are still noticed
+        except TransportError as error:
+            log.warning("closing all the same: %s", error)
         super().close()
         for share in self._shares.values():
             if share is not None:
                 share.close()
-        for lease in self._leases.values():
-            lease.sock.close()
+        for sock, _ in self._held.values():
+            sock.close()

@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import mmap
 import os
+import secrets
 import select
 import socket
 import threading
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -213,11 +214,23 @@ def zeros() -> int:
     return address_of(_zero_pages())
 
 
+class Ticket(NamedTuple):
+    """Which queue pair of a peer a connection belongs to, and how often that had been connected."""
+
+    queue: int  # random, so that nobody can name another's
+    round: int
+
+
+NO_TICKET = Ticket(0, 0)
+
+
 class Lane:
     """One lane's row and the memory it points to; used again for other connections."""
 
     def __init__(self, row: np.ndarray, port: int) -> None:
         self.row, self.peer, self.number = row, "", 0
+        self.told = True  # why its latest connection ended
+        self.ticket = NO_TICKET
         self.address = address_of(row)
         iovecs = (FRAME_SLICES + 3) * IOVEC_BYTES // WORD
         fields = {
@@ -242,8 +255,10 @@ class Lane:
 
     @property
     def free(self) -> bool:
-        """Whether another connection may have it: nobody's, or broken and no longer in the worker's list."""
-        return self.state == LaneState.EMPTY or (self.state == LaneState.BROKEN and not self.row[lanes.L_LISTED])
+        """Whether another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
+        if self.state == LaneState.BROKEN:
+            return self.told and not self.row[lanes.L_LISTED]
+        return self.state == LaneState.EMPTY
 
     def serves(self, queue: Queue) -> bool:
         """Whether its latest connection is one of this queue pair; once free it may become another's."""
@@ -251,8 +266,9 @@ class Lane:
 
     def prepare(self, sock: socket.socket, queue: Queue | None, peer: str) -> None:
         """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
-        self.peer, self.number = peer, self.number + 1
+        self.peer, self.number, self.ticket = peer, self.number + 1, NO_TICKET
         self.row[:] = 0
+        self.told = False
         for words in self._memory.values():
             words[:] = 0  # heads are padded with what lies here, and another peer's keys are nobody's business
         for field, value in self._fixed.items():
@@ -355,6 +371,7 @@ class StreamQueue(Queue):
     def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
         super().__init__(context, keys, depth, entry_words)
         self.lanes: list[Lane] = []
+        self.ticket = Ticket(secrets.randbits(62), 0)
         self._table = aligned(LANES_MOST)
         self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), 1
 
@@ -434,16 +451,32 @@ class StreamProvider(SoftwareProvider):
                 f"this engine speaks frames of version {lanes.FRAMES_VERSION}, the caller "
                 f"{request.body.get('lanes')!r}; use the same release on both ends"
             )
-        return Reply({}, then=lambda sock: self._accept(sock, request.caller))
+        ticket = Ticket(int(request.body["queue"]), int(request.body["round"]))
+        self._end_former(ticket)
+        return Reply({}, then=lambda sock: self._accept(sock, request.caller, ticket))
 
-    def _accept(self, sock: socket.socket, peer: str) -> None:
+    def _end_former(self, ticket: Ticket) -> None:
+        """Before a peer connects a queue pair anew: cut its former connections. They may still hold bytes that the peer
+        took for lost, and that must not be written over what it sends next."""
+        with self._lock:
+            former = [
+                (port, lane, lane.number)
+                for port in self.ports
+                for lane in port.lanes
+                if lane.ticket.queue == ticket.queue and lane.ticket.round < ticket.round and not lane.free
+            ]
+            for port, lane, _ in former:
+                cut(port.address, lane.address)
+        wait_until(lambda: all(lane.free or lane.number != n for _, lane, n in former), "the end of former connections")
+
+    def _accept(self, sock: socket.socket, peer: str, ticket: Ticket) -> None:
         set_lane_options(sock)
         with self._lock:
             if self._closed:
                 sock.close()
                 return
             self._turn += 1
-            self.ports[self._turn % len(self.ports)].attach(sock, None, peer)
+            self.ports[self._turn % len(self.ports)].attach(sock, None, peer).ticket = ticket
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
@@ -504,10 +537,11 @@ class StreamProvider(SoftwareProvider):
     def _open_lanes(self, port: Port, queue: StreamQueue, peer: str, link: Link) -> None:
         """Connect a queue pair that is new or broken."""
         wait_until(lambda: queue.settled, f"what is under way to peer {peer!r}")
+        queue.ticket = Ticket(queue.ticket.queue, queue.ticket.round + 1)
         socks: list[socket.socket] = []
         try:
             for _ in range(self.lane_count):
-                socks.append(link.dial("lane", {"lanes": lanes.FRAMES_VERSION}).sock)
+                socks.append(link.dial("lane", {"lanes": lanes.FRAMES_VERSION, **queue.ticket._asdict()}).sock)
                 set_lane_options(socks[-1])
             with self._lock:
                 if self._closed:
@@ -527,36 +561,31 @@ class StreamProvider(SoftwareProvider):
     # ------------------------------------------------------------------------------ the rest
     def _watch(self) -> None:
         """In a thread of its own: say why lanes broke, once each, and notice peers that hang up."""
-        logged: dict[int, int] = {}
         while not self._closed:
             for descriptor, _ in self._watched.poll():
                 if descriptor == self._trouble_fd:
                     os.eventfd_read(descriptor)
                     for port in self.ports:
                         for lane in list(port.lanes):
-                            self._log_trouble(lane, logged)
+                            self._tell(lane)
                 else:
                     self.hung_up(descriptor)
 
     def hung_up(self, descriptor: int) -> None:
         """For subclasses: a watched connection has ended."""
 
-    def _log_trouble(self, lane: Lane, logged: dict[int, int]) -> None:
-        if lane.state != LaneState.BROKEN or logged.get(lane.address) == lane.number:
+    def _tell(self, lane: Lane) -> None:
+        """Say why a lane's connection ended, once; until then nobody else gets the lane."""
+        if lane.state != LaneState.BROKEN or lane.told:
             return
-        logged[lane.address] = lane.number
         reason = int(lane.row[lanes.L_REASON])
         incoming = lane.row[lanes.L_QUEUE] == 0
         if reason != Reason.SIBLING:
             quiet = reason == Reason.CUT or (reason == Reason.CLOSED and not lane.busy)
             way = "from" if incoming else "to"
-            log.log(
-                logging.INFO if quiet else logging.WARNING,
-                "connection %s peer %r ended: %s",
-                way,
-                lane.peer,
-                lane.why(),
-            )
+            level = logging.INFO if quiet else logging.WARNING
+            log.log(level, "connection %s peer %r ended: %s", way, lane.peer, lane.why())
+        lane.told = True
 
     def close(self) -> None:
         """See `Provider.close`."""
@@ -592,12 +621,25 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(1e-3)
 
 
-def wait_while_odd(words: Sequence[tuple[np.ndarray, int]], concerns: Callable[[], bool] = lambda: True) -> None:
-    """Return when each word that is odd now has changed, or does not concern us any more.
+class Copier(Protocol):
+    """Whose guards are waited for."""
 
-    Whoever made it odd is copying, which takes microseconds, unless that process has died.
+    peer: str
+    ended: bool
+
+
+def wait_while_odd(words: Sequence[tuple[np.ndarray, int]], whose: Copier | None = None) -> None:
+    """Return when each word that is odd now has changed, or its owner has ended.
+
+    Whoever made it odd is copying, which takes microseconds. Raises TransportError after STALL_S: it was stopped.
     """
+    deadline = time.monotonic() + STALL_S
     for array, index in words:
         seen = int(array[index])
-        while seen % 2 == 1 and int(array[index]) == seen and concerns():
+        while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):
+            if time.monotonic() > deadline:
+                raise TransportError(
+                    f"peer {whose.peer if whose else 'unknown'!r} was stopped in the middle of a copy and may go on "
+                    "with it at any time: end that process before this memory is used for anything else"
+                )
             time.sleep(0)
