@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
 from typing import Any
 
@@ -14,7 +15,7 @@ from mooncache.providers import stream
 from mooncache.providers.frames import Frame
 from mooncache.providers.lanes import LaneState
 from mooncache.providers.tcp import Tcp
-from tests.helpers import Task, assert_balanced, random_bytes, until
+from tests.helpers import LIMIT, Task, assert_balanced, random_bytes, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget
 from tests.wires.raw import frame, receive, receive_head
@@ -164,12 +165,14 @@ def test_an_answer_before_the_request_was_sent_is_not_believed(engines):
 
 def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines, monkeypatch):
     """Else the queue pair would never come to rest, and the peer could never be connected to again."""
-    attach, first = stream.Port.attach, []
+    attach, first = stream.Port.attach, queue.Queue[socket.socket]()
+    attached: list[Any] = []
 
     def slowly(port: Any, sock: Any, queue: Any, peer: str) -> Any:
         lane = attach(port, sock, queue, peer)
-        if queue is not None and first:
-            first.pop().close()
+        attached.append(lane)
+        if len(attached) == 1:
+            first.get(timeout=LIMIT).close()
             until(lambda: lane.state == LaneState.BROKEN, "the first lane, broken")
         return lane
 
@@ -178,12 +181,12 @@ def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines
         here = engines(provider=Tcp(lanes=3))
         local = here.register(random_bytes(1 << 16))
         connecting = Task(here.connect, fake.address)
-        first.append(fake.lane())
+        first.put(fake.lane())
         fake.lane(), fake.lane()
         peer = connecting.result()
         assert peer.gone
-        (queue,) = here.provider.queues_of(fake.address)
-        until(lambda: queue.settled, "the queue pair, at rest")
+        (pair,) = here.provider.queues_of(fake.address)
+        until(lambda: pair.settled, "the queue pair, at rest")
         again = Task(here.connect, fake.address)
         lanes = [fake.lane() for _ in range(3)]
         again.result()
