@@ -117,8 +117,10 @@ class Batch:
             if self._engine.closed:
                 raise EngineClosed(f"engine {self._engine.name!r} was closed while {self!r} was open")
             raise UsageError("this batch is closed; nothing is left to wait for")
-        if self.failures:
-            raise TransferFailed(self.failures, self.requests, self._peer)
+        if self._failures is None:
+            self._failures = self._collect()
+        if self._failures:
+            raise TransferFailed(self._failures, self.requests, self._peer)
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """`await batch` does what `wait()` does, without a thread: the engine's eventfd wakes the event loop."""

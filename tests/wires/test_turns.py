@@ -17,8 +17,8 @@ from tests.helpers import POLICIES, STORES, assert_balanced, awaited, in_threads
 from tests.wires.conftest import OVER_SOCKETS, WIRES, Joined, over
 
 KiB, MiB = 1 << 10, 1 << 20
-LATE_S = 0.05  # nothing here takes that long; a wake-up that is lost costs 0.1 or 0.5 s
-FEW = 20  # a busy machine may delay some all the same
+LATE_S = 0.1  # nothing here takes that long; a wake-up that is lost costs that or, until the next heartbeat, 0.5 s
+FEW = 1 / 200  # of all: what a machine may do to threads that have to share two cores with others
 
 
 class Watch:
@@ -90,7 +90,7 @@ def test_no_waiting_thread_or_loop_is_forgotten(join, wire, workers):
     in_threads(*[lambda k=k, part=part: part(pair, k, rounds, watch) for k, part in enumerate(parts)])
     took = time.monotonic() - since
     print(f"{wire.provider}, {workers} workers: {len(watch.late)} late, {sorted(watch.late)[-5:]}, all in {took:.1f} s")
-    assert len(watch.late) <= FEW
+    assert len(watch.late) <= FEW * 8 * rounds
     stats = pair.here.stats()
     assert all(0 <= busy <= took + 1 for busy in stats.worker_busy_s), "a clock was read while another wrote it"
     pair.here.close()
@@ -128,7 +128,7 @@ def test_who_waits_for_a_slow_peer_keeps_nobody_from_a_quick_one(join, wire):
     slow.far.go_on()
     stuck.wait(20).close()
     print(f"{len(watch.late)} of 3,000 late: {sorted(watch.late)[-5:]}")
-    assert len(watch.late) <= FEW
+    assert len(watch.late) <= FEW * len(pauses)
 
 
 @pytest.mark.parametrize(("store", "policy"), list(itertools.product(STORES, POLICIES)))
