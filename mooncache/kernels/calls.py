@@ -134,7 +134,7 @@ def turn_until(ctl, worker, row, handle, end):
             if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
                 break
             store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
-            sleep_on_descriptors(its_ctl, worker, left)
+            sleep_on_descriptors(ctl, worker, left)
     end_turn(ctl, worker)
     if happened > 0 or work_waits(ctl, worker):
         ring_bell(ctl, worker)

@@ -31,12 +31,12 @@ from mooncache.kernels.layout import (
     REAPER_PERIOD,
     RETIRED_RING,
     RING_EMPTY,
-    SCRATCH,
     SHARED,
     SHARED_REAPER_BELL,
     SHARED_REAPER_PARKED,
     SHARED_REAPER_STOP,
     SHARED_STOP,
+    SLEEPING,
     SPIN,
     SYSCALL,
     TIME_BUSY,
@@ -168,7 +168,7 @@ def sleep_on_descriptors(ctl, worker, ns):
     """Sleep until the worker's eventfd, or a descriptor of its wire, stirs; for at most `ns`."""
     most = TICK_MS if peek(worker + WORKER_DEADLINES * WORD) > 0 else HEARTBEAT_NS // NS_PER_MS
     ms = min(most, -(-ns // NS_PER_MS))
-    epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SCRATCH * WORD, 1, ms)
+    epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SLEEPING * WORD, 1, ms)
 
 
 @kernel

@@ -14,7 +14,7 @@ from mooncache.kernels.layout import (
     ENDPOINT_WORDS,
     EPOCH_QUIET,
     PEERS,
-    SCRATCH,
+    SLEEPING,
     SYSCALL,
     WORD,
     WORKER_BELL,
@@ -53,8 +53,8 @@ def wake_worker(ctl, row):
     if load(row + WORKER_BELL_FD * WORD) < 0:
         futex_wake(word(ctl, SYSCALL), row + WORKER_BELL * WORD, EVERY_THREAD)
     else:
-        poke(ctl + SCRATCH * WORD, 1)
-        call_write(word(ctl, WRITE), load(row + WORKER_BELL_FD * WORD), ctl + SCRATCH * WORD, WORD)
+        poke(ctl + SLEEPING * WORD, 1)
+        call_write(word(ctl, WRITE), load(row + WORKER_BELL_FD * WORD), ctl + SLEEPING * WORD, WORD)
 
 
 @kernel
@@ -69,7 +69,7 @@ def ring_bell(ctl, row):
 @kernel
 def sleep_on(ctl, bell, seen, ns):
     """Sleep on a futex word while it is `seen`, for at most `ns`."""
-    timespec = ctl + SCRATCH * WORD
+    timespec = ctl + SLEEPING * WORD
     poke(timespec, ns // NS_PER_S)
     poke(timespec + WORD, ns % NS_PER_S)
     futex_wait(word(ctl, SYSCALL), bell, seen, timespec)
@@ -83,10 +83,15 @@ def try_turn(row):
 
 @kernel
 def take_turn(ctl, row):
-    """In the worker's thread: take the turn, after whoever has it."""
+    """In the worker's thread: take the turn, after whoever has it.
+
+    What woke this thread may have been meant for that one, which was about to sleep: the bell is rung once more.
+    """
     while not try_turn(row):
         store(row + WORKER_HELD * WORD, 1)
         fence()
+        if load(row + WORKER_BELL_FD * WORD) >= 0:
+            wake_worker(ctl, row)
         sleep_on(ctl, row + WORKER_TURN * WORD, 1, RECHECK_NS)
         store(row + WORKER_HELD * WORD, 0)
 
