@@ -21,6 +21,7 @@ import numpy as np
 from mooncache.cli import blocks, sockets
 from mooncache.cli.process import serve
 from mooncache.cli.wires import Case, Plan, open_wire
+from mooncache.errors import UsageError
 from mooncache.kernels.state import address_of
 from mooncache.memory import allocate
 
@@ -83,7 +84,7 @@ class Memcpy:
 
     def move_one(self, at: int) -> None:
         """Copy one block."""
-        raise NotImplementedError("single operations are compared with a ping-pong over sockets")
+        raise UsageError("single operations are compared with a ping-pong over sockets")
 
     def close(self) -> None:
         """Unmap."""

@@ -17,6 +17,7 @@ import numpy as np
 from mooncache import Batch, Engine
 from mooncache.cli.measure import expect, expect_counts, slots_of, wait_until_quiet
 from mooncache.cli.process import ProcessError
+from mooncache.errors import UsageError
 from mooncache.limits import SLICE_BYTES, TAIL_BYTES
 from mooncache.operands import Operand
 
@@ -82,7 +83,7 @@ class Wire(ABC):
 
     def transfer_one(self, at: int) -> None:
         """Move the plan's block `at` alone."""
-        raise NotImplementedError(f"{type(self).__name__} is not measured with single operations")
+        raise UsageError(f"{type(self).__name__} is not measured with single operations")
 
     def release(self) -> None:  # noqa: B027  (not all hold anything)
         """Give back what the last transfer held."""

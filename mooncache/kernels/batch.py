@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wake, load, poke, store
+from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wake, load, peek, poke, store
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -94,6 +94,34 @@ def move(row, event):
 def slot_of(ctl, row):
     """The slot number of a batch row."""
     return (row - word(ctl, BATCH_ROWS)) // (BATCH_WORDS * WORD)
+
+
+@kernel
+def append(ctl, ends, link, row):
+    """Append a batch to a queue: `ends` is the address of the words first and last, `link` the rows' word for next."""
+    slot, last = slot_of(ctl, row), peek(ends + WORD)
+    if last < 0:
+        poke(ends, slot)
+    else:
+        poke(batch_row(ctl, last) + link * WORD, slot)
+    poke(ends + WORD, slot)
+    poke(row + link * WORD, -1)
+
+
+@kernel
+def remove(ctl, ends, link, row):
+    """Take a batch out of such a queue, wherever in it."""
+    slot, after = slot_of(ctl, row), peek(row + link * WORD)
+    at, before = peek(ends), np.int64(-1)
+    while at != slot:
+        before = at
+        at = peek(batch_row(ctl, at) + link * WORD)
+    if before < 0:
+        poke(ends, after)
+    else:
+        poke(batch_row(ctl, before) + link * WORD, after)
+    if after < 0:
+        poke(ends + WORD, before)
 
 
 @kernel

@@ -259,9 +259,9 @@ BATCH_WORDS = 32  # four cache lines, so that two workers never share one
 ENDPOINT_QP = 0  # ibv_qp address, 0 when not connected
 ENDPOINT_OUTSTANDING = 1
 ENDPOINT_FIRST = 2  # first batch with slices to post, -1
-ENDPOINT_LAST = 3
+ENDPOINT_LAST = 3  # right behind the first, see `batch.append`
 ENDPOINT_NOTE_FIRST = 4  # first batch with a notification, in the order of submission, -1
-ENDPOINT_NOTE_LAST = 5
+ENDPOINT_NOTE_LAST = 5  # right behind the first
 ENDPOINT_WORDS = 8  # a cache line
 
 # ------------------------------------------------------------------ worker rows

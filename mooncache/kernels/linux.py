@@ -4,7 +4,7 @@ Each takes the address of libc's `syscall` and returns what the kernel does: -1 
 The structs are those of LP64 Linux.
 """
 
-from mooncache.kernels.atomics import X86, call_syscall, call_word, i32, peek
+from mooncache.kernels.atomics import X86, call_syscall, call_word, i32
 from mooncache.kernels.jit import kernel
 
 SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM = (3, 46, 47, 45) if X86 else (57, 211, 212, 207)
@@ -13,14 +13,13 @@ SYS_PROCESS_VM_READV, SYS_PROCESS_VM_WRITEV = (310, 311) if X86 else (270, 271)
 
 IOVEC_BYTES = 16  # struct iovec
 IOV_BASE, IOV_LEN = 0, 8
-IOV_MAX = 1024
 MSGHDR_BYTES = 56  # struct msghdr
 MSG_IOV, MSG_IOVLEN = 16, 24
 EPOLL_EVENT_BYTES, EPOLL_EVENT_DATA = (12, 4) if X86 else (16, 8)  # packed on x86-64 only
 EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET = 0x1, 0x4, 0x8, 0x10, 0x2000, 1 << 31
 EPOLL_CTL_ADD = 1
 MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 0x20, 0x40, 0x4000
-EINTR, EAGAIN, EPERM, ESRCH, EFAULT = 4, 11, 1, 3, 14
+ESRCH, EINTR, EAGAIN = 3, 4, 11
 
 
 @kernel
@@ -87,12 +86,3 @@ def process_readv(syscall, pid, local, remote, n):
 def process_writev(syscall, pid, local, remote, n):
     """Bytes copied into another process; the same operands."""
     return call_syscall(syscall, SYS_PROCESS_VM_WRITEV, pid, local, n, remote, n, 0)
-
-
-@kernel
-def iov_length(iov, n):
-    """Bytes in n iovecs."""
-    total = 0
-    for i in range(n):
-        total += peek(iov + i * IOVEC_BYTES + IOV_LEN)
-    return total

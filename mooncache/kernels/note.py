@@ -11,8 +11,7 @@ import numpy as np
 
 from mooncache.kernels.account import account, raise_word, word
 from mooncache.kernels.atomics import copy, i8, i16, i32, i64, load, peek, poke, store
-from mooncache.kernels.batch import DRAINING, slot_of
-from mooncache.kernels.handle import batch_row
+from mooncache.kernels.batch import DRAINING, append, remove, slot_of
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CANCELLED,
@@ -27,7 +26,6 @@ from mooncache.kernels.layout import (
     BATCH_WORKER,
     CHUNK_SLICES,
     ENDPOINT_NOTE_FIRST,
-    ENDPOINT_NOTE_LAST,
     NOTES,
     SLICE_ATTEMPTS,
     SLICE_FIRST,
@@ -74,13 +72,7 @@ def fill_note(ctl, row, requests, note, length):
 @kernel
 def enqueue_note(ctl, worker, endpoint, row):
     """Append a batch to the endpoint's queue of those with a notification."""
-    slot, last = slot_of(ctl, row), peek(endpoint + ENDPOINT_NOTE_LAST * WORD)
-    if last < 0:
-        poke(endpoint + ENDPOINT_NOTE_FIRST * WORD, slot)
-    else:
-        poke(batch_row(ctl, last) + BATCH_NOTE_NEXT * WORD, slot)
-    poke(endpoint + ENDPOINT_NOTE_LAST * WORD, slot)
-    poke(row + BATCH_NOTE_NEXT * WORD, -1)
+    append(ctl, endpoint + ENDPOINT_NOTE_FIRST * WORD, BATCH_NOTE_NEXT, row)
     raise_word(worker + WORKER_NOTES * WORD, 1)
 
 
@@ -89,17 +81,7 @@ def dequeue_note(ctl, row):
     """Take a batch, whose notification is answered, out of its endpoint's queue, wherever in it."""
     index = peek(row + BATCH_WORKER * WORD)
     endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
-    slot, after = slot_of(ctl, row), peek(row + BATCH_NOTE_NEXT * WORD)
-    at, before = peek(endpoint + ENDPOINT_NOTE_FIRST * WORD), np.int64(-1)
-    while at != slot:
-        before = at
-        at = peek(batch_row(ctl, at) + BATCH_NOTE_NEXT * WORD)
-    if before < 0:
-        poke(endpoint + ENDPOINT_NOTE_FIRST * WORD, after)
-    else:
-        poke(batch_row(ctl, before) + BATCH_NOTE_NEXT * WORD, after)
-    if after < 0:
-        poke(endpoint + ENDPOINT_NOTE_LAST * WORD, before)
+    remove(ctl, endpoint + ENDPOINT_NOTE_FIRST * WORD, BATCH_NOTE_NEXT, row)
     raise_word(worker_row(ctl, index) + WORKER_NOTES * WORD, -1)
     poke(row + BATCH_NOTE * WORD, -1)
 

@@ -9,7 +9,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import i16, i32, i64, peek, poke, u32
-from mooncache.kernels.batch import slot_of
+from mooncache.kernels.batch import append, remove
 from mooncache.kernels.complete import fail_slice, settle
 from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
@@ -34,7 +34,6 @@ from mooncache.kernels.layout import (
     CHUNK_SLICES,
     COUNTERS,
     ENDPOINT_FIRST,
-    ENDPOINT_LAST,
     ENDPOINT_NOTE_FIRST,
     ENDPOINT_OUTSTANDING,
     ENDPOINT_QP,
@@ -219,13 +218,7 @@ def retreat(ctl, row, accepted, built):
 @kernel
 def enqueue(ctl, worker, endpoint, row):
     """Append a batch to the endpoint's queue of those with slices to post."""
-    slot, last = slot_of(ctl, row), peek(endpoint + ENDPOINT_LAST * WORD)
-    if last < 0:
-        poke(endpoint + ENDPOINT_FIRST * WORD, slot)
-    else:
-        poke(batch_row(ctl, last) + BATCH_NEXT * WORD, slot)
-    poke(endpoint + ENDPOINT_LAST * WORD, slot)
-    poke(row + BATCH_NEXT * WORD, -1)
+    append(ctl, endpoint + ENDPOINT_FIRST * WORD, BATCH_NEXT, row)
     raise_word(worker + WORKER_QUEUED * WORD, 1)
     if peek(row + BATCH_DEADLINE * WORD) != 0:
         raise_word(worker + WORKER_DEADLINES * WORD, 1)
@@ -234,17 +227,7 @@ def enqueue(ctl, worker, endpoint, row):
 @kernel
 def dequeue(ctl, worker, endpoint, row):
     """Take a batch out of the endpoint's queue, wherever in it."""
-    slot, after = slot_of(ctl, row), peek(row + BATCH_NEXT * WORD)
-    at, before = peek(endpoint + ENDPOINT_FIRST * WORD), np.int64(-1)
-    while at != slot:
-        before = at
-        at = peek(batch_row(ctl, at) + BATCH_NEXT * WORD)
-    if before < 0:
-        poke(endpoint + ENDPOINT_FIRST * WORD, after)
-    else:
-        poke(batch_row(ctl, before) + BATCH_NEXT * WORD, after)
-    if after < 0:
-        poke(endpoint + ENDPOINT_LAST * WORD, before)
+    remove(ctl, endpoint + ENDPOINT_FIRST * WORD, BATCH_NEXT, row)
     raise_word(worker + WORKER_QUEUED * WORD, -1)
     if peek(row + BATCH_DEADLINE * WORD) != 0:
         raise_word(worker + WORKER_DEADLINES * WORD, -1)

@@ -70,9 +70,9 @@ from mooncache.providers.software import CQ_QUEUES, Q_HEAD, Q_MASK, Q_OWN, Q_RIN
 # Port words, one set a worker, behind its completion queue's list of queues
 (
     P_EPOLL, P_SYSCALL, P_ERRNO, P_CLOCK, P_WRITE, P_LANES, P_LANE_COUNT, P_ADOPT, P_ADOPTED, P_LISTED, P_LIST, P_KEYS,
-    P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TROUBLES, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
+    P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
     P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_LOCAL, P_REMOTE,
-) = range(CQ_QUEUES + PEERS, CQ_QUEUES + PEERS + 32)  # fmt: skip
+) = range(CQ_QUEUES + PEERS, CQ_QUEUES + PEERS + 31)  # fmt: skip
 FRAMES_VERSION = 1
 EVENTS = 64
 CHECK_NS = 250_000_000  # how often lanes are looked over for a stall
@@ -122,8 +122,8 @@ class Reason(IntEnum):
     L_STATE, L_FD, L_QUEUE, L_PORT, L_LISTED, L_READABLE, L_WRITABLE, L_REASON, L_ERRNO, L_MOVING, L_PROGRESS, L_SEQ,
     L_IN_STAGE, L_IN_GOT, L_IN_HEAD, L_IN_NEXT, L_IN_NEXT_GOT, L_IN_IOV, L_IN_AT, L_IN_END, L_IN_STATUS, L_IN_NOTE,
     L_OUT_HEAD, L_OUT_IOV, L_OUT_AT, L_OUT_END, L_OUT_KIND, L_FLIGHTS, L_FLIGHT_HEAD, L_FLIGHT_TAIL, L_TRAILER,
-    L_OUT_TRAILER, L_FRAMES_IN, L_CUT, LANE_WORDS,
-) = (*range(34), 40)  # fmt: skip
+    L_OUT_TRAILER, L_CUT, LANE_WORDS,
+) = (*range(33), 40)  # fmt: skip
 FLIGHTS = 16  # frames sent and not answered, on one lane
 F_FIRST, F_COUNT, F_OPCODE, FLIGHT_WORDS = 0, 1, 2, 3
 HEADER, TABLE, BODY = 0, 1, 2  # what an incoming frame waits for
@@ -203,7 +203,6 @@ def break_lane(lane, reason, error):
 @kernel
 def report_trouble(port):
     """Let Python look at the lanes that have broken: until it has told why, nobody else gets them."""
-    raise_word(port + P_TROUBLES * WORD, 1)
     poke(word_at(port, P_TIMESPEC), 1)
     call_write(word_at(port, P_WRITE), word_at(port, P_TROUBLE_FD), word_at(port, P_TIMESPEC), WORD)
 
@@ -570,7 +569,6 @@ def next_frame(lane):
     poke(lane + L_IN_GOT * WORD, got)
     poke(lane + L_IN_NEXT_GOT * WORD, 0)
     poke(lane + L_IN_STAGE * WORD, HEADER)
-    raise_word(lane + L_FRAMES_IN * WORD, 1)
 
 
 @kernel
