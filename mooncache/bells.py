@@ -13,7 +13,7 @@ from mooncache.kernels.state import State
 class Bells:
     """The epoll sets and eventfds of an engine's workers; none where the wire has no descriptors."""
 
-    def __init__(self, state: State, descriptors: Sequence[int]) -> None:
+    def __init__(self, state: State, descriptors: Sequence[int], *, spins: bool) -> None:
         self._epolls: list[select.epoll] = []
         self._bells: list[int] = []
         for row, descriptor in zip(state.worker_rows, descriptors, strict=False):
@@ -23,7 +23,7 @@ class Bells:
             epoll.register(bell, select.EPOLLIN | select.EPOLLET)  # by its edges, so that nobody needs to read it
             epoll.register(descriptor, select.EPOLLIN)
             row[layout.WORKER_EPOLL], row[layout.WORKER_BELL_FD] = epoll.fileno(), bell
-            row[layout.WORKER_SERVES] = 1
+            row[layout.WORKER_SERVES], row[layout.WORKER_SPINS] = 1, spins
 
     def close(self) -> None:
         """Close them. The workers must have left."""

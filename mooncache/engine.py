@@ -27,7 +27,7 @@ from mooncache.kernels.layout import Access, Opcode, Policy, Store
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, Settings, State
 from mooncache.limits import CHUNK_SLICES
-from mooncache.memory import ACCESS, Range, Region, allocate, range_of
+from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import Descriptor, Link, Provider, RemoteRegion
@@ -103,13 +103,15 @@ class Engine:
             self._state = State(self._settings, event_fd=self.awaiting.event_fd)
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
+            self._orders = Block(self._state)  # of the thread that looks after connections
             self.awaiting.ctl = self._reaper.ctl
             self._inbox = Inbox()
             undo.callback(self._inbox.close)
             queues = self.provider.open(self._settings.workers, self._settings.queue_depth, self._inbox.words)
             undo.callback(self.provider.close)
-            self._state.worker_rows[:, layout.WORKER_CQ] = queues
-            self._bells = Bells(self._state, self.provider.descriptors)
+            for worker, polled in enumerate(queues):
+                self._state.poll_from(worker, polled)
+            self._bells = Bells(self._state, self.provider.descriptors, spins=self.provider.spins)
             undo.callback(self._bells.close)
             jit.prewarm()
             self._set_turn()
@@ -131,7 +133,12 @@ class Engine:
 
     def _set_turn(self) -> None:
         """Tell all actors, those yet to come as well, how to turn a worker: compiled only now."""
-        for words in (self._state.template, self._reaper.words, *(block.words for block in self._workers)):
+        for words in (
+            self._state.template,
+            self._reaper.words,
+            self._orders.words,
+            *(block.words for block in self._workers),
+        ):
             words[layout.TURN] = pump.turn_once.address
 
     def _start_threads(self) -> list[threading.Thread]:
@@ -202,15 +209,18 @@ class Engine:
         return region
 
     def _register(self, memory: Range, access: str) -> Region:
-        own = Access.LOCAL if memory.writable else 0
-        slot = self._state.regions.add(memory.address, memory.length, 0, ACCESS[access] | own)
-        try:
-            keys = self.provider.register(memory.address, memory.length, ACCESS[access])
-        except BaseException:
-            self._state.regions.remove(slot)
-            raise
-        self._state.regions.keys[slot] = keys.lkey
-        region = self.regions[slot] = Region(self, memory, access, slot, keys)
+        bits = ACCESS[access] | (Access.LOCAL if memory.writable else 0)
+        table, parts = self._state.regions, list[Part]()
+        with ExitStack() as undo:
+            for address, length in cut(memory, self.provider.region_bytes):
+                slot = table.add(address, length, (), bits)
+                undo.callback(table.remove, slot)
+                keys = self.provider.register(address, length, bits)
+                undo.callback(self.provider.unregister, keys)
+                table.keys[: len(keys.lkeys), slot] = keys.lkeys
+                parts.append(Part(address, length, slot, keys))
+            undo.pop_all()
+        region = self.regions[parts[0].slot] = Region(self, memory, access, parts)
         return region
 
     def unregister(self, region: Region) -> None:
@@ -218,17 +228,17 @@ class Engine:
         with self._lock:
             if not region.registered:
                 raise UsageError(f"{region!r} is not registered with engine {self.name!r}")
-            table = self._state.regions
-            busy = calls.withdraw(self.ctl, region._slot, table.position(region._slot))
+            slots = np.array([part.slot for part in region._parts], np.int64)
+            busy = calls.withdraw(self.ctl, slots)
             if busy:
                 raise UsageError(f"{region!r} is in use by {busy} slices; wait for their batches, then unregister it")
-            del self.regions[region._slot]
+            del self.regions[region._parts[0].slot]
         if self._service is not None:
             self._service.changed()
-        try:
-            self.provider.unregister(region._keys)  # may wait for peers that copy; others are answered meanwhile
-        finally:
-            table.recycle(region._slot)
+        with ExitStack() as undo:
+            for part in region._parts:
+                undo.callback(self._state.regions.recycle, part.slot)
+                undo.callback(self.provider.unregister, part.keys)  # may wait for peers; others are answered meanwhile
 
     # ------------------------------------------------------------------------------ peers
     @property
@@ -240,7 +250,9 @@ class Engine:
         """What peers are told, keys included."""
         with self._lock:
             regions = tuple(
-                RemoteRegion(r.address, r.length, r._keys.rkey, ACCESS[r.access]) for r in self.regions.values()
+                RemoteRegion(part.address, part.length, part.keys.rkeys, ACCESS[region.access])
+                for region in self.regions.values()
+                for part in region._parts
             )
             data = self.provider.describe(self._service.unix if self._service is not None else "")
             return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
@@ -294,7 +306,7 @@ class Engine:
             peer.generation = described.generation
             if peer.index >= self._settings.peers:
                 raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
-            self._state.connect(peer.index, peer.table, [0] * self._settings.workers)
+            self._state.connect(peer.index, peer.table, [])
             self._peers[name] = peer
             return peer
 
@@ -320,7 +332,9 @@ class Engine:
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         with self._lock:
             peer.refresh(described)
-            self._state.connect(peer.index, peer.table, queue_pairs)
+            queues = self._state.connect(peer.index, peer.table, queue_pairs)
+        self.provider.start(peer.name, queues, self._orders.ctl)
+        with self._lock:
             peer.gone = False
             superseded = self._service is not None and self._service.superseded(peer.name, peer.generation)
             if superseded or not self.provider.connected(peer.name):  # it broke meanwhile
@@ -490,7 +504,16 @@ class Engine:
         _join(reapers, JOIN_SECONDS)
         self.awaiting.release()
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
-            held = (self._state, self._workers, self._reaper, self.provider, self._peers, self._bells, self._inbox)
+            held = (
+                self._state,
+                self._workers,
+                self._reaper,
+                self._orders,
+                self.provider,
+                self._peers,
+                self._bells,
+                self._inbox,
+            )
             _abandoned.append(held)
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:

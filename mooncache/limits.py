@@ -44,6 +44,18 @@ WORKERS = 16
 QUEUE_DEPTH = 512
 """Work requests outstanding on one queue pair: two of the upstream's 256-deep queue pairs."""
 
+QUEUE_PAIRS = (
+    8  # NICs of one engine
+    * 4  # queue pairs on each: upstream's default is two
+)
+"""Queue pairs of one worker to one peer."""
+
+NICS = 8
+"""NICs of one engine: the largest machines have one a GPU."""
+
+SLICES_GATHERED = 16
+"""Slices of one work request, where they lie side by side at the target; NICs take 16 to 30 ranges at best speed."""
+
 CHAIN = 128
 """Work requests behind one doorbell: a quarter of the queue depth, so that three quarters stay busy meanwhile."""
 

@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -157,6 +158,21 @@ def segment_of(address: int, length: int) -> Segment | None:
     return None
 
 
+class Part(NamedTuple):
+    """What of a region a device registers at once: all of it, mostly."""
+
+    address: int
+    length: int
+    slot: int  # in the engine's table
+    keys: Keys
+
+
+def cut(memory: Range, most: int) -> Iterator[tuple[int, int]]:
+    """(address, length) of the parts of at most `most` bytes that a range is registered in."""
+    for offset in range(0, memory.length, most):
+        yield memory.address + offset, min(most, memory.length - offset)
+
+
 class Region:
     """A registered range. The buffer is kept alive and may be read or written by transfers until `unregister`.
 
@@ -166,14 +182,14 @@ class Region:
         access: "read", "write" or "both": what peers may do; the owner's own transfers may always use it.
     """
 
-    def __init__(self, engine: Engine, memory: Range, access: str, slot: int, keys: Keys) -> None:
+    def __init__(self, engine: Engine, memory: Range, access: str, parts: list[Part]) -> None:
         self.address, self.length, self.access = memory.address, memory.length, access
-        self._engine, self._owner, self._slot, self._keys = engine, memory.owner, slot, keys
+        self._engine, self._owner, self._parts = engine, memory.owner, parts
 
     @property
     def registered(self) -> bool:
         """Whether transfers may still use it."""
-        return self._engine.regions.get(self._slot) is self
+        return self._engine.regions.get(self._parts[0].slot) is self
 
     def unregister(self) -> None:
         """Withdraw the registration; afterwards no transfer touches the range and the buffer may be freed.

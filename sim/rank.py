@@ -106,13 +106,14 @@ class VirtualEngine:
         self.reaper = self._block(prices)
         clock = address_of(self.worker.words) + layout.NOW * layout.WORD
         self.provider = emulated.Emulated(nic, clocks=[clock])
-        (self.cq,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
-        self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
+        (queues,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
+        self.state.poll_from(0, queues)
+        (self.cq,) = (queue.address for queue in queues)
         self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")
         keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
-        self.state.regions.add(BASE, SPAN, keys.lkey, layout.Access.WRITE)
-        self.remote.add(BASE, SPAN, keys.rkey, layout.Access.WRITE)
+        self.state.regions.add(BASE, SPAN, keys.lkeys, layout.Access.WRITE)
+        self.remote.add(BASE, SPAN, keys.rkeys, layout.Access.WRITE)
         peer = Descriptor("decode", 1, "", self.provider.name, (), self.provider.describe())
         self.state.connect(PEER, self.remote, self.provider.connect(peer, HERE))
         self._operands: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}

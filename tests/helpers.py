@@ -218,8 +218,9 @@ class Rig:
         self._zeros = np.zeros(len(Kind), np.int64)
         self.caller, self.worker = self._block(-1), self._block(0)
         self.provider = provider or Gated()
-        (self.cq,) = self.provider.open(1, self.state.settings.queue_depth, np.zeros(0, np.int64))
-        self.state.worker_rows[0, layout.WORKER_CQ] = self.cq
+        (queues,) = self.provider.open(1, self.state.settings.queue_depth, np.zeros(0, np.int64))
+        self.queues = queues
+        self.state.poll_from(0, queues)
         self.worker.words[layout.NEXT_COMPLETION] = never.address
         self.worker.words[layout.HORIZON] = (1 << 62) - 2
         self.remote = RegionTable("the peer")
@@ -229,8 +230,8 @@ class Rig:
             self.arena = np.zeros(1 << 16, np.uint8)
             base = self.arena.ctypes.data
             keys = self.provider.register(base, 1 << 16, layout.Access.WRITE | layout.Access.READ)
-            self.state.regions.add(base, 1 << 16, keys.lkey, 7)
-            self.remote.add(base, 1 << 16, keys.rkey, 3)
+            self.state.regions.add(base, 1 << 16, keys.lkeys, 7)
+            self.remote.add(base, 1 << 16, keys.rkeys, 3)
 
     def _block(self, actor: int) -> Block:
         block = Block(self.state, actor)

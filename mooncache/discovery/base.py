@@ -99,7 +99,7 @@ class Names(ABC):
                 log.info("%r stays at %s until its lease ends: %s", self._own[0], self.where, error)
 
     def look_up(self, name: str) -> Descriptor:
-        """The record announced under a name; its rkeys are 0. Raises DiscoveryError: none there; StoreDown."""
+        """The record announced under a name; without its rkeys. Raises DiscoveryError: none there; StoreDown."""
         record = self._fetch(name)
         if record is None:
             names = self._generations().keys()

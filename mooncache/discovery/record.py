@@ -7,11 +7,11 @@ from typing import Any
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, is_name, parse
 from mooncache.errors import CapacityError, DiscoveryError, UsageError
-from mooncache.limits import REGIONS, KiB
+from mooncache.limits import NICS, REGIONS, KiB
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 RECORD_BYTES = (
-    REGIONS * 112  # four field names, three integers of 19 digits, punctuation: 101
+    REGIONS * (96 + 20 * NICS)  # four field names, two integers of 19 digits, punctuation; rkeys of 19 digits
     + 64 * KiB  # the provider's data: 16 workers x 8 NICs x 512 bytes of queue pairs, keys and addresses
     + 8 * KiB  # two names of 255 characters, each 12 bytes when escaped, the address, the rest
 )
@@ -25,7 +25,7 @@ def encode(descriptor: Descriptor, keys: bool = True) -> bytes:
     """The record of a descriptor, at most RECORD_BYTES.
 
     Args:
-        keys: with rkeys, for peers that have proven who they are. Without, all are 0: stores of names hold no keys.
+        keys: with rkeys, for peers that have proven who they are. Stores of names hold none.
 
     Raises:
         UsageError: the name would be refused by `decode`. CapacityError: the record would be too large.
@@ -53,7 +53,7 @@ def to_json(descriptor: Descriptor, keys: bool = True) -> dict[str, Any]:
         "generation": descriptor.generation,
         "address": descriptor.address,
         "provider": descriptor.provider,
-        "regions": [{**region._asdict(), "rkey": region.rkey if keys else 0} for region in descriptor.regions],
+        "regions": [{**region._asdict(), "rkeys": list(region.rkeys) if keys else []} for region in descriptor.regions],
         "data": descriptor.data,
     }
 
@@ -85,12 +85,18 @@ def _address(fields: Fields) -> str:
     return address
 
 
+def _keys(values: list[object], source: str) -> tuple[int, ...]:
+    if len(values) > NICS:
+        raise DiscoveryError(f"{source}: expected at most {NICS} rkeys, got {len(values)}")
+    return tuple(Fields({"rkey": value}, source, ("rkey",)).integer("rkey", 0, WORD) for value in values)
+
+
 def _region(value: object, source: str) -> RemoteRegion:
     fields = Fields(value, source, RemoteRegion._fields)
     address = fields.integer("address", 0, WORD)
     return RemoteRegion(
         address,
         fields.integer("length", 1, WORD - address),
-        fields.integer("rkey", 0, WORD),
+        _keys(fields.get("rkeys", list), source),
         fields.integer("access", 1, ACCESS_BITS + 1),
     )

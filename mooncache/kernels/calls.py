@@ -49,16 +49,19 @@ from mooncache.kernels.layout import (
     SLICE_STATE,
     SPIN,
     SYSCALL,
+    TABLE_SLOTS,
     TURN,
     WORD,
     WORKER_CTL,
     WORKER_EPOCH,
     WORKER_EPOLL,
+    WORKER_SPINS,
     WORKERS,
     Kind,
 )
 from mooncache.kernels.pool import EVERY_THREAD
-from mooncache.kernels.pump import ABANDONED, PAUSES, lingers, sleep_on_descriptors, work_waits
+from mooncache.kernels.pump import ABANDONED, PAUSES, busy, lingers, sleep_on_descriptors, work_waits
+from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.regions import take_out
 from mooncache.kernels.submit import bump_generation, request_cancel
@@ -129,10 +132,14 @@ def turn_until(ctl, worker, row, handle, end):
     its_ctl, happened = peek(worker + WORKER_CTL * WORD), np.int64(1)
     while not finished(row) and resolve(ctl, handle) != 0:
         happened = call_word(word(ctl, TURN), its_ctl)
-        if happened == 0 and not lingers(its_ctl, worker):
-            left = end - clock(ctl)
-            if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
-                break
+        if happened > 0:
+            continue
+        left = end - clock(ctl)
+        if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+            break
+        if peek(worker + WORKER_SPINS * WORD) != 0 and busy(ctl, worker):
+            pause()
+        elif not lingers(its_ctl, worker):
             store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
             sleep_on_descriptors(ctl, worker, left)
     end_turn(ctl, worker)
@@ -271,15 +278,23 @@ def region_in_use(ctl, region):
     return n
 
 
-@kernel("int64(int64, int64, int64)")
-def withdraw(ctl, region, at):
-    """Forget the local region with slot `region` at position `at` of its table, unless slices still use it.
+@kernel("int64(int64, int64[::1])")
+def withdraw(ctl, regions):
+    """Forget the local regions with these slots, unless slices still use one of them.
 
-    One call, which holds the GIL: no submit can come in between. Returns how many slices use it; 0: it is gone.
+    One call, which holds the GIL: no submit can come in between. Returns how many slices do; 0: they are gone.
     """
-    users = region_in_use(ctl, region)
+    users = np.int64(0)
+    for i in range(regions.size):
+        users += region_in_use(ctl, regions[i])
     if users == 0:
-        take_out(word(ctl, LOCAL_TABLE), at)
+        table = word(ctl, LOCAL_TABLE)
+        slots = i64(peek(table + TABLE_SLOTS * WORD))
+        for i in range(regions.size):
+            at = 0
+            while slots[at] != regions[i]:
+                at += 1
+            take_out(table, at)
     return users
 
 
@@ -309,6 +324,15 @@ def stop_reaper(ctl):
     store(shared + SHARED_REAPER_STOP * WORD, 1)
     add(shared + SHARED_REAPER_BELL * WORD, 1)
     futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, EVERY_THREAD)
+    return 0
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def order(ctl, worker, queue, what):
+    """Give worker number `worker` an order (layout.Order) about the queue whose row is at `queue`."""
+    row = worker_row(ctl, worker)
+    give_order(row, queue, what)
+    ring_bell(ctl, row)
     return 0
 
 

@@ -5,44 +5,65 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import i8, i16, i64, peek, store, u32
+from mooncache.kernels.atomics import i8, i16, i64, peek, poke, store, u32
 from mooncache.kernels.batch import finish
-from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row
+from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CANCELLED,
     BATCH_FAILED,
     BATCH_NOTE,
-    BATCH_PEER,
     BATCH_POSTED,
     BATCH_REMAINING,
-    CAPACITY,
     CHUNK_BATCH,
-    CHUNK_GENERATION,
     COMPLETIONS,
-    ENDPOINT_OUTSTANDING,
+    CQ_ADDRESS,
+    CQ_CREDITS,
+    CQ_WORDS,
     POLL_LOT,
+    QUEUE_BREAKS,
+    QUEUE_HEAD,
+    QUEUE_STATE,
+    QUEUE_TAIL,
     RETRIES,
     RUN,
     SLICE_ATTEMPTS,
     SLICE_STATE,
     STORE,
     WORD,
-    WORKER_CQ,
+    WORKER_CQ_COUNT,
+    WORKER_CQS,
     WORKER_OUTSTANDING,
     WORKER_RETRY_RING,
     Kind,
+    QueueState,
     Slice,
     Store,
 )
 from mooncache.kernels.note import settle_note
+from mooncache.kernels.queue import (
+    ANSWERED,
+    HELD,
+    SEQUENCE_MASK,
+    SLICES_MASK,
+    SLICES_SHIFT,
+    break_queue,
+    close_queue,
+    entry_at,
+    group_start,
+    has_drained,
+    hold,
+    lost,
+    mark_answered,
+    named_by,
+    tell,
+)
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
-from mooncache.kernels.ring import push
+from mooncache.kernels.ring import push, vacant
 from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
-from mooncache.kernels.worker import endpoint_row
 from mooncache.limits import CHUNK_BITS
 
-DONE, POSTED, WAITING = int(Slice.DONE), int(Slice.POSTED), int(Slice.WAITING)
+DONE, WAITING = int(Slice.DONE), int(Slice.WAITING)
 
 
 @kernel
@@ -91,7 +112,7 @@ def passing(wc_status):
 
 @kernel
 def answer_failure(ctl, worker, row, slot, wc_status):
-    """A work request failed: post its slice again later, or let it fail."""
+    """A slice's work request failed: post it again later, or let it fail."""
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
     if wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD):
@@ -108,67 +129,161 @@ def answer_failure(ctl, worker, row, slot, wc_status):
 
 
 @kernel
-def apply_run(ctl, row, run, done, answered, endpoint, worker):
-    """`answered` work requests of one batch came back, `done` of them well: update counts, reclaim, end the batch."""
-    raise_word(row + BATCH_POSTED * WORD, -answered)
-    raise_word(endpoint + ENDPOINT_OUTSTANDING * WORD, -answered)
-    raise_word(worker + WORKER_OUTSTANDING * WORD, -answered)
-    if done > 0:
-        account(ctl, Kind.COMPLETED, done)
-        store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - done)
-        on_complete(ctl, row, run, done)
+def answer_entry(ctl, worker, entry, wc_status):
+    """Answer the slices of one work request with a failure, and settle their batch."""
+    slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
+    if n == 0:
+        return
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    for i in range(n):
+        answer_failure(ctl, worker, row, slot + i, wc_status)
+    raise_word(row + BATCH_POSTED * WORD, -n)
     settle(ctl, row)
 
 
 @kernel
-def poll(ctl, worker, index):
-    """Take one lot of completions and apply it, run by run of one batch; returns how many were taken.
+def apply_run(ctl, row, run, done):
+    """`done` slices of one batch have arrived: update counts, reclaim, end the batch."""
+    raise_word(row + BATCH_POSTED * WORD, -done)
+    account(ctl, Kind.COMPLETED, done)
+    store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - done)
+    on_complete(ctl, row, run, done)
+    settle(ctl, row)
 
-    A completion whose generation or state does not match names a slice that was freed: it is counted, not applied.
+
+@kernel
+def fail(ctl, worker, queue, sequence, wc_status):
+    """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
+    entry = peek(entry_at(queue, sequence))
+    several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1  # not known which of them is to blame: each again, alone
+    if peek(queue + QUEUE_BREAKS * WORD) == 0:
+        answer_entry(ctl, worker, entry, wc_status)
+        mark_answered(queue, sequence, sequence)
+        return
+    break_queue(worker, queue, wc_status)
+    if several or passing(wc_status):
+        hold(queue, sequence)
+    else:
+        answer_entry(ctl, worker, entry, wc_status)
+        mark_answered(queue, sequence, sequence)
+    look_drained(ctl, worker, queue)
+
+
+@kernel
+def look_drained(ctl, worker, queue):
+    """Once all that a broken queue had in flight has come back, wait for an order; if the peer is gone, fail it all."""
+    if has_drained(queue):
+        if lost(queue):
+            give_up(ctl, worker, queue)
+        else:
+            tell(ctl, worker, queue, QueueState.DRAINED)
+
+
+@kernel
+def give_up(ctl, worker, queue):
+    """The peer is gone: fail what a drained queue holds."""
+    for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
+        entry = peek(entry_at(queue, sequence))
+        if entry & ANSWERED == 0:
+            answer_entry(ctl, worker, entry, WcStatus.REM_ABORT_ERR)
+    close_queue(ctl, worker, queue)
+
+
+@kernel
+def return_held(ctl, worker, queue):
+    """Hand what a drained queue holds to the retry ring, as far as that has room; returns how many slices."""
+    ring, moved = peek(worker + WORKER_RETRY_RING * WORD), np.int64(0)
+    tail, head = peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)
+    while tail < head:
+        entry = peek(entry_at(queue, tail))
+        n = (entry >> SLICES_SHIFT) & SLICES_MASK
+        if vacant(ring) < n:
+            break
+        if entry & ANSWERED == 0:
+            answer_entry(ctl, worker, entry, WcStatus.WR_FLUSH_ERR)
+            moved += n
+        tail += 1
+        poke(queue + QUEUE_TAIL * WORD, tail)
+    if tail == head:
+        close_queue(ctl, worker, queue)
+    return moved
+
+
+@kernel
+def poll(ctl, worker):
+    """Take one lot of completions from each completion queue; returns how many were taken."""
+    taken = np.int64(0)
+    for i in range(peek(worker + WORKER_CQ_COUNT * WORD)):
+        taken += poll_lot(ctl, worker, peek(worker + WORKER_CQS * WORD) + i * CQ_WORDS * WORD)
+    return taken
+
+
+@kernel
+def poll_lot(ctl, worker, cq):
+    """Take one lot of completions and apply it, run by run of one batch.
+
+    One that names nothing in flight is counted, not applied.
     """
-    wc, slots = word(ctl, COMPLETIONS), i64(word(ctl, RUN))
+    wc, run = word(ctl, COMPLETIONS), i64(word(ctl, RUN))
     account(ctl, Kind.POLLS, 1)
-    taken = poll_cq(peek(worker + WORKER_CQ * WORD), word(ctl, POLL_LOT), wc)
+    taken = poll_cq(peek(cq + CQ_ADDRESS * WORD), word(ctl, POLL_LOT), wc)
     if taken <= 0:
         return np.int64(taken == POLL_AGAIN)
     account(ctl, Kind.COMPLETIONS, taken)
-    capacity, heap_store = word(ctl, CAPACITY), word(ctl, STORE) == Store.HEAP
-    state, owner, generation = (
-        i16(word(ctl, SLICE_STATE)),
-        i64(word(ctl, CHUNK_BATCH)),
-        i64(word(ctl, CHUNK_GENERATION)),
-    )
-    batch, done, answered = np.int64(-1), np.int64(0), np.int64(0)
-    row, endpoint = np.int64(0), np.int64(0)
-    known = np.int64(-(1 << 63))  # generation and chunk of the last completion, looked up once a chunk; none yet
+    heap_store, most = word(ctl, STORE) == Store.HEAP, word(ctl, POLL_LOT)
+    state, owner = i16(word(ctl, SLICE_STATE)), i64(word(ctl, CHUNK_BATCH))
+    chunk, batch, row = np.int64(-1), np.int64(-1), np.int64(0)  # of the last slice, looked up once a chunk
+    done, answered = np.int64(0), np.int64(0)
     for _ in range(taken):
         wr_id, wc_status = peek(wc + WC_WR_ID), np.int64(u32(wc + WC_STATUS)[0])
         wc += WC_BYTES
-        slot = wr_id & SLOT_MASK
-        if wr_id >> CHUNK_BITS != known:
-            chunk = slot >> CHUNK_BITS
-            if slot >= capacity or generation[chunk] & GENERATION_MASK != wr_id >> 32:
-                account(ctl, Kind.STALE, 1)
-                continue
-            known = wr_id >> CHUNK_BITS
-            if owner[chunk] != batch:
-                if answered > 0:
-                    apply_run(ctl, row, word(ctl, RUN), done, answered, endpoint, worker)
-                batch, done, answered = owner[chunk], np.int64(0), np.int64(0)
-                row = batch_row(ctl, batch)
-                endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
-        if state[slot] != POSTED:
+        queue = named_by(worker, wr_id)
+        if queue == 0:
             account(ctl, Kind.STALE, 1)
             continue
-        answered += 1
-        if wc_status == WcStatus.SUCCESS:
-            state[slot] = DONE
-            if heap_store:
-                heap.touch(ctl, slot, DONE)
-            slots[done] = slot
-            done += 1
-        else:
-            answer_failure(ctl, worker, row, slot, wc_status)
-    if answered > 0:
-        apply_run(ctl, row, word(ctl, RUN), done, answered, endpoint, worker)
+        tail = peek(queue + QUEUE_TAIL * WORD)
+        last = tail + ((wr_id - tail) & SEQUENCE_MASK)
+        if last >= peek(queue + QUEUE_HEAD * WORD) or peek(entry_at(queue, last)) & (ANSWERED | HELD) != 0:
+            account(ctl, Kind.STALE, 1)
+            continue
+        first = group_start(queue, last)
+        answered += last + 1 - first
+        arrived = last + np.int64(wc_status == WcStatus.SUCCESS)
+        for sequence in range(first, arrived):
+            entry = peek(entry_at(queue, sequence))
+            slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
+            if n == 0:
+                continue
+            if slot >> CHUNK_BITS != chunk:
+                chunk = slot >> CHUNK_BITS
+                if owner[chunk] != batch:
+                    if done > 0:
+                        apply_run(ctl, row, word(ctl, RUN), done)
+                    batch, done = owner[chunk], np.int64(0)
+                    row = batch_row(ctl, batch)
+            for i in range(slot, slot + n):
+                state[i] = DONE
+                if heap_store:
+                    heap.touch(ctl, i, DONE)
+                run[done] = i
+                done += 1
+            if done >= most:
+                apply_run(ctl, row, word(ctl, RUN), done)
+                done = np.int64(0)
+        if arrived > first:
+            mark_answered(queue, first, arrived - 1)
+        if wc_status != WcStatus.SUCCESS:
+            if done > 0:
+                apply_run(ctl, row, word(ctl, RUN), done)
+                done = np.int64(0)
+            fail(ctl, worker, queue, last, wc_status)
+            chunk, batch = np.int64(-1), np.int64(-1)
+        elif peek(queue + QUEUE_STATE * WORD) == QueueState.PROBING:
+            tell(ctl, worker, queue, QueueState.READY)
+        elif peek(queue + QUEUE_STATE * WORD) == QueueState.BROKEN:
+            look_drained(ctl, worker, queue)
+    if done > 0:
+        apply_run(ctl, row, word(ctl, RUN), done)
+    raise_word(worker + WORKER_OUTSTANDING * WORD, -answered)
+    raise_word(cq + CQ_CREDITS * WORD, answered)
     return taken

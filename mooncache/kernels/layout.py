@@ -163,7 +163,6 @@ STORE = _next()  # Store
 POLICY = _next()  # Policy
 SLICE_BYTES = _next()
 TAIL_BYTES = _next()
-QUEUE_DEPTH = _next()  # work requests outstanding on one queue pair
 CHAIN = _next()  # work requests behind one doorbell
 POLL_LOT = _next()
 RETRIES = _next()
@@ -201,7 +200,7 @@ SLEEPING = _next()  # 2 words of who sleeps or wakes: all that a worker's thread
 _SLEEPING_END = _next()
 REFUSED = _next()  # index of the request that the last refused submit stumbled over
 WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
-GATHERS = _next()  # worker: ibv_sge[CHAIN]
+GATHERS = _next()  # worker: ibv_sge[CHAIN x SLICES_GATHERED]
 COMPLETIONS = _next()  # worker: ibv_wc[POLL_LOT]
 RUN = _next()  # worker: int64[POLL_LOT], slots completed by one poll
 BLOCK_WORDS = -(-_next() // 8) * 8
@@ -256,16 +255,71 @@ BATCH_NOTE_NEXT = 27  # next batch in the endpoint's queue of those with a notif
 BATCH_WORDS = 32  # four cache lines, so that two workers never share one
 
 # ------------------------------------------------------------------ endpoint rows: a worker's side of one peer
-ENDPOINT_QP = 0  # ibv_qp address, 0 when not connected
-ENDPOINT_OUTSTANDING = 1
-ENDPOINT_FIRST = 2  # first batch with slices to post, -1
-ENDPOINT_LAST = 3  # right behind the first, see `batch.append`
-ENDPOINT_NOTE_FIRST = 4  # first batch with a notification, in the order of submission, -1
-ENDPOINT_NOTE_LAST = 5  # right behind the first
+ENDPOINT_QUEUES = 0  # address of int64[count], its queue rows for data
+ENDPOINT_COUNT = 1
+ENDPOINT_NOTES = 2  # address of the queue row for notifications; may be one of those for data
+ENDPOINT_FIRST = 3  # first batch with slices to post, -1
+ENDPOINT_LAST = 4  # right behind the first, see `batch.append`
+ENDPOINT_NOTE_FIRST = 5  # first batch with a notification, in the order of submission, -1
+ENDPOINT_NOTE_LAST = 6  # right behind the first
+ENDPOINT_LOST = 7  # 1: the peer is gone, fail whatever is for it
 ENDPOINT_WORDS = 8  # a cache line
 
+# ------------------------------------------------------------------ queue rows: one queue pair
+# Written by the worker, but ORDER by whoever gives one, and all of the row by `State.connect` while it is closed.
+QUEUE_HEAD = 0  # work requests ever posted; the low half is the next one's sequence number
+QUEUE_TAIL = 1  # of those, how many are answered without a gap
+QUEUE_QP = 2  # ibv_qp address
+QUEUE_ENTRIES = 3  # address of int64[mask + 1]: what is in flight, see kernels/queue.py
+QUEUE_MASK = 4
+QUEUE_DEPTH = 5  # most work requests in flight: its credits
+QUEUE_LOOSE = 6  # work requests since the last one that asked for a completion
+QUEUE_TAG = 7  # index << 48 | incarnation << 32: upper half of its work requests' ids
+QUEUE_CQ = 8  # address of the row of its completion queue
+QUEUE_LKEYS = 9  # offset of its NIC's keys in the local table's, bytes
+QUEUE_RKEYS = 10  # the same in the peer's table
+QUEUE_SIGNAL = 11  # a completion is asked for every so many work requests
+QUEUE_GATHERS = 12  # most slices of one work request
+QUEUE_INLINE = 13  # bytes up to which a write carries its data in the work request
+QUEUE_WEIGHT = 14  # share of the load it should have, 1 to WEIGHT_ONE
+QUEUE_BREAKS = 15  # 1: any error breaks it, as a NIC's; 0: a software wire's goes on
+QUEUE_STATE = 16  # QueueState
+QUEUE_ORDER = 17  # Order
+QUEUE_HELD = 18  # entries that came back from a broken queue and wait for what is decided
+QUEUE_CAUSE = 19  # wc_status of the error that broke it
+QUEUE_ENDPOINT = 20  # address of its endpoint's row
+QUEUE_WORDS = 24
+WEIGHT_ONE = 1024
+
+# ------------------------------------------------------------------ completion queue rows, of one worker
+CQ_ADDRESS = 0  # ibv_cq
+CQ_CREDITS = 1  # completions it still has room for
+CQ_WORDS = 8
+
+
+class QueueState(IntEnum):
+    """The life of a queue pair. A software wire's is only ever READY."""
+
+    CLOSED = 0  # nothing in flight; whoever connects it may write the row
+    READY = 1
+    BROKEN = 2  # an error came; nothing is posted, what is in flight comes back flushed
+    DRAINED = 3  # all of it has come back; waits for an order
+    RETURNING = 4  # what came back is being posted on other queues
+    PROBING = 5  # connected anew; ready when an empty write gets through
+
+
+class Order(IntEnum):
+    """What the owner of a connection asks of the worker."""
+
+    NONE = 0
+    BREAK = 1  # post nothing more; the queue pair is in its error state already
+    RETURN = 2  # drained, and nothing of it can reach the peer any more: post it elsewhere
+    LOSE = 3  # the peer is gone: fail everything
+    PROBE = 4  # the queue pair is connected anew
+
+
 # ------------------------------------------------------------------ worker rows
-WORKER_CQ = 0  # ibv_cq address
+WORKER_CQS = 0  # address of the rows of its completion queues
 WORKER_RING = 1  # ring of batches submitted to it
 WORKER_BELL = 2  # futex
 WORKER_PARKED = 3  # 1: asleep on the bell
@@ -285,7 +339,14 @@ WORKER_NOTES = 16  # batches with a notification, all endpoints
 WORKER_IDLE_SINCE = 17  # when it last found nothing to do after something, ns; 0: it is not idle
 WORKER_YIELDS_BAD = 18  # idle moments to come in which it sleeps at once, since its core is wanted
 WORKER_YIELDS_PENALTY = 19  # how many the last bad one brought
-WORKER_WORDS = 24
+WORKER_CQ_COUNT = 20
+WORKER_QUEUES = 21  # address of int64[]: its queue rows by index
+WORKER_QUEUE_COUNT = 22
+WORKER_ORDERS = 23  # orders given to its queues and not yet seen; anyone
+WORKER_SPINS = 24  # 1: no descriptor tells of completions, so it polls while there is anything in flight
+WORKER_TROUBLE_FD = 25  # eventfd that is written to when a queue's state changes, or -1
+WORKER_UNDECIDED = 26  # queues that are broken or drained, or whose work requests are being returned
+WORKER_WORDS = 32
 EPOCH_QUIET = (1 << 62) - 1
 
 # ------------------------------------------------------------------ region tables
@@ -293,7 +354,7 @@ TABLE_COUNT = 0
 TABLE_BASES = 1  # address of int64[REGIONS], ascending
 TABLE_ENDS = 2  # address of int64[REGIONS]
 TABLE_SLOTS = 3  # address of int64[REGIONS]
-TABLE_KEYS = 4  # address of int64[REGIONS], by slot: lkey or rkey
+TABLE_KEYS = 4  # address of int64[NICS, REGIONS], by NIC and slot: lkey or rkey
 TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
 TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
 TABLE_WORDS = 8

@@ -8,10 +8,10 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import i16, i32, i64, peek, poke, u32
+from mooncache.kernels.atomics import i16, i32, i64, peek, poke
 from mooncache.kernels.batch import append, remove
 from mooncache.kernels.complete import fail_slice, settle
-from mooncache.kernels.handle import GENERATION_MASK, SLOT_MASK, batch_row
+from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CANCELLED,
@@ -29,18 +29,29 @@ from mooncache.kernels.layout import (
     BATCH_UNPOSTED,
     CHAIN,
     CHUNK_BATCH,
-    CHUNK_GENERATION,
     CHUNK_NEXT,
     CHUNK_SLICES,
     COUNTERS,
+    CQ_CREDITS,
     ENDPOINT_FIRST,
+    ENDPOINT_LOST,
     ENDPOINT_NOTE_FIRST,
-    ENDPOINT_OUTSTANDING,
-    ENDPOINT_QP,
+    ENDPOINT_NOTES,
+    GATHERS,
     LOCAL_TABLE,
     PEER_TABLES,
-    QUEUE_DEPTH,
-    RING_EMPTY,
+    QUEUE_CQ,
+    QUEUE_ENTRIES,
+    QUEUE_GATHERS,
+    QUEUE_HEAD,
+    QUEUE_INLINE,
+    QUEUE_LKEYS,
+    QUEUE_LOOSE,
+    QUEUE_MASK,
+    QUEUE_QP,
+    QUEUE_RKEYS,
+    QUEUE_SIGNAL,
+    QUEUE_TAG,
     SCRATCH,
     SLICE_LENGTH,
     SLICE_LOCAL,
@@ -60,19 +71,34 @@ from mooncache.kernels.layout import (
     Opcode,
     Slice,
 )
-from mooncache.kernels.ring import first, pop, push
+from mooncache.kernels.queue import (
+    SEQUENCE_MASK,
+    SIGNALED,
+    SLICES_MASK,
+    SLICES_SHIFT,
+    break_queue,
+    entry_at,
+    in_flight,
+    room,
+)
+from mooncache.kernels.ring import pop, push, waiting
+from mooncache.kernels.spread import NOBODY, choose
 from mooncache.kernels.verbs import (
     ENOMEM,
+    SEND_INLINE,
+    SEND_SIGNALED,
     SGE_ADDR,
+    SGE_BYTES,
     SGE_LENGTH,
-    SGE_LKEY,
     WR_BYTES,
     WR_ID,
     WR_NEXT,
-    WR_OPCODE,
+    WR_NUM_SGE,
     WR_REMOTE_ADDR,
     WR_RKEY,
+    WR_SEND_FLAGS,
     WR_SG_LIST,
+    WcStatus,
     post_send,
 )
 from mooncache.kernels.worker import endpoint_row
@@ -83,46 +109,108 @@ BAD_WR = SCRATCH + 2
 
 
 @kernel
-def build_run(ctl, row, slot, n, wr):
-    """Write the work requests of the slots `slot .. slot + n - 1`, all of one chunk, from the struct at `wr` on."""
+def build_chain(ctl, row, queue, chunk, offset, wrs, slices):
+    """Write up to `wrs` work requests for the batch's next slices, from `offset` of `chunk` on, at most `slices`.
+
+    Slices that lie side by side at the target share a work request as far as the queue gathers. A completion is asked
+    for every QUEUE_SIGNAL work requests and at the chain's end. Writes: work requests, gather lists, the queue's
+    entries from its head on. Returns (work requests, slices, chunk, offset) as they are afterwards.
+    """
     source, target = i64(word(ctl, SLICE_SOURCE)), i64(word(ctl, SLICE_TARGET))
     length, state = i32(word(ctl, SLICE_LENGTH)), i16(word(ctl, SLICE_STATE))
     local, remote = i16(word(ctl, SLICE_LOCAL)), i16(word(ctl, SLICE_REMOTE))
-    lkey = i64(peek(word(ctl, LOCAL_TABLE) + TABLE_KEYS * WORD))
-    rkey = i64(peek(i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)] + TABLE_KEYS * WORD))
+    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    peer_table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    lkey = i64(peek(word(ctl, LOCAL_TABLE) + TABLE_KEYS * WORD) + peek(queue + QUEUE_LKEYS * WORD))
+    rkey = i64(peek(peer_table + TABLE_KEYS * WORD) + peek(queue + QUEUE_RKEYS * WORD))
     opcode = peek(row + BATCH_OPCODE * WORD)
-    generation = (i64(word(ctl, CHUNK_GENERATION))[slot // SLOTS] & GENERATION_MASK) << 32
-    sge = peek(wr + WR_SG_LIST)
-    for i in range(n):
-        poke(sge + SGE_ADDR, source[slot + i])
-        u32(sge + SGE_LENGTH)[0] = length[slot + i]
-        u32(sge + SGE_LKEY)[0] = lkey[local[slot + i]]
-        poke(wr + WR_ID, generation | (slot + i))
-        u32(wr + WR_OPCODE)[0] = opcode
-        poke(wr + WR_REMOTE_ADDR, target[slot + i])
-        poke(wr + WR_RKEY, rkey[remote[slot + i]])  # a NIC reads the low half, a software wire all of it
-        state[slot + i] = POSTED
-        wr += WR_BYTES
-        sge += 16
+    tag, head = peek(queue + QUEUE_TAG * WORD), peek(queue + QUEUE_HEAD * WORD)
+    entries, mask = peek(queue + QUEUE_ENTRIES * WORD), peek(queue + QUEUE_MASK * WORD)
+    signal, gathers = peek(queue + QUEUE_SIGNAL * WORD), peek(queue + QUEUE_GATHERS * WORD)
+    inline = peek(queue + QUEUE_INLINE * WORD) if opcode == Opcode.WRITE else np.int64(0)
+    loose = peek(queue + QUEUE_LOOSE * WORD)
+    wr, sge = word(ctl, WORK_REQUESTS) - WR_BYTES, word(ctl, GATHERS)
+    built, taken, gathered = np.int64(0), np.int64(0), np.int64(0)
+    end, there, entry, flags = np.int64(-1), np.int64(-1), np.int64(0), np.int64(0)
+    while taken < slices:
+        first = chunk * SLOTS + offset
+        last = first + min(used[chunk] - offset, slices - taken)
+        slot = first
+        while slot < last:
+            bytes_ = np.int64(length[slot])
+            if 0 < gathered < gathers and target[slot] == end and remote[slot] == there:
+                gathered += 1
+                flags &= ~SEND_INLINE
+                poke(wr + WR_NUM_SGE, opcode << 32 | gathered)
+                poke(wr + WR_SEND_FLAGS, flags)
+                poke(entry, peek(entry) + (1 << SLICES_SHIFT))
+            else:
+                if built == wrs:
+                    break
+                wr += WR_BYTES
+                loose += 1
+                flags = np.int64(0)
+                entry = entries + ((head + built) & mask) * WORD
+                if loose == signal:
+                    loose, flags = np.int64(0), np.int64(SEND_SIGNALED)
+                    poke(entry, slot | 1 << SLICES_SHIFT | SIGNALED)
+                else:
+                    poke(entry, slot | 1 << SLICES_SHIFT)
+                if bytes_ <= inline:
+                    flags |= SEND_INLINE
+                there = np.int64(remote[slot])
+                poke(wr + WR_ID, tag | ((head + built) & SEQUENCE_MASK))
+                poke(wr + WR_SG_LIST, sge)
+                poke(wr + WR_NUM_SGE, opcode << 32 | 1)  # the number of ranges, and behind it the opcode
+                poke(wr + WR_SEND_FLAGS, flags)
+                poke(wr + WR_REMOTE_ADDR, target[slot])
+                poke(wr + WR_RKEY, rkey[there])  # a NIC reads the low half, a software wire all of it
+                built += 1
+                gathered = np.int64(1)
+            poke(sge + SGE_ADDR, source[slot])
+            poke(sge + SGE_LENGTH, bytes_ | lkey[local[slot]] << 32)  # the length, and behind it the key
+            sge += SGE_BYTES
+            state[slot] = POSTED
+            end = target[slot] + bytes_
+            slot += 1
+        taken += slot - first
+        offset += slot - first
+        if offset == used[chunk]:
+            chunk, offset = next_[chunk], np.int64(0)
+            gathered = np.int64(0)  # an entry's slots are of one chunk
+        if slot < last:
+            break
+    if loose > 0:
+        poke(wr + WR_SEND_FLAGS, flags | SEND_SIGNALED)
+        poke(entry, peek(entry) | SIGNALED)
+    return built, taken, chunk, offset
 
 
 @kernel
-def build_note(ctl, slot, wr):
-    """Write the work request of a notification."""
-    generation = (i64(word(ctl, CHUNK_GENERATION))[slot // SLOTS] & GENERATION_MASK) << 32
-    sge = peek(wr + WR_SG_LIST)
+def build_note(ctl, queue, slot, wr):
+    """Write the work request of a notification, and its entry at the queue's head."""
+    sge = word(ctl, GATHERS)
     poke(sge + SGE_ADDR, i64(word(ctl, SLICE_SOURCE))[slot])
-    u32(sge + SGE_LENGTH)[0] = i32(word(ctl, SLICE_LENGTH))[slot]
-    u32(sge + SGE_LKEY)[0] = 0
-    poke(wr + WR_ID, generation | slot)
-    u32(wr + WR_OPCODE)[0] = Opcode.SEND
-    poke(wr + WR_REMOTE_ADDR, 0)
-    poke(wr + WR_RKEY, 0)
+    poke(sge + SGE_LENGTH, np.int64(i32(word(ctl, SLICE_LENGTH))[slot]))
+    build_plain(queue, wr, Opcode.SEND, sge, 1, slot | 1 << SLICES_SHIFT)
     i16(word(ctl, SLICE_STATE))[slot] = POSTED
 
 
 @kernel
-def ring_doorbell(ctl, endpoint, n):
+def build_plain(queue, wr, opcode, sge, ranges, entry):
+    """Write a work request that no region's key is needed for, and its entry at the queue's head."""
+    head = peek(queue + QUEUE_HEAD * WORD)
+    poke(wr + WR_ID, peek(queue + QUEUE_TAG * WORD) | (head & SEQUENCE_MASK))
+    poke(wr + WR_SG_LIST, sge)
+    poke(wr + WR_NUM_SGE, opcode << 32 | ranges)
+    poke(wr + WR_SEND_FLAGS, SEND_SIGNALED)
+    poke(wr + WR_REMOTE_ADDR, 0)
+    poke(wr + WR_RKEY, 0)
+    poke(entry_at(queue, head), entry | SIGNALED)
+
+
+@kernel
+def ring_doorbell(ctl, worker, queue, n):
     """Post the first `n` prepared work requests as one chain.
 
     Returns how many the provider accepted, and whether the first refused one can never be accepted: an errno other
@@ -134,22 +222,37 @@ def ring_doorbell(ctl, endpoint, n):
     last = wr + (n - 1) * WR_BYTES
     after = peek(last + WR_NEXT)
     poke(last + WR_NEXT, 0)
-    error = post_send(peek(endpoint + ENDPOINT_QP * WORD), wr, ctl + BAD_WR * WORD)
+    error = post_send(peek(queue + QUEUE_QP * WORD), wr, ctl + BAD_WR * WORD)
     poke(last + WR_NEXT, after)
-    if error == 0:
-        return n, False
-    accepted = (peek(ctl + BAD_WR * WORD) - wr) // WR_BYTES
-    raise_word(word(ctl, COUNTERS) + Kind.WORK_REQUESTS * WORD, accepted - n)
-    hopeless = error != ENOMEM or (accepted == 0 and peek(endpoint + ENDPOINT_OUTSTANDING * WORD) == 0)
+    accepted, hopeless = n, False
+    if error != 0:
+        accepted = (peek(ctl + BAD_WR * WORD) - wr) // WR_BYTES
+        raise_word(word(ctl, COUNTERS) + Kind.WORK_REQUESTS * WORD, accepted - n)
+        hopeless = error != ENOMEM or (accepted == 0 and in_flight(queue) == 0)
+    raise_word(queue + QUEUE_HEAD * WORD, accepted)
+    raise_word(worker + WORKER_OUTSTANDING * WORD, accepted)
+    raise_word(peek(queue + QUEUE_CQ * WORD) + CQ_CREDITS * WORD, -accepted)
+    poke(queue + QUEUE_LOOSE * WORD, loose_end(queue) if accepted < n else 0)
     return accepted, hopeless
 
 
 @kernel
-def note_posted(worker, endpoint, row, n):
-    """Remember that `n` more work requests of the batch are with the NIC."""
-    raise_word(row + BATCH_POSTED * WORD, n)
-    raise_word(endpoint + ENDPOINT_OUTSTANDING * WORD, n)
-    raise_word(worker + WORKER_OUTSTANDING * WORD, n)
+def loose_end(queue):
+    """After a short post: how many of the last work requests in flight asked for no completion."""
+    head, n = peek(queue + QUEUE_HEAD * WORD), np.int64(0)
+    while n < in_flight(queue) and peek(entry_at(queue, head - 1 - n)) & SIGNALED == 0:
+        n += 1
+    return n
+
+
+@kernel
+def post_marker(ctl, worker, queue):
+    """Post an empty write that asks for a completion: for those before that did not, or to see if it gets through."""
+    build_plain(queue, word(ctl, WORK_REQUESTS), Opcode.WRITE, 0, 0, 0)
+    accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
+    if refused:
+        break_queue(worker, queue, WcStatus.LOC_QP_OP_ERR)
+    return accepted
 
 
 @kernel
@@ -171,47 +274,51 @@ def answer_unposted(ctl, row, n, status):
 
 
 @kernel
-def post_chain(ctl, worker, endpoint, row, n):
-    """Build and post the next `n` slices of the batch; returns how many left the queue, posted or refused for good."""
-    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+def post_chain(ctl, worker, row, queue, n):
+    """Build and post a chain of up to `n` work requests of the batch; returns slices that left its queue, for good."""
+    left = peek(row + BATCH_UNPOSTED * WORD)
     chunk, offset = peek(row + BATCH_CURSOR * WORD), peek(row + BATCH_OFFSET * WORD)
-    wr, built = word(ctl, WORK_REQUESTS), np.int64(0)
-    while built < n:
-        run = min(n - built, used[chunk] - offset)
-        build_run(ctl, row, chunk * SLOTS + offset, run, wr + built * WR_BYTES)
-        built += run
-        offset += run
-        if offset == used[chunk]:
-            chunk, offset = next_[chunk], np.int64(0)
-    accepted, refused = ring_doorbell(ctl, endpoint, n)
-    note_posted(worker, endpoint, row, accepted)
-    if accepted == n:
+    built, taken, chunk, offset = build_chain(ctl, row, queue, chunk, offset, n, left)
+    accepted, refused = ring_doorbell(ctl, worker, queue, built)
+    if accepted == built:
         poke(row + BATCH_CURSOR * WORD, chunk)
         poke(row + BATCH_OFFSET * WORD, offset)
-        raise_word(row + BATCH_UNPOSTED * WORD, -n)
-        return n
-    retreat(ctl, row, accepted, n)
+        raise_word(row + BATCH_UNPOSTED * WORD, -taken)
+        raise_word(row + BATCH_POSTED * WORD, taken)
+        return taken
+    posted = retreat(ctl, row, slices_of_last(queue, accepted), taken)
     if refused:
         answer_unposted(ctl, row, 1, Status.LOCAL_ERROR)
-        return accepted + 1
-    return accepted
+        return posted + 1
+    return posted
 
 
 @kernel
-def retreat(ctl, row, accepted, built):
-    """After a short post: move the cursor over the accepted slices only, and call the others waiting again."""
+def slices_of_last(queue, n):
+    """Slices of the last `n` work requests in flight."""
+    head, slices = peek(queue + QUEUE_HEAD * WORD), np.int64(0)
+    for sequence in range(head - n, head):
+        slices += (peek(entry_at(queue, sequence)) >> SLICES_SHIFT) & SLICES_MASK
+    return slices
+
+
+@kernel
+def retreat(ctl, row, posted, built):
+    """After a short post: move the cursor over the posted slices only, and call the others waiting again."""
     state, next_, used = i16(word(ctl, SLICE_STATE)), i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
     chunk, offset = peek(row + BATCH_CURSOR * WORD), peek(row + BATCH_OFFSET * WORD)
     for i in range(built):
-        if i == accepted:
+        if i == posted:
             poke(row + BATCH_CURSOR * WORD, chunk)
             poke(row + BATCH_OFFSET * WORD, offset)
-        if i >= accepted:
+        if i >= posted:
             state[chunk * SLOTS + offset] = WAITING
         offset += 1
         if offset == used[chunk]:
             chunk, offset = next_[chunk], np.int64(0)
-    raise_word(row + BATCH_UNPOSTED * WORD, -accepted)
+    raise_word(row + BATCH_UNPOSTED * WORD, -posted)
+    raise_word(row + BATCH_POSTED * WORD, posted)
+    return posted
 
 
 # ------------------------------------------------------------------------------ the endpoint's queue of batches
@@ -234,25 +341,30 @@ def dequeue(ctl, worker, endpoint, row):
 
 
 @kernel
-def post_batches(ctl, worker, endpoint):
-    """Post whole chains from the endpoint's queue while it has credits for them; returns slices that left the queue.
+def post_batches(ctl, worker, index, endpoint):
+    """Post chains from the endpoint's queue of batches while its queue pairs have room; returns slices that left it.
 
-    A chain is posted when it is complete, so that doorbells stay rare; chains are at most half the queue's depth, so
-    that this never leaves the queue empty.
+    A chain is posted when it is complete, so that doorbells stay rare.
     """
     moved = np.int64(0)
-    chain, depth = word(ctl, CHAIN), word(ctl, QUEUE_DEPTH)
     while peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
         row = batch_row(ctl, peek(endpoint + ENDPOINT_FIRST * WORD))
-        n = min(chain, peek(row + BATCH_UNPOSTED * WORD))
-        if n > depth - peek(endpoint + ENDPOINT_OUTSTANDING * WORD):
+        if peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+            moved += peek(row + BATCH_UNPOSTED * WORD)
+            stop_posting(ctl, worker, index, row, Status.PEER_GONE)
+            continue
+        n = min(word(ctl, CHAIN), peek(row + BATCH_UNPOSTED * WORD))
+        queue = choose(endpoint, n)
+        if queue == NOBODY:
             return moved
-        posted = post_chain(ctl, worker, endpoint, row, n)
+        posted = post_chain(ctl, worker, row, queue, min(n, room(queue)))
         moved += posted
+        if peek(queue + QUEUE_LOOSE * WORD) > 0:
+            post_marker(ctl, worker, queue)
         if peek(row + BATCH_UNPOSTED * WORD) == 0:
             dequeue(ctl, worker, endpoint, row)
             settle(ctl, row)
-        if posted < n:
+        if posted == 0:
             return moved
     return moved
 
@@ -261,15 +373,15 @@ def post_batches(ctl, worker, endpoint):
 @kernel
 def post_note(ctl, worker, endpoint):
     """Post the notification whose turn it is at this endpoint, if it waits for nothing else; returns how many."""
-    first_one = peek(endpoint + ENDPOINT_NOTE_FIRST * WORD)
-    if first_one < 0 or peek(endpoint + ENDPOINT_OUTSTANDING * WORD) >= word(ctl, QUEUE_DEPTH):
+    first_one, queue = peek(endpoint + ENDPOINT_NOTE_FIRST * WORD), peek(endpoint + ENDPOINT_NOTES * WORD)
+    if first_one < 0:
         return np.int64(0)
     row = batch_row(ctl, first_one)
-    if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN:
+    if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN or room(queue) < 1:
         return np.int64(0)
     slot = peek(row + BATCH_NOTE * WORD)
-    build_note(ctl, slot, word(ctl, WORK_REQUESTS))
-    accepted, refused = ring_doorbell(ctl, endpoint, np.int64(1))
+    build_note(ctl, queue, slot, word(ctl, WORK_REQUESTS))
+    accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
     if accepted == 0 and not refused:
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         return np.int64(0)
@@ -278,55 +390,55 @@ def post_note(ctl, worker, endpoint):
         fail_slice(ctl, row, slot, Status.LOCAL_ERROR)
         settle(ctl, row)
     else:
-        note_posted(worker, endpoint, row, accepted)
+        raise_word(row + BATCH_POSTED * WORD, 1)
     return np.int64(1)
 
 
 # ------------------------------------------------------------------------------ slices posted again
 @kernel
 def post_retries(ctl, worker, index):
-    """Post slices from the retry ring, a chain of one batch at a time; returns how many left it."""
+    """Look once at every slice in the retry ring; returns how many left it. Those that find no room stay."""
     ring, owner = peek(worker + WORKER_RETRY_RING * WORD), i64(word(ctl, CHUNK_BATCH))
-    state = i16(word(ctl, SLICE_STATE))
     moved = np.int64(0)
-    while True:
-        slot = first(ring)
-        if slot == RING_EMPTY:
-            return moved
+    for _ in range(waiting(ring)):
+        slot = pop(ring)
         row = batch_row(ctl, owner[slot // SLOTS])
-        if peek(row + BATCH_CANCELLED * WORD) != 0:
-            pop(ring)
-            fail_slice(ctl, row, slot, peek(row + BATCH_CANCELLED * WORD))
+        endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
+        status = peek(row + BATCH_CANCELLED * WORD)
+        if status == 0 and peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+            status = np.int64(Status.PEER_GONE)
+        if status != 0:
+            fail_slice(ctl, row, slot, status)
             settle(ctl, row)
             moved += 1
-            continue
-        endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
-        room = min(word(ctl, CHAIN), word(ctl, QUEUE_DEPTH) - peek(endpoint + ENDPOINT_OUTSTANDING * WORD))
-        n = np.int64(0)
-        while n < room and slot != RING_EMPTY and batch_row(ctl, owner[slot // SLOTS]) == row:
-            if slot == peek(row + BATCH_NOTE * WORD):
-                build_note(ctl, slot, word(ctl, WORK_REQUESTS) + n * WR_BYTES)
-            else:
-                build_run(ctl, row, slot, 1, word(ctl, WORK_REQUESTS) + n * WR_BYTES)
-            pop(ring)
-            n += 1
-            slot = first(ring)
-        if n == 0:
-            return moved
-        accepted, refused = ring_doorbell(ctl, endpoint, n)
-        note_posted(worker, endpoint, row, accepted)
-        moved += accepted
-        for i in range(accepted, n):
-            again = peek(word(ctl, WORK_REQUESTS) + i * WR_BYTES + WR_ID) & SLOT_MASK
-            if i == accepted and refused:
-                fail_slice(ctl, row, again, Status.LOCAL_ERROR)
-                moved += 1
-            else:
-                state[again] = WAITING
-                push(ring, again)
+        elif post_again(ctl, worker, row, endpoint, slot):
+            moved += 1
+        else:
+            push(ring, slot)
+    return moved
+
+
+@kernel
+def post_again(ctl, worker, row, endpoint, slot):
+    """Post one slice on its own; False when no queue takes it now."""
+    if slot == peek(row + BATCH_NOTE * WORD):
+        queue = peek(endpoint + ENDPOINT_NOTES * WORD)
+        if room(queue) < 1:
+            return False
+        build_note(ctl, queue, slot, word(ctl, WORK_REQUESTS))
+    else:
+        queue = choose(endpoint, np.int64(1))
+        if queue == NOBODY:
+            return False
+        build_chain(ctl, row, queue, slot // SLOTS, slot % SLOTS, 1, 1)
+    accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
+    raise_word(row + BATCH_POSTED * WORD, accepted)
+    if refused:
+        fail_slice(ctl, row, slot, Status.LOCAL_ERROR)
         settle(ctl, row)
-        if accepted < n:
-            return moved
+    elif accepted == 0:
+        i16(word(ctl, SLICE_STATE))[slot] = WAITING
+    return accepted == 1 or refused
 
 
 # ------------------------------------------------------------------------------ batches that stop early

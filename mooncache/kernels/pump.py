@@ -11,8 +11,8 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import call_word, fence, load, pause, peek, poke, store
-from mooncache.kernels.complete import poll, settle
+from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, poke, store
+from mooncache.kernels.complete import give_up, look_drained, poll, return_held, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
@@ -23,11 +23,16 @@ from mooncache.kernels.layout import (
     BATCH_REMAINING,
     BATCH_UNPOSTED,
     COUNTERS,
+    CQ_ADDRESS,
+    CQ_WORDS,
     ENDPOINT_FIRST,
+    ENDPOINT_LOST,
     HORIZON,
     NEXT_COMPLETION,
     NOW,
     POLICY,
+    QUEUE_ENDPOINT,
+    QUEUE_STATE,
     REAPER_PERIOD,
     RETIRED_RING,
     RING_EMPTY,
@@ -43,29 +48,47 @@ from mooncache.kernels.layout import (
     VIRTUAL,
     WORD,
     WORKER_BELL,
-    WORKER_CQ,
+    WORKER_CQ_COUNT,
+    WORKER_CQS,
     WORKER_DEADLINES,
     WORKER_EPOLL,
     WORKER_IDLE_SINCE,
     WORKER_NOTES,
+    WORKER_ORDERS,
     WORKER_OUTSTANDING,
     WORKER_PARKED,
     WORKER_PEERS,
+    WORKER_QUEUE_COUNT,
     WORKER_QUEUED,
+    WORKER_QUEUES,
     WORKER_RETRY_RING,
     WORKER_RING,
     WORKER_SERVES,
+    WORKER_SPINS,
+    WORKER_UNDECIDED,
     WORKER_YIELDS_BAD,
     WORKER_YIELDS_PENALTY,
     Kind,
+    Order,
     Policy,
+    QueueState,
 )
 from mooncache.kernels.linux import epoll_wait, sched_yield
 from mooncache.kernels.note import enqueue_note
-from mooncache.kernels.post import enqueue, overdue, post_batches, post_note, post_retries, stop_posting
+from mooncache.kernels.post import (
+    enqueue,
+    overdue,
+    post_batches,
+    post_marker,
+    post_note,
+    post_retries,
+    stop_posting,
+)
+from mooncache.kernels.queue import break_queue, reincarnate, take_order
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first, pop
+from mooncache.kernels.verbs import WcStatus
 from mooncache.kernels.worker import end_turn, endpoint_row, sleep_on, take_turn, worker_row
 
 NS_PER_MS = 1_000_000
@@ -126,11 +149,50 @@ def post(ctl, worker, index):
         for peer in range(peek(worker + WORKER_PEERS * WORD)):
             endpoint = endpoint_row(ctl, index, peer)
             if peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
-                moved += post_batches(ctl, worker, endpoint)
+                moved += post_batches(ctl, worker, index, endpoint)
     if peek(worker + WORKER_NOTES * WORD) > 0:
         for peer in range(peek(worker + WORKER_PEERS * WORD)):
             moved += post_note(ctl, worker, endpoint_row(ctl, index, peer))
     return moved
+
+
+@kernel
+def decide(ctl, worker):
+    """Carry out orders given to queue pairs, and go on returning what came back from broken ones; how much happened."""
+    happened, queues = np.int64(0), i64(peek(worker + WORKER_QUEUES * WORD))
+    for i in range(load(worker + WORKER_QUEUE_COUNT * WORD)):
+        queue = queues[i]
+        order = take_order(worker, queue)
+        if order != Order.NONE:
+            obey(ctl, worker, queue, order)
+            happened += 1
+        if peek(queue + QUEUE_STATE * WORD) == QueueState.RETURNING:
+            happened += return_held(ctl, worker, queue)
+    return happened
+
+
+@kernel
+def obey(ctl, worker, queue, order):
+    """Carry out one order; see kernels/queue.py."""
+    state = peek(queue + QUEUE_STATE * WORD)
+    if order == Order.BREAK:
+        break_queue(worker, queue, WcStatus.WR_FLUSH_ERR)
+        look_drained(ctl, worker, queue)
+    elif order == Order.RETURN and state == QueueState.DRAINED:
+        poke(queue + QUEUE_STATE * WORD, QueueState.RETURNING)
+    elif order == Order.LOSE:
+        poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 1)
+        break_queue(worker, queue, WcStatus.REM_ABORT_ERR)
+        if state == QueueState.DRAINED or state == QueueState.RETURNING:
+            give_up(ctl, worker, queue)
+        else:
+            look_drained(ctl, worker, queue)
+    elif order == Order.PROBE and state == QueueState.CLOSED:
+        poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 0)
+        reincarnate(queue)
+        poke(queue + QUEUE_STATE * WORD, QueueState.PROBING)
+        post_marker(ctl, worker, queue)
+        look_drained(ctl, worker, queue)
 
 
 @kernel
@@ -153,6 +215,8 @@ def busy(ctl, worker):
         or peek(worker + WORKER_QUEUED * WORD) > 0
         or first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
         or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
+        or peek(worker + WORKER_UNDECIDED * WORD) > 0
+        or load(worker + WORKER_ORDERS * WORD) > 0
         or retired_waits(ctl)
     )
 
@@ -174,7 +238,7 @@ def sleep_on_descriptors(ctl, worker, ns):
 @kernel
 def work_waits(ctl, worker):
     """Whether there is something to do that no descriptor will tell of."""
-    if peek(worker + WORKER_EPOLL * WORD) < 0:
+    if peek(worker + WORKER_SPINS * WORD) != 0:
         return busy(ctl, worker)
     return (
         first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
@@ -230,7 +294,7 @@ def lingers(ctl, worker):
 @kernel
 def idle_real(ctl, worker):
     """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
-    if peek(worker + WORKER_EPOLL * WORD) >= 0:
+    if peek(worker + WORKER_SPINS * WORD) == 0:
         if not lingers(ctl, worker):
             park(ctl, worker)
         return
@@ -253,7 +317,10 @@ def idle_virtual(ctl, worker):
     """Nothing happened: let virtual time pass up to the next completion. False when that lies beyond the horizon."""
     if peek(worker + WORKER_OUTSTANDING * WORD) == 0:
         return False
-    due = call_word(word(ctl, NEXT_COMPLETION), peek(worker + WORKER_CQ * WORD))
+    due = np.int64(word(ctl, HORIZON) + 1)
+    for i in range(peek(worker + WORKER_CQ_COUNT * WORD)):
+        cq = peek(worker + WORKER_CQS * WORD) + i * CQ_WORDS * WORD
+        due = min(due, call_word(word(ctl, NEXT_COMPLETION), peek(cq + CQ_ADDRESS * WORD)))
     if due > word(ctl, HORIZON):
         return False
     poke(ctl + NOW * WORD, max(due, word(ctl, NOW)))
@@ -267,9 +334,11 @@ def turn(ctl, worker, index):
     happened = take(ctl, worker, index)
     if peek(worker + WORKER_DEADLINES * WORD) > 0:
         expire(ctl, worker, index)
+    if load(worker + WORKER_ORDERS * WORD) > 0 or peek(worker + WORKER_UNDECIDED * WORD) > 0:
+        happened += decide(ctl, worker)
     happened += post(ctl, worker, index)
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:
-        happened += poll(ctl, worker, index)
+        happened += poll(ctl, worker)
     if happened > 0:
         poke(worker + WORKER_IDLE_SINCE * WORD, 0)
     return happened

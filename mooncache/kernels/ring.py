@@ -48,6 +48,18 @@ def first(ring):
 
 
 @kernel
+def waiting(ring):
+    """How many entries were pushed and not popped. The consumer only."""
+    return load(ring + RING_TAIL * WORD) - peek(ring + RING_HEAD * WORD)
+
+
+@kernel
+def vacant(ring):
+    """How many more entries it can take. The consumer, when it is the only producer."""
+    return peek(ring + RING_MASK * WORD) + 1 - waiting(ring)
+
+
+@kernel
 def pop(ring):
     """Take the oldest entry, or RING_EMPTY. The consumer only."""
     head = peek(ring + RING_HEAD * WORD)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Kind, Policy, Store, aligned
+from mooncache.kernels.layout import WORD, Kind, Policy, QueueState, Store, aligned, power_of_two
+from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.ring import new_ring
-from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
+from mooncache.kernels.verbs import SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
 
 _libc = ctypes.CDLL(None)
+QUEUES_MAX = 1 << 14
+"""Queue pairs of one worker, at most: their index is the uppermost part of a work request's id."""
+
+KEYS_BYTES = limits.REGIONS * WORD
+"""A NIC's keys in a region table."""
 
 
 def function_address(name: str) -> int:
@@ -42,6 +50,7 @@ class Settings:
     chain: int = limits.CHAIN
     poll_lot: int = limits.POLL_LOT
     retries: int = limits.RETRIES
+    signal: int = 0  # ask for a completion every so many work requests; 0: as the wire prefers
     cache_slices: int = limits.CACHE_SLICES
     reaper_lot: int = limits.REAPER_LOT
     reaper_period_ns: int = limits.REAPER_PERIOD_NS
@@ -58,6 +67,7 @@ class Settings:
             "chain": 1 << 12,
             "poll_lot": 1 << 12,
             "retries": 100,
+            "signal": 1 << 12,
             "cache_slices": 1 << 24,
             "reaper_lot": limits.SLICES_MAX,
             "reaper_period_ns": 10**12,
@@ -65,7 +75,7 @@ class Settings:
         }
         for name, most in upper.items():
             value = getattr(self, name)
-            least = 0 if name in ("retries", "cache_slices", "spin_ns") else 1
+            least = 0 if name in ("retries", "signal", "cache_slices", "spin_ns") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise UsageError(f"{name} must be an integer from {least} to {most}, got {value!r}")
 
@@ -86,7 +96,8 @@ class RegionTable:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.header = aligned(layout.TABLE_WORDS)
-        self.bases, self.ends, self.slots, self.keys, self.access = np.zeros((5, limits.REGIONS), np.int64)
+        self.bases, self.ends, self.slots, self.access = np.zeros((4, limits.REGIONS), np.int64)
+        self.keys = np.zeros((limits.NICS, limits.REGIONS), np.int64)
         for field, column in (
             (layout.TABLE_BASES, self.bases),
             (layout.TABLE_ENDS, self.ends),
@@ -113,8 +124,8 @@ class RegionTable:
             return int(self.bases[at]), int(self.ends[at] - self.bases[at])
         return None
 
-    def add(self, address: int, length: int, key: int, access: int) -> int:
-        """Enter a range; returns its slot, which stays the same until `remove`."""
+    def add(self, address: int, length: int, keys: Sequence[int], access: int) -> int:
+        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`."""
         taken = self.overlapping(address, length)
         if taken is not None:
             raise UsageError(
@@ -124,7 +135,7 @@ class RegionTable:
         if not self._free:
             raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
         n, slot = len(self), self._free.pop()
-        self.keys[slot], self.access[slot] = key, access
+        self.keys[: len(keys), slot], self.access[slot] = keys, access
         at = int(np.searchsorted(self.bases[:n], address))
         regions.insert(address_of(self.header), at, address, address + length, slot)
         return slot
@@ -151,6 +162,68 @@ class RegionTable:
         ]
 
 
+class CompletionQueue(NamedTuple):
+    """An `ibv_cq` by its address, and how many completions it holds."""
+
+    address: int
+    entries: int = 1 << 40  # software's do not run over
+
+
+class QueuePair(NamedTuple):
+    """An `ibv_qp` by its address, and what the kernels may do with it."""
+
+    address: int
+    depth: int  # most work requests in flight
+    cq: int = 0  # which of the worker's completion queues reports for it
+    lkeys: int = 0  # index of its NIC here: which of a region's local keys it takes
+    rkeys: int = 0  # index of its NIC at the peer
+    signal: int = 1  # ask for a completion every so many work requests, unless the settings say otherwise
+    gathers: int = 1  # most slices in one work request
+    inline: int = 0  # bytes up to which a write is copied into its work request
+    weight: int = layout.WEIGHT_ONE  # share of the load, see kernels/spread.py
+    breaks: bool = False  # any error breaks it; it is posted to only after an order to probe it
+    notes: bool = False  # for notifications only
+
+
+class QueueRow:
+    """A queue pair as a worker sees it; see `layout` and kernels/queue.py for who writes what."""
+
+    def __init__(self, state: State, worker: int, index: int, pair: QueuePair, endpoint: int) -> None:
+        self.worker, self.pair = worker, pair
+        self.words = aligned(layout.QUEUE_WORDS)
+        self.address = address_of(self.words)
+        self._entries = aligned(power_of_two(pair.depth))
+        cqs = int(state.worker_rows[worker, layout.WORKER_CQS])
+        for field, value in (
+            (layout.QUEUE_QP, pair.address),
+            (layout.QUEUE_ENTRIES, address_of(self._entries)),
+            (layout.QUEUE_MASK, len(self._entries) - 1),
+            (layout.QUEUE_DEPTH, pair.depth),
+            (layout.QUEUE_TAG, index << INDEX_SHIFT | INCARNATION),
+            (layout.QUEUE_CQ, cqs + pair.cq * layout.CQ_WORDS * WORD),
+            (layout.QUEUE_LKEYS, pair.lkeys * KEYS_BYTES),
+            (layout.QUEUE_RKEYS, pair.rkeys * KEYS_BYTES),
+            (layout.QUEUE_SIGNAL, state.settings.signal or pair.signal),
+            (layout.QUEUE_GATHERS, pair.gathers),
+            (layout.QUEUE_INLINE, pair.inline),
+            (layout.QUEUE_WEIGHT, pair.weight),
+            (layout.QUEUE_BREAKS, pair.breaks),
+            (layout.QUEUE_STATE, QueueState.CLOSED if pair.breaks else QueueState.READY),
+            (layout.QUEUE_ENDPOINT, endpoint),
+        ):
+            self.words[field] = value
+
+    @property
+    def state(self) -> QueueState:
+        """Where in its life it is, a moment ago."""
+        return QueueState(int(self.words[layout.QUEUE_STATE]))
+
+    @property
+    def cause(self) -> int:
+        """`ibv_wc_status` of the error that broke it last."""
+        return int(self.words[layout.QUEUE_CAUSE])
+
+
 class Block:
     """One actor's control block: `ctl` is its address. Keeps the actor's own arrays alive."""
 
@@ -173,16 +246,13 @@ class Block:
     def _prepare_work_requests(self, settings: Settings) -> None:
         chain = settings.chain_length
         self.work_requests = np.zeros(chain, SEND_WR)
-        self.gathers = aligned(chain * SGE_BYTES // WORD)
+        self.gathers = aligned(chain * limits.SLICES_GATHERED * SGE_BYTES // WORD)
         self.completions = aligned(settings.poll_lot * WC_BYTES // WORD)
-        self.run = aligned(settings.poll_lot)
-        first_wr, first_sge = address_of(self.work_requests), address_of(self.gathers)
+        self.run = aligned(settings.poll_lot + limits.SLICES_GATHERED)
+        first_wr = address_of(self.work_requests)
         wr = self.work_requests
         wr["next"] = first_wr + WR_BYTES * np.arange(1, chain + 1)
         wr["next"][-1] = 0
-        wr["sg_list"] = first_sge + SGE_BYTES * np.arange(chain)
-        wr["num_sge"] = 1
-        wr["send_flags"] = SEND_SIGNALED
         for field, array in (
             (layout.WORK_REQUESTS, self.work_requests),
             (layout.GATHERS, self.gathers),
@@ -232,21 +302,26 @@ class State:
         self.endpoint_rows = self._hold(
             layout.ENDPOINT_ROWS, aligned(settings.workers * settings.peers * layout.ENDPOINT_WORDS)
         ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
-        self.endpoint_rows[:, :, layout.ENDPOINT_FIRST] = -1
-        self.endpoint_rows[:, :, layout.ENDPOINT_LAST] = -1
+        self.endpoint_rows[:, :, [layout.ENDPOINT_FIRST, layout.ENDPOINT_LAST]] = -1
         self.endpoint_rows[:, :, [layout.ENDPOINT_NOTE_FIRST, layout.ENDPOINT_NOTE_LAST]] = -1
         self._hold(layout.NOTES, np.zeros(settings.batches * limits.NOTE_BYTES, np.uint8))
         self.worker_rows = self._hold(layout.WORKER_ROWS, aligned(settings.workers * layout.WORKER_WORDS)).reshape(
             settings.workers, layout.WORKER_WORDS
         )
         self.worker_rows[:, layout.WORKER_EPOCH] = layout.EPOCH_QUIET
-        self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD]] = -1
+        self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD, layout.WORKER_TROUBLE_FD]] = -1
+        self.worker_rows[:, layout.WORKER_SPINS] = 1
+        self.queues: dict[tuple[int, int], list[QueueRow]] = {}  # by worker and peer
         self.rings: list[np.ndarray] = []
+        self.queue_tables: list[np.ndarray] = []
         for row in self.worker_rows:
             submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
             retries = new_ring(settings.queue_depth * settings.peers)  # everything outstanding may come back
             self.rings += [submissions, retries]
             row[layout.WORKER_RING], row[layout.WORKER_RETRY_RING] = address_of(submissions), address_of(retries)
+            table = aligned(min(settings.peers * limits.QUEUE_PAIRS, QUEUES_MAX))
+            self.queue_tables.append(table)
+            row[layout.WORKER_QUEUES] = address_of(table)
         self._hold(layout.RETIRED_RING, new_ring(settings.batches))
         self.shared = self._hold(layout.SHARED, aligned(layout.SHARED_WORDS))
         self.shared[layout.SHARED_FREE_CHUNKS] = 1
@@ -275,7 +350,6 @@ class State:
             (layout.POLICY, s.policy),
             (layout.SLICE_BYTES, s.slice_bytes),
             (layout.TAIL_BYTES, s.slice_bytes // 4),
-            (layout.QUEUE_DEPTH, s.queue_depth),
             (layout.CHAIN, s.chain_length),
             (layout.POLL_LOT, s.poll_lot),
             (layout.RETRIES, s.retries),
@@ -293,10 +367,48 @@ class State:
         ):
             t[field] = value
 
-    def connect(self, peer: int, table: RegionTable, queue_pairs: list[int]) -> None:
-        """Enter a peer: its region table, and one queue pair a worker. The table must outlive the engine."""
+    def poll_from(self, worker: int, queues: Sequence[CompletionQueue]) -> None:
+        """Let a worker take completions from these queues."""
+        rows = aligned(len(queues) * layout.CQ_WORDS).reshape(-1, layout.CQ_WORDS)
+        self.arrays.append(rows)
+        rows[:, layout.CQ_ADDRESS] = [queue.address for queue in queues]
+        rows[:, layout.CQ_CREDITS] = [queue.entries for queue in queues]
+        row = self.worker_rows[worker]
+        row[layout.WORKER_CQS], row[layout.WORKER_CQ_COUNT] = address_of(rows), len(queues)
+
+    def connect(self, peer: int, table: RegionTable, queue_pairs: Sequence[Sequence[QueuePair]]) -> list[QueueRow]:
+        """Enter a peer: its region table, and the queue pairs that each worker has to it; returns their rows.
+
+        A peer that is entered again keeps its rows; those that are closed lead to the new queue pairs. The table and
+        what the addresses point to must outlive the engine.
+        """
         self.peer_tables[peer] = address_of(table.header)
-        self.endpoint_rows[:, peer, layout.ENDPOINT_QP] = queue_pairs
+        rows = []
+        for worker, pairs in enumerate(queue_pairs):
+            known = self.queues.get((worker, peer))
+            if known is None:
+                known = self._enter_queues(worker, peer, pairs)
+            for row, pair in zip(known, pairs, strict=True):
+                if row.state == QueueState.CLOSED:
+                    row.words[[layout.QUEUE_QP, layout.QUEUE_RKEYS]] = pair.address, pair.rkeys * KEYS_BYTES
+            rows += known
+        return rows
+
+    def _enter_queues(self, worker: int, peer: int, pairs: Sequence[QueuePair]) -> list[QueueRow]:
+        row, table, endpoint = self.worker_rows[worker], self.queue_tables[worker], self.endpoint_rows[worker, peer]
+        first = int(row[layout.WORKER_QUEUE_COUNT])
+        if first + len(pairs) > len(table):
+            raise CapacityError(f"a worker has at most {len(table)} queue pairs, and {first} are in use")
+        rows = [QueueRow(self, worker, first + i, pair, address_of(endpoint)) for i, pair in enumerate(pairs)]
+        table[first : first + len(pairs)] = [queue.address for queue in rows]
+        data = np.array([queue.address for queue in rows if not queue.pair.notes], np.int64)
+        self.arrays.append(data)
+        notes = [queue.address for queue in rows if queue.pair.notes]
+        endpoint[[layout.ENDPOINT_QUEUES, layout.ENDPOINT_COUNT]] = address_of(data), len(data)
+        endpoint[layout.ENDPOINT_NOTES] = notes[0] if notes else data[0]
+        row[layout.WORKER_QUEUE_COUNT] = first + len(pairs)
+        self.queues[worker, peer] = rows
+        return rows
 
     @property
     def free_slices(self) -> int:

@@ -44,7 +44,9 @@ from mooncache.kernels.layout import (
     WORD,
     WORKER_CTL,
     WORKER_EPOLL,
+    WORKER_OUTSTANDING,
     WORKER_RING,
+    WORKER_SPINS,
     WORKERS,
     Kind,
     Store,
@@ -178,8 +180,8 @@ def lend_a_hand(ctl, worker):
         happened = call_word(word(ctl, TURN), peek(worker + WORKER_CTL * WORD))
         rounds += 1
     end_turn(ctl, worker)
-    if happened > 0:  # there is more to do, and no descriptor tells of it
-        ring_bell(ctl, worker)
+    if happened > 0 or (peek(worker + WORKER_SPINS * WORD) != 0 and peek(worker + WORKER_OUTSTANDING * WORD) > 0):
+        ring_bell(ctl, worker)  # there is more to do, and no descriptor tells of it
     return True
 
 

@@ -20,13 +20,14 @@ CQ_CQ_CONTEXT = 16  # struct ibv_cq; its context is the first word
 CQ_BYTES = 128
 
 WR_BYTES = 128  # struct ibv_send_wr; after the 32-bit rkey come four bytes of padding
-WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE, WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY = 0, 8, 16, 24, 28, 32, 40, 48
+WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE = 0, 8, 16, 24, 28
+WR_SEND_FLAGS, WR_IMM_DATA, WR_REMOTE_ADDR, WR_RKEY = 32, 36, 40, 48
 SGE_BYTES = 16  # struct ibv_sge
 SGE_ADDR, SGE_LENGTH, SGE_LKEY = 0, 8, 12
 WC_BYTES = 48  # struct ibv_wc
 WC_WR_ID, WC_STATUS = 0, 8
 
-SEND_SIGNALED = 2
+SEND_SIGNALED, SEND_INLINE = 2, 8
 ENOMEM = 12  # what post_send answers when its queue is full
 POLL_AGAIN = -11  # what poll_cq of a software wire answers when it moved bytes and has nothing to report yet
 

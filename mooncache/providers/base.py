@@ -1,8 +1,8 @@
 """The contract of a provider: resources in Python, slices through two function pointers.
 
-`open` makes a completion queue per worker; `connect` a queue pair per worker for one peer. Both hand out addresses of
-`ibv_cq` and `ibv_qp` structs whose context holds `poll_cq` and `post_send` (see `kernels/verbs.py`); from then on the
-kernels call those and Python is not involved.
+`open` makes completion queues for each worker, `connect` queue pairs for each worker to one peer. Both hand out
+addresses of `ibv_cq` and `ibv_qp` structs whose context holds `poll_cq` and `post_send` (see `kernels/verbs.py`); from
+then on the kernels call those and Python is not involved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mooncache.errors import UsageError
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 
 if TYPE_CHECKING:
     from mooncache.discovery.dial import Answer
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Keys(NamedTuple):
-    """What a device answers to a registration: the local key, and the key peers must show."""
+    """What a registration is answered with: for each NIC the local key, and the key peers must show."""
 
-    lkey: int
-    rkey: int
+    lkeys: tuple[int, ...]
+    rkeys: tuple[int, ...]
 
 
 class RemoteRegion(NamedTuple):
@@ -33,7 +34,7 @@ class RemoteRegion(NamedTuple):
 
     address: int
     length: int
-    rkey: int
+    rkeys: tuple[int, ...]  # one for each of its NICs
     access: int  # bits of layout.Access
 
 
@@ -82,16 +83,22 @@ class Provider(ABC):
     Attributes:
         descriptors: one epoll descriptor a worker, readable when `poll_cq` has something to do; empty when the wire
             has no such thing and must be polled.
+        spins: completions come within microseconds and no descriptor tells of them, so that workers poll without a
+            pause while they wait for any.
+        region_bytes: longest range that `register` takes; the engine cuts longer ones.
     """
 
     name: str
     descriptors: Sequence[int] = ()
+    spins: bool = True
+    region_bytes: int = 1 << 62
 
     @abstractmethod
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
-        """Make the device; returns the address of one `ibv_cq` a worker. Raises TransportError.
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+        """Make the device; returns the completion queues of each worker. Raises TransportError.
 
         Args:
+            queue_depth: work requests that are to be in flight on one queue pair.
             inbox: int64 words of the engine's inbox (`kernels/inbox.py`), for what peers SEND.
         """
 
@@ -108,12 +115,18 @@ class Provider(ABC):
         """What a peer's `connect` needs, as `Descriptor.data`. `unix`: name of the engine's abstract Unix socket."""
 
     @abstractmethod
-    def connect(self, peer: Descriptor, link: Link) -> list[int]:
-        """Connect to a peer; returns the address of one `ibv_qp` a worker.
+    def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
+        """Connect to a peer; returns the queue pairs of each worker.
 
         A peer that was connected before under its name, and may have been opened anew since, keeps its queue pairs:
         from now on they lead to what `peer` describes. Raises TransportError. May wait for the network: the engine
         calls it for one peer at a time, but for several peers at once.
+        """
+
+    def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:  # noqa: B027  (most just go on)
+        """The workers know a peer's queue pairs now, by these rows, and can be given orders about them.
+
+        `ctl`: control block for that, used by one thread at a time. Raises TransportError where no bytes get through.
         """
 
     def serve(self, request: Request) -> Reply:

@@ -33,7 +33,7 @@ from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode, aligned
 from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
-from mooncache.kernels.state import RegionTable, address_of, function_address
+from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     ENOMEM,
@@ -369,7 +369,7 @@ class Share:
         gone = [self.segments.pop(number)[1] for number in self.segments.keys() - set(there)]
         table = RegionTable("mapped memory")
         for address, mapping in self.segments.values():
-            table.add(address, mapping.length, mapping.address, 0)
+            table.add(address, mapping.length, (mapping.address,), 0)
         former, self.maps = self.maps, table
         self._retired = former, gone
 
@@ -426,7 +426,7 @@ class Shm(StreamProvider):
         self._held: dict[int, tuple[socket.socket, Lease]] = {}  # by descriptor: connections to those who have one
         self._shares: dict[str, Share | None] = {}
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox)
         self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]
@@ -441,14 +441,14 @@ class Shm(StreamProvider):
         keys = super().register(address, length, access)
         segment = segment_of(address, length)
         if segment is not None:
-            self._segments[keys.rkey] = segment
+            self._segments[keys.rkeys[0]] = segment
         return keys
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         super().unregister(keys)
         self._wait_for_guards()
-        self._segments.pop(keys.rkey, None)
+        self._segments.pop(keys.rkeys[0], None)
 
     def _wait_for_guards(self) -> None:
         """Return when every copy of a peer that may have looked at its key before this call has ended."""
@@ -503,7 +503,7 @@ class Shm(StreamProvider):
             sock.close()
 
     # ------------------------------------------------------------------------------ as an initiator
-    def connect(self, peer: Descriptor, link: Link) -> list[int]:
+    def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
         """See `Provider.connect`."""
         queue_pairs = super().connect(peer, link)
         share = self._shares.get(peer.name)

@@ -25,7 +25,7 @@ from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
-from mooncache.kernels.state import address_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
     CONTEXT_BYTES,
     CONTEXT_POLL_CQ,
@@ -178,6 +178,11 @@ class Queue:
         self.words[Q_INBOX] = 0 if inbox is None else address_of(inbox)
 
     @property
+    def pair(self) -> QueuePair:
+        """How kernels know it."""
+        return QueuePair(address_of(self.qp), int(self.words[Q_LIMIT]))
+
+    @property
     def outstanding(self) -> int:
         """Work requests posted and not yet polled."""
         return int(self.words[Q_HEAD] - self.words[Q_TAIL])
@@ -204,7 +209,7 @@ class SoftwareProvider(Provider):
         self.queues: list[list[Any]] = []  # [worker][peer]
         self.peers: dict[str, int] = {}
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
@@ -218,12 +223,12 @@ class SoftwareProvider(Provider):
         for cq, queues in zip(self.completion_queues, self.lists, strict=True):
             cq[0] = address_of(self.context)
             cq[CQ_CQ_CONTEXT // WORD] = address_of(queues)
-        return [address_of(cq) for cq in self.completion_queues]
+        return [[CompletionQueue(address_of(cq))] for cq in self.completion_queues]
 
     def register(self, address: int, length: int, access: int) -> Keys:
         """See `Provider.register`; both keys are the same."""
         key = self.keys.add(address, length, access)
-        return Keys(lkey=key, rkey=key)
+        return Keys((key,), (key,))
 
     def _add_queues(self, name: str, keys: KeyTable) -> None:
         """One queue a worker for a new peer, entered into the worker's list."""
@@ -246,21 +251,21 @@ class SoftwareProvider(Provider):
 class InProcessProvider(SoftwareProvider):
     """A software provider whose peers live in the same process."""
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         self.inbox = inbox
         return super().open(workers, queue_depth, inbox)
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
-        self.keys.remove(keys.rkey)
+        self.keys.remove(keys.rkeys[0])
         wait_for_moves()
 
     def describe(self, unix: str = "") -> InProcess:
         """See `Provider.describe`."""
         return InProcess(os.getpid(), self.keys, self.inbox)
 
-    def connect(self, peer: Descriptor, link: Link) -> list[int]:
+    def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
         """See `Provider.connect`."""
         data = peer.data
         if not isinstance(data, InProcess) or data.process != os.getpid():
@@ -273,7 +278,7 @@ class InProcessProvider(SoftwareProvider):
         ours = [queues[self.peers[peer.name]] for queues in self.queues]
         for queue in ours:
             queue.lead_to(data.keys, data.inbox)
-        return [address_of(queue.qp) for queue in ours]
+        return [[queue.pair] for queue in ours]
 
     def close(self) -> None:
         """See `Provider.close`; peers are refused from now on."""

@@ -41,7 +41,7 @@ from mooncache.kernels.linux import (
     MSGHDR_BYTES,
     epoll_add,
 )
-from mooncache.kernels.state import address_of, function_address
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, function_address
 from mooncache.kernels.verbs import (
     POLL_AGAIN,
     SGE_ADDR,
@@ -404,6 +404,7 @@ class StreamProvider(SoftwareProvider):
 
     entry_words = ENTRY_WORDS
     queue_type = StreamQueue
+    spins = False
 
     def __init__(self, lanes: int = 1) -> None:
         super().__init__()
@@ -415,7 +416,7 @@ class StreamProvider(SoftwareProvider):
         self.generations: dict[str, int] = {}
         self._closed = False
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[int]:
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox)
         self._inbox = inbox
@@ -480,11 +481,11 @@ class StreamProvider(SoftwareProvider):
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
-        self.keys.remove(keys.rkey)
+        self.keys.remove(keys.rkeys[0])
         wait_while_odd([(lane.row, lanes.L_MOVING) for port in self.ports for lane in list(port.lanes)])
 
     # ------------------------------------------------------------------------------ as an initiator
-    def connect(self, peer: Descriptor, link: Link) -> list[int]:
+    def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
         """See `Provider.connect`."""
         if not isinstance(peer.data, dict) or peer.data.get("lanes") != lanes.FRAMES_VERSION:
             raise TransportError(
@@ -503,7 +504,7 @@ class StreamProvider(SoftwareProvider):
             queue.words[lanes.Q_GONE] = link.gone
             if queue.broken:
                 self._open_lanes(port, queue, peer.name, link)
-        return [address_of(queue.qp) for queue in ours]
+        return [[queue.pair] for queue in ours]
 
     def connected(self, peer: str) -> bool:
         """See `Provider.connected`."""

@@ -63,7 +63,7 @@ def test_what_was_announced_is_found_by_others_without_keys(stores):
     own = described("prefill-α/*?[0]")
     stores().announce(lambda: own)
     found = stores().look_up(own.name)
-    assert found == replace(own, regions=(own.regions[0]._replace(rkey=0),))
+    assert found == replace(own, regions=(own.regions[0]._replace(rkeys=()),))
 
 
 def test_keys_never_reach_the_store(stores, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_long_pump_does_not_hold_the_gil():
     rig = Rig(slices=256)
     state = State(Settings(slices=256, batches=1, peers=1, spin_ns=10**12))
     block = Block(state, 0)
-    state.worker_rows[0, layout.WORKER_CQ] = rig.cq
+    state.poll_from(0, rig.queues)
     from mooncache.kernels import pump
 
     worker = Task(pump.pump, block.ctl)

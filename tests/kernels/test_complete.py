@@ -65,7 +65,6 @@ def test_late_completion_after_the_slot_was_given_to_another_batch_is_counted_no
     again = rig.submit(5)
     rig.turn()
     waiting = rig.provider.entries()
-    assert int(waiting[2, 0]) & 0xFFFFFFFF == late & 0xFFFFFFFF, "the same slot"
     waiting[0, 0], honest = late, int(waiting[0, 0])
     rig.provider.let(5)
     rig.turn()

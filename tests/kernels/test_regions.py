@@ -20,10 +20,10 @@ def fill(table, ranges):
         if any(base < r.end and r.base < base + length for r in known):
             before = table.ranges()
             with pytest.raises(UsageError, match="overlaps the registered region"):
-                table.add(base, length, 0, 3)
+                table.add(base, length, (0,), 3)
             assert table.ranges() == before
         else:
-            known.append(Range(base, base + length, table.add(base, length, 0, 3)))
+            known.append(Range(base, base + length, table.add(base, length, (0,), 3)))
     return known
 
 
@@ -52,8 +52,8 @@ def test_a_slot_stays_with_its_range_while_others_come_and_go(ranges, data):
 
 def test_a_full_table_says_so_and_works_again_after_a_removal():
     table = RegionTable("test")
-    slots = [table.add(1 + 10 * i, 5, 0, 3) for i in range(REGIONS)]
+    slots = [table.add(1 + 10 * i, 5, (0,), 3) for i in range(REGIONS)]
     with pytest.raises(CapacityError, match=f"all {REGIONS} regions are in use"):
-        table.add(1 << 40, 5, 0, 3)
+        table.add(1 << 40, 5, (0,), 3)
     table.remove(slots[500])
-    assert table.add(1 << 40, 5, 0, 3) == slots[500]
+    assert table.add(1 << 40, 5, (0,), 3) == slots[500]

@@ -22,13 +22,13 @@ def make(local, remote, slice_bytes=64 * KiB, **settings):
     """A rig with these regions: (offset, length[, access]). Returns it with the oracle's view of them."""
     rig = Rig(bare=True, slice_bytes=slice_bytes, **settings)
     ours = [
-        Range(HERE + o, HERE + o + n, rig.state.regions.add(HERE + o, n, 0, *(access or [7])), *(access or [7]))
+        Range(HERE + o, HERE + o + n, rig.state.regions.add(HERE + o, n, (0,), *(access or [7])), *(access or [7]))
         for o, n, *access in local
     ]
     theirs = []
     for o, n, *access in remote:
         bits = access[0] if access else 3
-        theirs.append(Range(THERE + o, THERE + o + n, rig.remote.add(THERE + o, n, 0, bits), bits))
+        theirs.append(Range(THERE + o, THERE + o + n, rig.remote.add(THERE + o, n, (0,), bits), bits))
     return rig, ours, theirs
 
 
@@ -252,7 +252,7 @@ def test_the_refused_request_is_remembered_whatever_the_thread_does_in_between()
     """A batch that is garbage collected closes itself at any moment, and looks at the clock."""
     state = State(Settings(slices=256, batches=2, peers=1))
     block, empty = Block(state), RegionTable("nothing")
-    state.connect(0, empty, [0])
+    state.connect(0, empty, [])
     operands = [np.full(n, 5, np.int64) for n in (3, 1, 1)]
     operands[0][:] = 1, 2, 3
     assert prepare(block.ctl, 0, Opcode.WRITE, 0, *operands) == -Status.SOURCE_NOT_REGISTERED

@@ -205,8 +205,8 @@ def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines
         ({"provider": "emulated", "data": {}}, TransportError),
         ({"version": 99}, DiscoveryError),
         ({"generation": 0}, DiscoveryError),
-        ({"regions": [{"address": -1, "length": 5, "rkey": 1, "access": 3}]}, DiscoveryError),
-        ({"regions": [{"address": a, "length": 5, "rkey": 1, "access": 3} for a in (10, 12)]}, MooncacheError),
+        ({"regions": [{"address": -1, "length": 5, "rkeys": [1], "access": 3}]}, DiscoveryError),
+        ({"regions": [{"address": a, "length": 5, "rkeys": [1], "access": 3} for a in (10, 12)]}, MooncacheError),
     ],
     ids=str,
 )

@@ -86,9 +86,9 @@ def test_a_peer_restarted_at_its_address_is_used_again_by_the_next_submit(join, 
     assert after is before
     assert after.generation != generation
     assert len(after.regions) == 2
-    assert old.rkey not in {region.rkey for region in after.regions}
+    assert old.rkeys not in {region.rkeys for region in after.regions}
     with lane_to(pair.peer) as sock:  # the old key opens nothing
-        sock.sendall(frame(Frame.WRITE, 0, [(pair.place.base, 64, old.rkey)], bytes(64)))
+        sock.sendall(frame(Frame.WRITE, 0, [(pair.place.base, 64, old.rkeys[0])], bytes(64)))
         assert receive_head(sock).entries == [(0, WcStatus.REM_ACCESS_ERR, 0)]
     with pytest.raises(UsageError, match="has not registered all of it"):
         pair.write(0, more.base - pair.place.base + MiB, 64)

@@ -42,7 +42,7 @@ def test_a_helper_takes_no_entry_under_the_number_of_an_older_one(provider):
     queue = provider.queues_of("peer")[0]
     there = np.zeros(64, np.uint8)
     table = RegionTable("mapped memory")
-    table.add(there.ctypes.data, 64, there.ctypes.data, 0)
+    table.add(there.ctypes.data, 64, (there.ctypes.data,), 0)
     queue.words[[lanes.Q_MAPS, lanes.Q_BROKEN]] = address_of(table.header), 0
     queue.words[[Q_HEAD, Q_TAIL, lanes.Q_SENT]] = 100  # answered and reported; nobody had a reason to look at claims
     queue.words[lanes.Q_CLAIMED] = 36

@@ -1,0 +1,55 @@
+"""Which queue pair the next chain goes to: the one policy of spreading slices over queue pairs and NICs.
+
+A queue's weight is what its path can carry (the link's rate, less where NIC and memory are on different NUMA nodes);
+its load is what is in flight on it. The chain goes where it makes the load per weight least, so that equal paths share
+evenly, a slower one gets less, one that has fallen behind is spared, and one that is not ready is left out.
+"""
+
+import numpy as np
+
+from mooncache.kernels.atomics import i64, load, peek
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import (
+    ENDPOINT_COUNT,
+    ENDPOINT_QUEUES,
+    QUEUE_DEPTH,
+    QUEUE_STATE,
+    QUEUE_WEIGHT,
+    WEIGHT_ONE,
+    WORD,
+    QueueState,
+)
+from mooncache.kernels.queue import in_flight, room
+
+NOBODY = 0
+
+
+@kernel
+def choose(endpoint, n):
+    """The row of the queue for a chain of `n` work requests, or NOBODY when no ready one has room for it.
+
+    A chain longer than half a queue is cut to that: a queue must hold two, or it runs empty in between.
+    """
+    queues = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))
+    best, least = np.int64(NOBODY), np.int64(0)
+    for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
+        queue = queues[i]
+        if load(queue + QUEUE_STATE * WORD) != QueueState.READY:
+            continue
+        wanted = min(n, max(peek(queue + QUEUE_DEPTH * WORD) // 2, 1))
+        if room(queue) < wanted:
+            continue
+        burden = (in_flight(queue) + wanted) * WEIGHT_ONE // peek(queue + QUEUE_WEIGHT * WORD)
+        if best == NOBODY or burden < least:
+            best, least = queue, burden
+    return best
+
+
+@kernel
+def any_ready(endpoint):
+    """Whether the endpoint has a queue that could take something, now or when it has room."""
+    queues = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))
+    for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
+        if load(queues[i] + QUEUE_STATE * WORD) == QueueState.READY:
+            return True
+    return False
