@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mooncache.cli.bench import bench
+from mooncache.cli.doctor import doctor
 from mooncache.cli.serve import serve
 from mooncache.errors import MooncacheError, UsageError
 
@@ -74,6 +75,7 @@ def absent(point: EntryPoint, error: Exception) -> Any:
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.command()(serve)
+app.command()(doctor)
 
 
 def show_version(asked: bool) -> None:

@@ -1,0 +1,71 @@
+"""`mooncache doctor`: what this machine can do, what is wrong, and what to type to put it right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from mooncache.errors import UsageError
+
+if TYPE_CHECKING:
+    from mooncache.cli.checks.base import Finding
+
+PROVIDERS = ("auto", "tcp", "shm", "rdma")
+STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+def doctor(
+    provider: str = typer.Option(
+        "auto", help="What has to work: auto (whatever there is), tcp, shm or rdma. Its lack is an error."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout."),
+) -> None:
+    """What this machine can do, what is wrong with it, and what to type to put it right.
+
+    Exit status 1 if there is an error; warnings say what works less well.
+    """
+    if provider not in PROVIDERS:
+        raise UsageError(f"expected --provider to be one of {', '.join(PROVIDERS)}, got {provider!r}")
+    from mooncache.cli.checks import examine
+    from mooncache.cli.measure import show_json
+
+    findings = examine(provider)
+    ok = not any(finding.level == "error" for finding in findings)
+    if json:
+        show_json({"ok": ok, "findings": [asdict(finding) for finding in findings]})
+    else:
+        show(findings)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """The findings as a table; the cures follow it in whole lines, so that they can be copied."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("check", "level", "finding"):
+        table.add_column(column)
+    for finding in findings:
+        table.add_row(Text(finding.check), Text(finding.level, STYLES[finding.level]), Text(finding.text))
+    console.print(table)
+    for finding in findings:
+        if finding.cure is not None:
+            console.print(Text(f"To mend {finding.check}:", STYLES[finding.level]))
+            for line in finding.cure.splitlines():
+                console.print(Text(f"  {line}"), soft_wrap=True)
+    console.print(Text(summary(findings)))
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many are how bad."""
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    spelled = [f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts.items() if count]
+    return (", ".join(spelled) or "Nothing is wrong") + "."
