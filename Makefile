@@ -4,13 +4,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.made
+BED := .venv/.testbed
+LIMIT ?= 900
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench fuzz notebooks clean
+.PHONY: help setup demo test test-rdma test-rdma-two-hosts check bench fuzz notebooks clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
 
 setup: $(STAMP)  ## make .venv with Mooncache in editable form and its development tools
 
@@ -19,6 +21,12 @@ demo: setup  ## reproduce the incident and compare where deletion happens
 
 test: setup  ## run all tests
 	$(BIN)/pytest
+
+test-rdma: $(BED)  ## run the RDMA tests in a virtual machine with an RDMA device (ARGS="-k name", LIMIT=seconds)
+	$(BIN)/python -m tests.testbed --limit $(LIMIT) test $(ARGS)
+
+test-rdma-two-hosts: $(BED)  ## run the RDMA tests between two virtual machines (ARGS, LIMIT as above)
+	$(BIN)/python -m tests.testbed --limit $(LIMIT) two-hosts $(ARGS)
 
 check: setup  ## lint, format, types, and who may import whom
 	$(BIN)/ruff check
@@ -55,4 +63,8 @@ $(STAMP): pyproject.toml
 	  echo "$(PYTHON) has no venv or no pip to put into one: install them (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BED): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[testbed]'
 	@touch $@

@@ -13,15 +13,16 @@ from mooncache.kernels.state import State
 class Bells:
     """The epoll sets and eventfds of an engine's workers; none where the wire has no descriptors."""
 
-    def __init__(self, state: State, descriptors: Sequence[int], *, spins: bool) -> None:
+    def __init__(self, state: State, descriptors: Sequence[Sequence[int]], *, spins: bool) -> None:
         self._epolls: list[select.epoll] = []
         self._bells: list[int] = []
-        for row, descriptor in zip(state.worker_rows, descriptors, strict=False):
+        for row, watched in zip(state.worker_rows, descriptors, strict=False):
             epoll, bell = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._epolls.append(epoll)
             self._bells.append(bell)
             epoll.register(bell, select.EPOLLIN | select.EPOLLET)  # by its edges, so that nobody needs to read it
-            epoll.register(descriptor, select.EPOLLIN)
+            for descriptor in watched:
+                epoll.register(descriptor, select.EPOLLIN | (select.EPOLLET if spins else 0))
             row[layout.WORKER_EPOLL], row[layout.WORKER_BELL_FD] = epoll.fileno(), bell
             row[layout.WORKER_SERVES], row[layout.WORKER_SPINS] = 1, spins
 

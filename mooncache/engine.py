@@ -41,11 +41,19 @@ from mooncache.stats import Stats, collect
 if TYPE_CHECKING:
     from mooncache.discovery.dial import Answer
 
+
+def _rdma() -> Provider:
+    from mooncache.providers.rdma.provider import Rdma  # only who asks for it needs its libraries
+
+    return Rdma()
+
+
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     "loopback": Loopback,
     "emulated": Emulated,
     "tcp": Tcp,
     "shm": Shm,
+    "rdma": _rdma,
     "auto": partial(Shm, elsewhere=True),
 }
 JOIN_SECONDS = 5.0
@@ -59,6 +67,7 @@ class Engine:
         provider: how bytes travel.
             "auto": shared memory to peers of this host, TCP to others; `describe` says which.
             "tcp", "shm": only that.
+            "rdma": InfiniBand or RoCE, over every active port; `mooncache.providers.rdma.provider.Rdma` chooses.
             "loopback", "emulated": peers in this process, by copying or over an emulated NIC.
             Or a `Provider` of your own making, not opened yet.
         store: "pool" (struct of arrays) or "heap" (one malloc'ed object a slice, for comparison).
@@ -111,6 +120,7 @@ class Engine:
             undo.callback(self.provider.close)
             for worker, polled in enumerate(queues):
                 self._state.poll_from(worker, polled)
+            self._state.worker_rows[:, layout.WORKER_TROUBLE_FD] = self.provider.trouble_fd
             self._bells = Bells(self._state, self.provider.descriptors, spins=self.provider.spins)
             undo.callback(self._bells.close)
             jit.prewarm()
@@ -188,8 +198,9 @@ class Engine:
         """Let transfers use a buffer, and peers reach it.
 
         Args:
-            buffer: a contiguous NumPy array, torch tensor, DLPack object, writable or read-only buffer, or
-                `(address, length)`. It is kept alive until `Region.unregister` (a pair: by the caller).
+            buffer: a contiguous NumPy array, torch tensor (of a GPU too with provider "rdma"), DLPack object, writable
+                or read-only buffer, or `(address, length)`. It is kept alive until `Region.unregister` (a pair: by the
+                caller).
             access: what peers may do: "read", "write" or "both". Read-only memory takes "read" only.
 
         Raises:
@@ -200,6 +211,11 @@ class Engine:
         if access not in ACCESS:
             raise UsageError(f"access must be one of {', '.join(map(repr, ACCESS))}, got {access!r}")
         memory = range_of(buffer)
+        if memory.device and not self.provider.reaches_gpus:
+            raise UsageError(
+                f"expected memory of the host, got a tensor on {memory.device}; provider {self.provider.name!r} cannot "
+                "reach it, 'rdma' can"
+            )
         if not memory.writable and access != "read":
             raise UsageError(f"this {type(buffer).__name__} is read-only; register it with access='read'")
         with self._lock:

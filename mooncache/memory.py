@@ -35,13 +35,14 @@ class Range(NamedTuple):
     length: int
     owner: Any
     writable: bool
+    device: str = ""  # of a GPU's memory, as torch names it; empty for the host's
 
 
 def range_of(buffer: Any) -> Range:
     """Where a buffer lies. Takes an `(address, length)` pair, a torch tensor, a NumPy array, DLPack, or any buffer.
 
     Raises:
-        UsageError: not contiguous, empty, on a device, or nothing of the above.
+        UsageError: not contiguous, empty, on a device other than CUDA's, or nothing of the above.
     """
     if isinstance(buffer, tuple):
         return _pair(buffer)
@@ -70,11 +71,12 @@ def _pair(pair: tuple[Any, ...]) -> Range:
 
 
 def _torch(tensor: Any) -> Range:
-    if tensor.device.type != "cpu":
-        raise UsageError(f"expected memory of the host, got a tensor on {tensor.device}; this provider cannot reach it")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise UsageError(f"expected memory of the host or of a CUDA device, got a tensor on {tensor.device}")
     if not tensor.is_contiguous():
         raise UsageError(f"expected a contiguous tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
-    return _checked(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor, True)
+    memory = _checked(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor, True)
+    return memory if tensor.device.type == "cpu" else memory._replace(device=str(tensor.device))
 
 
 def _dlpack(producer: Any) -> np.ndarray:

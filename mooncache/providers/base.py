@@ -81,17 +81,21 @@ class Provider(ABC):
     may have to wait, also while others are under way.
 
     Attributes:
-        descriptors: one epoll descriptor a worker, readable when `poll_cq` has something to do; empty when the wire
+        descriptors: for each worker those that become readable when `poll_cq` has something to do; empty when the wire
             has no such thing and must be polled.
         spins: completions come within microseconds and no descriptor tells of them, so that workers poll without a
-            pause while they wait for any.
+            pause while they wait for any. Its descriptors count by their edges: `poll_cq` may leave them readable.
         region_bytes: longest range that `register` takes; the engine cuts longer ones.
+        trouble_fd: eventfd that workers write to when a queue pair's state changes; -1 where none ever does.
+        reaches_gpus: `register` takes addresses of a GPU's memory.
     """
 
     name: str
-    descriptors: Sequence[int] = ()
+    descriptors: Sequence[Sequence[int]] = ()
     spins: bool = True
     region_bytes: int = 1 << 62
+    trouble_fd: int = -1
+    reaches_gpus: bool = False
 
     @abstractmethod
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:

@@ -432,7 +432,7 @@ class StreamProvider(SoftwareProvider):
         self._ports = np.array([port.address for port in self.ports], np.int64)
         for port in self.ports:
             port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
-        self.descriptors = [port.epoll.fileno() for port in self.ports]
+        self.descriptors = [[port.epoll.fileno()] for port in self.ports]
         self._watched.register(self._trouble_fd, select.EPOLLIN)
         self._watcher = threading.Thread(target=self._watch, name="mooncache-lanes", daemon=True)
         self._watcher.start()

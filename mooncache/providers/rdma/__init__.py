@@ -1,0 +1,1 @@
+"""The RDMA provider: InfiniBand and RoCE through libibverbs."""

@@ -1,0 +1,122 @@
+"""Memory of NVIDIA GPUs: whether an address is in one, and how an RDMA device may reach it.
+
+    dma-buf      the GPU's driver hands the memory out as a file, which the NIC's driver takes
+    peer memory  NVIDIA's module nvidia_peermem makes an ordinary registration find it
+
+The driver is asked only where the process uses it already: without libcuda loaded it has no memory in a GPU. Whoever
+has a GPU write to registered memory waits for that (its stream or event) before the transfer is submitted.
+Source: NVIDIA, GPUDirect RDMA, and the CUDA Driver API, both 12.4.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from mooncache.errors import TransportError
+
+LIBCUDA = "libcuda.so.1"
+PEER_MODULES = ("nvidia_peermem", "nv_peer_mem")
+
+SUCCESS = 0
+POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_DEVICE_ORDINAL = 2, 8, 9  # CUpointer_attribute
+MEMORY_DEVICE = 2  # CUmemorytype
+DEVICE_DMA_BUF_SUPPORTED = 124  # CUdevice_attribute
+RANGE_DMA_BUF_FD = 1  # CUmemRangeHandleType
+
+
+class DmaBuf(NamedTuple):
+    """A dma-buf that contains a range of a GPU's memory.
+
+    Attributes:
+        fd: its descriptor; whoever asked for it closes it, once the range is registered.
+        offset: bytes into it where the range begins.
+    """
+
+    fd: int
+    offset: int
+
+
+def memory_kind(address: int) -> str:
+    """Whose memory an address is in: "host", "gpu", or "managed" (which moves between both)."""
+    if _pointer(address, POINTER_IS_MANAGED):
+        return "managed"
+    return "gpu" if _pointer(address, POINTER_MEMORY_TYPE) == MEMORY_DEVICE else "host"
+
+
+def choose(address: int, length: int) -> str:
+    """How an RDMA device may reach `length` bytes of a GPU's memory: by "dma-buf" or by "peer memory".
+
+    Raises:
+        TransportError: it is not a GPU's own memory, or neither way is open on this system; says what is missing.
+    """
+    kind = memory_kind(address)
+    if kind != "gpu":
+        raise TransportError(
+            f"expected memory in a GPU, got {kind} memory ({length} bytes at {address:#x})"
+            + ("; allocate it with cudaMalloc instead of cudaMallocManaged" if kind == "managed" else "")
+        )
+    if _exports(address):
+        return "dma-buf"
+    if peer_memory():
+        return "peer memory"
+    raise TransportError(
+        f"RDMA cannot reach the GPU's {length} bytes at {address:#x}: its driver does not export dma-bufs (that takes "
+        "CUDA 11.7, NVIDIA's open kernel modules and Linux 5.12), and nvidia_peermem is not loaded. Provide either "
+        "(modprobe nvidia_peermem)"
+    )
+
+
+def dmabuf_fd(address: int, length: int) -> DmaBuf:
+    """A dma-buf of the pages around `length` bytes of a GPU's memory.
+
+    Raises:
+        TransportError: the driver refused; a thread that calls this must have a CUDA context of that GPU.
+    """
+    cuda = _libcuda()
+    offset = address % mmap.PAGESIZE  # the driver takes whole pages of the host only
+    pages = -(-(offset + length) // mmap.PAGESIZE) * mmap.PAGESIZE
+    fd = ctypes.c_int(-1)
+    if cuda is None or not hasattr(cuda, "cuMemGetHandleForAddressRange"):
+        raise TransportError("expected CUDA 11.7 or newer, loaded by this process, to export a dma-buf")
+    start, size, flags = ctypes.c_uint64(address - offset), ctypes.c_size_t(pages), ctypes.c_ulonglong(0)
+    code = cuda.cuMemGetHandleForAddressRange(ctypes.byref(fd), start, size, RANGE_DMA_BUF_FD, flags)
+    if code != SUCCESS:
+        raise TransportError(
+            f"CUDA could not export {length} bytes at {address:#x} as a dma-buf: error {code}. Is the range within one "
+            "allocation, and its GPU in use by this thread? If it still refuses: modprobe nvidia_peermem"
+        )
+    return DmaBuf(fd.value, offset)
+
+
+def peer_memory(root: str = "/sys/module") -> bool:
+    """Whether the module is loaded by which ordinary registrations find a GPU's memory."""
+    return any((Path(root) / module).is_dir() for module in PEER_MODULES)
+
+
+def _exports(address: int) -> bool:
+    cuda, device, able = _libcuda(), ctypes.c_int(), ctypes.c_int()
+    return (
+        cuda is not None
+        and cuda.cuDeviceGet(ctypes.byref(device), _pointer(address, POINTER_DEVICE_ORDINAL)) == SUCCESS
+        and cuda.cuDeviceGetAttribute(ctypes.byref(able), DEVICE_DMA_BUF_SUPPORTED, device) == SUCCESS
+        and bool(able.value)
+    )
+
+
+def _pointer(address: int, attribute: int) -> int:
+    """An attribute of the memory at an address; 0 where CUDA does not know the address."""
+    cuda, value = _libcuda(), ctypes.c_uint()
+    if cuda and cuda.cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(address)) == SUCCESS:
+        return value.value
+    return 0
+
+
+def _libcuda() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(LIBCUDA, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return None

@@ -1,0 +1,218 @@
+"""The memory behind notifications: mailboxes, outboxes, their records, and who may use them. See `notes` for how."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.errors import CapacityError
+from mooncache.kernels.layout import WORD, Access, aligned
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
+from mooncache.kernels.verbs import (
+    CONTEXT_BYTES,
+    CONTEXT_POLL_CQ,
+    CONTEXT_POST_SEND,
+    CQ_BYTES,
+    CQ_CQ_CONTEXT,
+    QP_BYTES,
+    QP_QP_CONTEXT,
+    SGE_BYTES,
+    WC_BYTES,
+    WR_BYTES,
+)
+from mooncache.providers.rdma import notes
+from mooncache.providers.rdma.library import load
+from mooncache.providers.rdma.nic import Nic
+
+RECORDS = 2 * limits.PEERS
+"""An outbox for each peer, and as many peers with an outbox for us."""
+
+NOTES_CQ_ENTRIES = 4 * RECORDS
+"""Completions of one NIC for notifications: a note, its answer and the receives of a connection that is torn down."""
+
+
+class Rail(NamedTuple):
+    """What a record needs to know of a rail.
+
+    Attributes:
+        queue_pair: address of the `ibv_qp`.
+        nic: index of the NIC here.
+        address, rkey: where to write at the peer: its mailbox, or its answer word.
+    """
+
+    queue_pair: int
+    nic: int
+    address: int
+    rkey: int
+
+
+class Record:
+    """An outbox of ours, or the mailbox of a peer's outbox.
+
+    Attributes:
+        mailboxes: addresses where the peer writes notifications, one a rail.
+        answer: address where the peer writes its answers.
+    """
+
+    def __init__(self, hub: NoteHub, index: int) -> None:
+        self._hub, self.index = hub, index
+        self.words = hub.records[index]
+        self.address = address_of(self.words)
+        base = address_of(hub.memory) + index * hub.record_bytes
+        self.answer = base
+        self.buffer = base + WORD  # of a mailbox: what it answers with
+        self.mailboxes = [base + 64 + i * notes.BUFFER_BYTES for i in range(hub.rails)]
+
+    def open(self, rails: Sequence[Rail], gone: int) -> None:
+        """Make it usable; its rails are down. `gone`: address of the word that says that the peer is."""
+        hub, words = self._hub, self.words
+        hub.incarnation = hub.incarnation % 0xFFFF + 1
+        words[1:] = 0
+        hub.memory[self.index, :8] = 0
+        words[[notes.R_BUFFER, notes.R_ANSWER, notes.R_GONE]] = self.mailboxes[0], self.answer, gone
+        words[notes.R_RAILS] = len(rails)
+        for i, rail in enumerate(rails):
+            row = words[notes.R_OWN + i * notes.RAIL_WORDS :][: notes.RAIL_WORDS]
+            row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, hub.lkeys[rail.nic]
+            row[[notes.RAIL_ADDRESS, notes.RAIL_RKEY, notes.RAIL_BUFFER]] = rail.address, rail.rkey, self.mailboxes[i]
+        words[notes.R_INCARNATION] = hub.incarnation
+
+    def serve(self) -> None:
+        """It is a mailbox: what it writes are answers, from a word of their own."""
+        self.words[notes.R_BUFFER] = self.buffer
+
+    def raise_rail(self, rail: int, receives: int) -> None:
+        """A rail's queue pair is connected: post its receives and use it."""
+        notes.open_rail(self._hub.address, self.address, rail, receives)
+
+    @property
+    def under_way(self) -> int:
+        """Number of the last notification sent from it; 0 before the first."""
+        return int(self.words[notes.R_NUMBER])
+
+    @property
+    def rail(self) -> int:
+        """The rail it went over."""
+        return int(self.words[notes.R_RAIL])
+
+    def is_up(self, rail: int) -> bool:
+        """Whether nothing has gone wrong on a rail since it was raised."""
+        return bool(self.words[notes.R_OWN + rail * notes.RAIL_WORDS + notes.RAIL_UP])
+
+    def lower_rail(self, rail: int) -> None:
+        """A rail's queue pair must not be used from now on."""
+        notes.close_rail(self._hub.address, self.address, rail)
+
+    def close(self) -> None:
+        """Forget it: nothing of it is used from now on. Its notification on the way, if any, ends as PEER_GONE."""
+        notes.close_rail(self._hub.address, self.address, -1)
+        self._hub.free.append(self.index)
+
+
+class NoteHub:
+    """What the engine's workers need for notifications over these NICs.
+
+    Args:
+        inbox: words of the engine's inbox, see `kernels/inbox.py`.
+
+    Raises:
+        TransportError: a NIC could not give what is needed, such as locked memory.
+    """
+
+    def __init__(self, nics: Sequence[Nic], workers: int, inbox: np.ndarray) -> None:
+        self.rails = len(nics)
+        self.record_bytes = 64 + self.rails * notes.BUFFER_BYTES
+        self.memory = np.zeros((RECORDS, self.record_bytes), np.uint8)
+        self.records = aligned(RECORDS * notes.RECORD_WORDS).reshape(RECORDS, notes.RECORD_WORDS)
+        self.free = list(range(RECORDS - 1, -1, -1))
+        self.incarnation = 0
+        bits = Access.READ | Access.WRITE | Access.LOCAL
+        registered = [nic.register(address_of(self.memory), self.memory.nbytes, bits) for nic in nics]
+        self.lkeys, self.rkeys = [r.lkey for r in registered], [r.rkey for r in registered]
+        self.channels = [nic.completion_channel() for nic in nics]
+        self.cqs = [
+            nic.completion_queue(min(NOTES_CQ_ENTRIES, nic.limits.max_cqe), channel)
+            for nic, channel in zip(nics, self.channels, strict=True)
+        ]
+        self._make_hub(inbox)
+        self._make_workers(workers)
+
+    def _make_hub(self, inbox: np.ndarray) -> None:
+        self._rows = aligned(self.rails * notes.NIC_WORDS).reshape(self.rails, notes.NIC_WORDS)
+        self._rows[:, notes.N_CQ] = [cq.address for cq in self.cqs]
+        self._rows[:, notes.N_CHANNEL] = [channel.address for channel in self.channels]
+        self._scratch = [aligned(size // WORD) for size in (notes.LOT * WC_BYTES, WR_BYTES, SGE_BYTES, 32)]
+        self.words = aligned(notes.HUB_WORDS)
+        self.address = address_of(self.words)
+        get_event = ctypes.cast(load().c.ibv_get_cq_event, ctypes.c_void_p).value
+        wc, wr, sge, receive = map(address_of, self._scratch)
+        for field, value in (
+            (notes.H_INBOX, address_of(inbox)),
+            (notes.H_RECORDS, address_of(self.records)),
+            (notes.H_NICS, self.rails),
+            (notes.H_NIC_ROWS, address_of(self._rows)),
+            (notes.H_GET_EVENT, get_event or 0),
+            (notes.H_WC, wc),
+            (notes.H_WR, wr),
+            (notes.H_SGE, sge),
+            (notes.H_RECV, receive),
+        ):
+            self.words[field] = value
+
+    def _make_workers(self, workers: int) -> None:
+        self._context = aligned(-(-CONTEXT_BYTES // WORD))
+        self._context[CONTEXT_POST_SEND // WORD] = notes.post_note.address
+        self._context[CONTEXT_POLL_CQ // WORD] = notes.poll_notes.address
+        self._lists = [aligned(notes.C_QUEUES + limits.PEERS) for _ in range(workers)]
+        self._software = [aligned(CQ_BYTES // WORD) for _ in range(workers)]
+        self._queues: list[np.ndarray] = []
+        for worker, (words, cq) in enumerate(zip(self._lists, self._software, strict=True)):
+            words[[notes.C_HUB, notes.C_SERVES]] = self.address, worker == 0
+            cq[0], cq[CQ_CQ_CONTEXT // WORD] = address_of(self._context), address_of(words)
+
+    def completion_queue(self, worker: int) -> CompletionQueue:
+        """The worker's completion queue for notifications."""
+        return CompletionQueue(address_of(self._software[worker]))
+
+    def queue_pair(self, worker: int, cq: int) -> NoteQueue:
+        """One more queue pair for notifications of a worker, which leads nowhere yet."""
+        words, qp = aligned(notes.QUEUE_WORDS), aligned(QP_BYTES // WORD)
+        words[notes.Q_HUB] = self.address
+        qp[0], qp[QP_QP_CONTEXT // WORD] = address_of(self._context), address_of(words)
+        self._queues += [words, qp]
+        listed = self._lists[worker]
+        listed[notes.C_QUEUES + int(listed[notes.C_COUNT])] = address_of(words)
+        listed[notes.C_COUNT] += 1
+        return NoteQueue(words, QueuePair(address_of(qp), 1, cq=cq, notes=True))
+
+    def record(self) -> Record:
+        """A record that nobody uses. Raises CapacityError."""
+        if not self.free:
+            raise CapacityError(f"all {RECORDS} connections of this engine are in use")
+        return Record(self, self.free.pop())
+
+    def acknowledge(self) -> None:
+        """Tell the NICs that all events were dealt with, before their completion queues are destroyed."""
+        for cq, row in zip(self.cqs, self._rows, strict=True):
+            cq.acknowledge(int(row[notes.N_EVENTS]))
+            row[notes.N_EVENTS] = 0
+
+
+class NoteQueue(NamedTuple):
+    """A queue pair for notifications, of one worker, to one peer."""
+
+    words: np.ndarray
+    pair: QueuePair
+
+    @property
+    def busy(self) -> bool:
+        """Whether a notification is on its way, or its end was not reported yet."""
+        return bool(self.words[notes.Q_BUSY])
+
+    def lead_to(self, record: Record) -> None:
+        """Use this outbox from now on. None of its notifications is on its way."""
+        self.words[notes.Q_RECORD] = record.address

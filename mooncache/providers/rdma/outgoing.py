@@ -1,0 +1,411 @@
+"""A connection of ours to a peer: queue pairs on every path, and what is done when one of them breaks.
+
+A queue pair that broke is mended in four steps, in a thread of the connection's own while it takes:
+
+    DRAINED --the peer resets its end--> RETURN: its slices go over other queue pairs
+    CLOSED  --both ends connect anew---> PROBE: ready when an empty write gets through, else from the start, later
+
+Only after the first no packet of it can reach the peer's memory any more. A peer that does not answer to that within
+LOST_S, that knows nothing of this connection, or whose end of the connection's socket closes, is gone: all that is
+under way to it fails as PEER_GONE.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
+from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.state import QueuePair, QueueRow
+from mooncache.kernels.verbs import WcStatus
+from mooncache.limits import SLICES_GATHERED
+from mooncache.providers.base import Descriptor, Link
+from mooncache.providers.rdma.hub import NoteQueue, Rail
+from mooncache.providers.rdma.paths import End, PathOf, pair, weights
+from mooncache.providers.rdma.queues import QueuePair as Verbs
+
+if TYPE_CHECKING:
+    from mooncache.providers.rdma.provider import Rdma
+
+log = logging.getLogger("mooncache")
+
+VERSION = 1
+LOST_S = 5.0
+"""A peer that has not answered for this long, while a queue pair waits for it, is gone."""
+
+PROBE_S = 20.0
+"""Until then a new connection's first write must have got through: a NIC gives up after seconds, at worst."""
+
+BACKOFF_S, BACKOFF_MOST_S = 0.1, 2.0
+"""Pause before a queue pair that did not work is tried again; doubled each time."""
+
+INLINE_BYTES = 64
+"""Writes up to this long are copied into their work request: a cache line, which saves the NIC a fetch."""
+
+NOTE_DEPTH = 8
+NOTE_S = 2.0
+"""An answer to a notification that takes longer is lost: a peer's worker answers within microseconds."""
+
+
+class Plan(NamedTuple):
+    """A path, and what both ends keep to on it."""
+
+    path: PathOf
+    mtu: int
+    rd_atomic: int
+
+
+class Lane:
+    """One of our queue pairs: its verbs, where it goes, and the number of the packets it starts with."""
+
+    def __init__(self, plan: int, verbs: Verbs) -> None:
+        self.plan, self.verbs, self.psn = plan, verbs, secrets.randbits(24)
+        self.peer = 0  # number of its other end
+        self.failures, self.not_before = 0, 0.0
+
+    def described(self) -> list[int]:
+        """As the peer is told."""
+        return [self.plan, self.verbs.number, self.psn]
+
+
+class Outgoing:
+    """A connection to a peer that we post to.
+
+    Attributes:
+        pairs: for each worker its queue pairs, the last one for notifications.
+        gone: it is of no use any more; connect anew.
+    """
+
+    def __init__(self, provider: Rdma, peer: Descriptor, link: Link, notes: Sequence[NoteQueue]) -> None:
+        self._provider, self.peer, self._link, self._notes = provider, peer.name, link, notes
+        self.generation = peer.generation
+        self.gone = self._closed = False
+        self._ends = ends_of(peer)
+        self._plans = self._planned()
+        self._lock = threading.Lock()
+        self._stirred = threading.Event()
+        self._mending: threading.Thread | None = None
+        self._rows: list[QueueRow] = []
+        self._order: Callable[[QueueRow, Order], None] = lambda row, order: None
+        self._lanes: list[Lane] = []
+        self._note_lanes: list[Lane] = []
+        self.socket: socket.socket | None = None
+        self._record = provider.hub.record()
+        try:
+            self._make()
+            self._dial(peer)
+        except BaseException:
+            self.close()
+            raise
+
+    # -------------------------------------------------------------------------- opening
+    def _planned(self) -> list[Plan]:
+        own = self._provider.ends
+        plans = []
+        for path in pair(own, self._ends, self.peer):
+            here, there = own[path.local], self._ends[path.remote]
+            plans.append(Plan(path, min(here.mtu, there.mtu), max(1, min(here.rd_atomic, there.rd_atomic))))
+        return plans
+
+    def _make(self) -> None:
+        """Our queue pairs: for each worker some on each path, and one a path for notifications."""
+        provider = self._provider
+        rates = [min(provider.ends[p.path.local].rate, self._ends[p.path.remote].rate) for p in self._plans]
+        shares = weights(rates, [provider.nics[p.path.local].port.numa for p in self._plans])
+        self.pairs: list[list[QueuePair]] = []
+        for worker, cqs in enumerate(provider.cqs):
+            pairs = []
+            for index, plan in enumerate(self._plans):
+                nic, cq = provider.nics[plan.path.local], cqs[plan.path.local]
+                for _ in range(provider.queue_pairs):
+                    sges = min(SLICES_GATHERED, nic.limits.max_sge)
+                    verbs = nic.queue_pair(
+                        cq, cq, send_depth=provider.depth_on(nic), recv_depth=1, sges=sges, inline=INLINE_BYTES
+                    )
+                    self._lanes.append(Lane(index, verbs))
+                    depth, local, remote = provider.depth_on(nic), plan.path.local, plan.path.remote
+                    pairs.append(
+                        QueuePair(
+                            verbs.address,
+                            depth,
+                            cq=local,
+                            lkeys=local,
+                            rkeys=remote,
+                            signal=provider.signal,
+                            gathers=sges,
+                            inline=verbs.inline,
+                            weight=shares[index],
+                            breaks=True,
+                        )
+                    )
+            self.pairs.append([*pairs, self._notes[worker].pair])
+        for index, plan in enumerate(self._plans):
+            nic, cq = provider.nics[plan.path.local], provider.hub.cqs[plan.path.local]
+            verbs = nic.queue_pair(cq, cq, send_depth=NOTE_DEPTH, recv_depth=1, sges=1, inline=0)
+            self._note_lanes.append(Lane(index, verbs))
+
+    def _dial(self, peer: Descriptor) -> None:
+        provider, hub = self._provider, self._provider.hub
+        self.number = secrets.randbits(62)
+        answer = self._link.dial(
+            "rdma-connect",
+            {
+                "version": VERSION,
+                "instance": peer.data["instance"],
+                "connection": self.number,
+                "paths": [
+                    [*provider.ends[p.path.local][:2], p.path.remote, p.mtu, p.rd_atomic, hub.rkeys[p.path.local]]
+                    for p in self._plans
+                ],
+                "queues": [lane.described() for lane in self._lanes],
+                "notes": [lane.described() for lane in self._note_lanes],
+                "answer": self._record.answer,
+            },
+        )
+        self.socket = answer.sock
+        try:
+            mailboxes = [[int(address), int(rkey)] for _, _, address, rkey in answer.body["notes"]]
+            self._connect(self._lanes, answer.body["queues"])
+            self._connect(self._note_lanes, [entry[:2] for entry in answer.body["notes"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TransportError(
+                f"peer {self.peer!r} answered to rdma-connect what does not hold: {error!r}"
+            ) from error
+        rails = [
+            Rail(lane.verbs.address, self._plans[lane.plan].path.local, *mailbox)
+            for lane, mailbox in zip(self._note_lanes, mailboxes, strict=True)
+        ]
+        self._record.open(rails, self._link.gone)
+        for queue in self._notes:
+            queue.lead_to(self._record)
+        for index in range(len(rails)):
+            self._record.raise_rail(index, 0)
+
+    def _connect(self, lanes: Sequence[Lane], told: Sequence[Sequence[int]]) -> None:
+        for lane, (number, psn) in zip(lanes, told, strict=True):
+            plan = self._plans[lane.plan]
+            lane.peer = int(number)
+            self._provider.connect_pair(lane.verbs, self._ends[plan.path.remote], int(number), lane.psn, int(psn), plan)
+
+    def start(self, rows: Sequence[QueueRow], order: Callable[[QueueRow, Order], None]) -> None:
+        """The workers know the queue pairs: see which of them work. Raises TransportError when none does."""
+        if self._rows:
+            return
+        self._order = order
+        self._rows = [row for row in rows if row.pair.breaks]
+        for row in self._rows:
+            order(row, Order.PROBE)
+        deadline = time.monotonic() + PROBE_S
+        while any(row.state in (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN) for row in self._rows):
+            self._stirred.wait(max(0.0, deadline - time.monotonic()))
+            self._stirred.clear()
+            if time.monotonic() > deadline or self.gone:
+                break
+        if self._count(QueueState.READY) == 0:
+            why = ", ".join(sorted({self.why(row) for row in self._rows}))
+            self.lose("no bytes got through")
+            raise TransportError(
+                f"peer {self.peer!r} answers, but no bytes get through to it by RDMA: {why} on {self._wires()}; do the "
+                "networks of these NICs reach each other (ping the GIDs), with this MTU?"
+            )
+        self.stir()
+
+    def _count(self, state: QueueState) -> int:
+        return sum(row.state == state for row in self._rows)
+
+    @staticmethod
+    def why(row: QueueRow) -> str:
+        """The error that broke a queue pair."""
+        try:
+            return WcStatus(row.cause).name if row.cause else "nothing came back"
+        except ValueError:
+            return f"completion status {row.cause}"
+
+    def _wires(self) -> str:
+        own = self._provider.nics
+        return ", ".join(f"{own[p.path.local].port.name} -> {self._ends[p.path.remote].gid}" for p in self._plans)
+
+    def wire(self) -> str:
+        """How bytes travel, in a few words."""
+        return f"rdma, {self._count(QueueState.READY)} of {len(self._rows)} queue pairs ready: {self._wires()}"
+
+    # -------------------------------------------------------------------------- mending
+    def stir(self) -> None:
+        """Something may have changed: look, in a thread of the connection's own, as long as something is to be done."""
+        self._stirred.set()
+        with self._lock:
+            idle = self._mending is None and self._rows and not self.gone and not self._closed
+            if idle and (self._count(QueueState.READY) < len(self._rows) or self._fallen_notes()):
+                self._mending = threading.Thread(target=self._mend, name=f"mooncache-mend-{self.peer}", daemon=True)
+                self._mending.start()
+
+    def _fallen_notes(self) -> list[int]:
+        return [i for i in range(len(self._note_lanes)) if not self._record.is_up(i)]
+
+    def _mend(self) -> None:
+        since = time.monotonic()
+        while True:
+            with self._lock:
+                broken = [row for row in self._rows if row.state != QueueState.READY]
+                if self.gone or self._closed or not (broken or self._fallen_notes()):
+                    self._mending = None
+                    return
+            self._stirred.clear()
+            try:
+                if self._mend_once():
+                    since = time.monotonic()
+            except (TransportError, DiscoveryError) as error:
+                refused = isinstance(error.__cause__, ConnectionRefusedError | ConnectionResetError)
+                if refused or time.monotonic() - since > LOST_S:
+                    self.lose(f"it does not answer: {error}")
+            except MooncacheError as error:
+                self.lose(f"it knows nothing of this connection any more: {error}")
+            self._stirred.wait(BACKOFF_S)
+
+    def _mend_once(self) -> bool:
+        """What can be done now; whether the peer has answered to something, or there was nothing to ask it."""
+        now = time.monotonic()
+        drained = [(i, row) for i, row in enumerate(self._rows) if row.state == QueueState.DRAINED]
+        if drained:
+            self._ask("rdma-fence", {"queues": [i for i, _ in drained], "notes": []})
+            for i, row in drained:
+                log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lane_name(i), self.why(row))
+                self._postpone(self._lanes[i])
+                self._order(row, Order.RETURN)
+        closed = [
+            i
+            for i, row in enumerate(self._rows)
+            if row.state == QueueState.CLOSED and self._lanes[i].not_before <= now and self._carries(self._lanes[i])
+        ]
+        fallen = [i for i in self._fallen_notes() if self._note_lanes[i].not_before <= now]
+        fallen = [i for i in fallen if self._carries(self._note_lanes[i])]
+        if closed or fallen:
+            self._repair(closed, fallen)
+        for i, row in enumerate(self._rows):
+            if row.state == QueueState.READY:
+                self._lanes[i].failures = 0
+        return True
+
+    def _postpone(self, lane: Lane) -> None:
+        lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
+        lane.failures += 1
+
+    def _carries(self, lane: Lane) -> bool:
+        return self._plans[lane.plan].path.local not in self._provider.down
+
+    def _lane_name(self, i: int) -> str:
+        path = self._plans[self._lanes[i].plan].path
+        return f"{i} ({self._provider.nics[path.local].port.name} -> {self._ends[path.remote].gid})"
+
+    def _repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
+        """Connect queue pairs of which nothing is under way anew, at both ends."""
+        lanes, note_lanes = [self._lanes[i] for i in closed], [self._note_lanes[i] for i in fallen]
+        for lane in [*lanes, *note_lanes]:
+            lane.verbs.reset()
+            lane.psn = secrets.randbits(24)
+        told = self._ask(
+            "rdma-repair",
+            {
+                "queues": [[i, lane.psn] for i, lane in zip(closed, lanes, strict=True)],
+                "notes": [[i, lane.psn] for i, lane in zip(fallen, note_lanes, strict=True)],
+            },
+        )
+        with self._provider.lock:
+            if self._closed or self.gone:
+                return
+            self._connect(lanes, [[lane.peer, psn] for lane, psn in zip(lanes, told["queues"], strict=True)])
+            self._connect(note_lanes, [[lane.peer, psn] for lane, psn in zip(note_lanes, told["notes"], strict=True)])
+        for i in fallen:
+            self._postpone(self._note_lanes[i])
+            self._record.raise_rail(i, 0)
+        for i in closed:
+            self._order(self._rows[i], Order.PROBE)
+
+    def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._link.dial(purpose, {"connection": self.number, **body})
+        answer.sock.close()
+        return answer.body
+
+    def look_at_note(self, waiting: dict[Outgoing, tuple[int, float]]) -> None:
+        """A notification that was not answered for long goes over another rail: its answer was lost."""
+        number, now = self._record.under_way, time.monotonic()
+        if not number or not any(queue.busy for queue in self._notes):
+            waiting.pop(self, None)
+        elif waiting.get(self, (0, 0.0))[0] != number:
+            waiting[self] = number, now
+        elif now - waiting[self][1] > NOTE_S:
+            waiting[self] = number, now
+            self._record.lower_rail(self._record.rail)
+
+    def fail_nic(self, nic: int) -> None:
+        """A NIC of ours went down: what is on it comes back at once instead of after the NIC's patience."""
+        for lane, row in zip(self._lanes, self._rows, strict=False):
+            if self._plans[lane.plan].path.local == nic:
+                self._order(row, Order.BREAK)
+                with suppress(TransportError):
+                    lane.verbs.fail()
+
+    # -------------------------------------------------------------------------- the end
+    def lose(self, why: str) -> None:
+        """The peer is gone: let all that is under way to it fail."""
+        with self._lock:
+            if self.gone or self._closed:
+                return
+            self.gone = True
+        log.warning("connection to peer %r ended: %s", self.peer, why)
+        self._provider.set_gone(self._link.gone)
+        for row in self._rows:
+            self._order(row, Order.LOSE)
+        for lane in [*self._lanes, *self._note_lanes]:
+            with suppress(TransportError):
+                lane.verbs.fail()
+        self._stirred.set()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no worker has anything to do with its queue pairs any more."""
+        busy = any(queue.busy for queue in self._notes)
+        return not busy and all(row.state == QueueState.CLOSED for row in self._rows)
+
+    def close(self) -> None:
+        """Give everything back. It must be quiet, or the workers have left."""
+        with self._lock:
+            self._closed = True
+            mending = self._mending
+        self._stirred.set()
+        if mending is not None and mending is not threading.current_thread():
+            mending.join()
+        self._record.close()
+        with self._provider.lock:
+            for lane in [*self._lanes, *self._note_lanes]:
+                with suppress(TransportError):
+                    lane.verbs.close()
+        if self.socket is not None:
+            self._provider.forget_socket(self.socket)
+            self.socket.close()
+
+
+def ends_of(peer: Descriptor) -> list[End]:
+    """The NICs that a peer's descriptor tells of. Raises TransportError when it is of another kind or release."""
+    data = peer.data
+    if not isinstance(data, dict) or data.get("rdma") != VERSION:
+        raise TransportError(
+            f"peer {peer.name!r} at {peer.address} uses provider {peer.provider!r} and no RDMA of version {VERSION}; "
+            "open both ends with provider='rdma', of one release"
+        )
+    try:
+        return [End(str(g), int(lid), int(mtu), int(rd), float(rate)) for g, lid, mtu, rd, rate in data["nics"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TransportError(f"what peer {peer.name!r} says of its NICs does not hold: {error!r}") from error
+
+
+def unknown(number: object) -> UsageError:
+    """What is said to a peer that speaks of a connection nobody knows here."""
+    return UsageError(f"no connection {number} here: this engine was opened anew, or took its peer for gone")

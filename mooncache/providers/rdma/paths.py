@@ -1,0 +1,107 @@
+"""Which NIC here reaches which NIC there, and how much of the load each path should have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mooncache.errors import TransportError
+from mooncache.kernels.layout import WEIGHT_ONE
+
+NODES = "/sys/devices/system/node"
+NEAR = 10  # distance of a NUMA node to itself (ACPI)
+
+
+class End(NamedTuple):
+    """A NIC as peers see it.
+
+    Attributes:
+        gid: of its port, eight words of four hexadecimal digits.
+        lid: of its port on InfiniBand; 0 on Ethernet.
+        mtu: bytes of payload in a packet.
+        rd_atomic: reads it has under way on one connection.
+        rate: Gbit/s.
+    """
+
+    gid: str
+    lid: int
+    mtu: int
+    rd_atomic: int
+    rate: float
+
+
+class PathOf(NamedTuple):
+    """A path: indices of the NIC here and of the NIC at the peer."""
+
+    local: int
+    remote: int
+
+
+def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
+    """One path for each NIC here: to the NIC there whose GID has most in common with its own, of several in turn.
+
+    NICs of one rail mostly share a subnet, whatever order each host lists them in. Raises TransportError where no NIC
+    there speaks the same link layer, or an address of the same family.
+    """
+    paths = []
+    for i, own in enumerate(here):
+        fitting = [j for j, other in enumerate(there) if alike(own, other)]
+        if fitting:
+            turned = fitting[i % len(fitting) :] + fitting[: i % len(fitting)]
+            paths.append(PathOf(i, max(turned, key=lambda j: common(own.gid, there[j].gid))))
+    if not paths:
+        raise TransportError(
+            f"no NIC here can reach one of peer {peer!r}: GIDs {', '.join(e.gid for e in here)} here, "
+            f"{', '.join(e.gid for e in there) or 'none'} there; both ends need RoCE addresses of one family, or "
+            "InfiniBand (Rdma(family=...) or Rdma(gid_index=...) chooses)"
+        )
+    return paths
+
+
+def alike(own: End, other: End) -> bool:
+    """Whether two ports can be on one network: both InfiniBand, or Ethernet with addresses of one family."""
+    return bool(own.lid) == bool(other.lid) and (bool(own.lid) or is_ipv4(own.gid) == is_ipv4(other.gid))
+
+
+def is_ipv4(gid: str) -> bool:
+    """Whether a GID is an IPv4 address in IPv6's clothes."""
+    return gid.startswith("0000:0000:0000:0000:0000:ffff:")
+
+
+def common(a: str, b: str) -> int:
+    """Leading bits that two GIDs have in common."""
+    return 128 - (int(a.replace(":", ""), 16) ^ int(b.replace(":", ""), 16)).bit_length()
+
+
+def weights(rates: Sequence[float], nodes: Sequence[int], root: str = NODES) -> list[int]:
+    """What share of the load each path should have, WEIGHT_ONE for the best: its rate, less if its NIC is far away.
+
+    Args:
+        rates: Gbit/s of each path, the slower of its ends.
+        nodes: NUMA node of each path's NIC here, -1 where unknown.
+    """
+    shares = [rate * NEAR / distance(node, root) for rate, node in zip(rates, nodes, strict=True)]
+    best = max(shares)
+    return [max(1, round(WEIGHT_ONE * share / best)) if best > 0 else WEIGHT_ONE for share in shares]
+
+
+def distance(node: int, root: str = NODES) -> int:
+    """From the NUMA nodes this process may run on to a node: the least, as the firmware tells it; 10 is near."""
+    try:
+        distances = [int(d) for d in Path(root, f"node{node}", "distance").read_text().split()]
+        own = [n for n in range(len(distances)) if runs_on(n, root)]
+        return min((distances[n] for n in own), default=NEAR)
+    except (OSError, ValueError, IndexError):
+        return NEAR  # one node, or nobody knows
+
+
+def runs_on(node: int, root: str = NODES) -> bool:
+    """Whether this process may run on a core of the node."""
+    cores = set[int]()
+    for part in Path(root, f"node{node}", "cpulist").read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cores |= set(range(int(first), int(last or first) + 1))
+    return bool(cores & os.sched_getaffinity(0))

@@ -1,0 +1,365 @@
+"""RDMA: one-sided reads and writes by a NIC, posted and polled by the kernels through the NIC's own driver.
+
+Python makes the resources, by pyverbs, and looks after connections; see `outgoing` and `incoming` for their two ends
+and `notes` for notifications. A thread, the keeper, watches everything that can change: queue pairs that break, ports
+that go down, and the sockets over which connections were asked for, whose end means that the peer is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.kernels import calls
+from mooncache.kernels.layout import Access, Order
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
+from mooncache.providers.base import Descriptor, Keys, Link, Provider
+from mooncache.providers.rdma import gpu
+from mooncache.providers.rdma.hub import NoteHub, NoteQueue
+from mooncache.providers.rdma.incoming import Incoming
+from mooncache.providers.rdma.nic import Nic, Registration, populate
+from mooncache.providers.rdma.outgoing import NOTE_S, VERSION, Outgoing, Plan, unknown
+from mooncache.providers.rdma.paths import End
+from mooncache.providers.rdma.ports import choose
+from mooncache.providers.rdma.queues import QueuePair as Verbs
+from mooncache.providers.rdma.queues import Remote
+
+if TYPE_CHECKING:
+    from mooncache.discovery.listener import Reply, Request
+
+log = logging.getLogger("mooncache")
+
+SIGNAL = 16
+"""Work requests behind one completion: a sixteenth of the polling, and a queue of 512 still reports 32 times."""
+
+CQ_ENTRIES = 16_384
+"""Of one worker and NIC: 32 peers with full queues of which every work request fails at once."""
+
+POPULATE_BYTES = 64 << 20
+"""From here on pages are faulted in by several threads before a NIC pins them: 16,384 pages, 10 ms or so."""
+
+SETTLE_S = 5.0
+"""For workers to give back what a connection that is gone had under way: microseconds, and no test of patience."""
+
+
+class Rdma(Provider):
+    """Any verbs NIC: InfiniBand, RoCE, or Soft-RoCE.
+
+    Args:
+        devices: "device" or "device:port" names; None takes every active port.
+        gid_index, interface, family: choose the GID by index, network interface, or "ipv4", "ipv6" or "ib".
+        queue_pairs: to one peer, on each path, for each worker.
+        signal: work requests behind one completion (`Settings.signal` goes before).
+        timeout, retry_count: how long a NIC waits for an acknowledgement, 4.096 µs * 2**timeout, and how often it sends
+            again. 14 and 7: half a second until it gives up, up to four times that on some NICs.
+        region_bytes: longest registration; None takes what the NICs can do. Longer regions are cut.
+
+    Raises:
+        UsageError: a figure out of range.
+    """
+
+    name = "rdma"
+    spins = True
+    reaches_gpus = True
+
+    def __init__(
+        self, devices: Sequence[str] | None = None, *, gid_index: int | None = None, interface: str | None = None,
+        family: str | None = None, queue_pairs: int = 2, signal: int = SIGNAL, timeout: int = 14, retry_count: int = 7,
+        region_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        for name, value, least, most in (
+            ("queue_pairs", queue_pairs, 1, limits.QUEUE_PAIRS // limits.NICS),
+            ("signal", signal, 1, limits.QUEUE_DEPTH),
+            ("timeout", timeout, 1, 31),
+            ("retry_count", retry_count, 0, 7),
+            ("region_bytes", region_bytes or 1, 1, 1 << 62),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"expected {name} to be {least} to {most}, got {value!r}")
+        self._devices, self._gid = devices, (gid_index, interface, family)
+        self.queue_pairs, self.signal, self._timeout, self._retries = queue_pairs, signal, timeout, retry_count
+        self._region_bytes = region_bytes
+        self.lock = threading.RLock()  # held while queue pairs are made, connected or destroyed
+        self.nics: list[Nic] = []
+        self.down: set[int] = set()  # indices of NICs whose port is down
+        self.never = np.zeros(1, np.int64)
+        self._registered: dict[tuple[int, ...], list[Registration]] = {}
+        self._outgoing: dict[str, Outgoing] = {}
+        self._incoming: dict[int, Incoming] = {}
+        self._note_queues: dict[str, list[NoteQueue]] = {}
+        self._closed = False
+
+    # -------------------------------------------------------------------------- opening
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+        """See `Provider.open`."""
+        if self.nics:
+            raise TransportError("this rdma provider is open already; each engine needs one of its own")
+        gid_index, interface, family = self._gid
+        choices = choose(self._devices, gid_index=gid_index, interface=interface, family=family)
+        if len(choices) > limits.NICS:
+            raise CapacityError(f"expected at most {limits.NICS} ports, there are {len(choices)}: name some of them")
+        self._depth, self.instance = queue_depth, secrets.randbits(62)
+        with ExitStack() as undo:
+            for choice in choices:
+                self.nics.append(Nic(choice))
+                undo.callback(self.nics[-1].close)
+            self.ends = [
+                End(nic.gid, nic.lid, nic.mtu, nic.limits.max_rd_atomic, nic.port.rate_gbps) for nic in self.nics
+            ]
+            most = min(nic.limits.max_mr_size for nic in self.nics)
+            self.region_bytes = min(self._region_bytes or most, most, 1 << 62)
+            self.cqs = [
+                [nic.completion_queue(min(CQ_ENTRIES, nic.limits.max_cqe)) for nic in self.nics] for _ in range(workers)
+            ]
+            self.hub = NoteHub(self.nics, workers, inbox)
+            self._open_keeper(workers, undo)
+            undo.pop_all()
+        self._keeper = threading.Thread(target=self._keep, name="mooncache-rdma", daemon=True)
+        self._keeper.start()
+        return [
+            [*(CompletionQueue(cq.address, cq.capacity) for cq in own), self.hub.completion_queue(worker)]
+            for worker, own in enumerate(self.cqs)
+        ]
+
+    def _open_keeper(self, workers: int, undo: ExitStack) -> None:
+        self._watched = select.epoll()
+        undo.callback(self._watched.close)
+        self.trouble_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        undo.callback(os.close, self.trouble_fd)
+        self.descriptors = [[channel.fd for channel in self.hub.channels], *([] for _ in range(workers - 1))]
+        self._sockets: dict[int, tuple[socket.socket, Outgoing | Incoming]] = {}
+        self._watched.register(self.trouble_fd, select.EPOLLIN)
+        for nic in self.nics:
+            self._watched.register(nic.async_fd, select.EPOLLIN)
+
+    def depth_on(self, nic: Nic) -> int:
+        """Work requests in flight on one queue pair of a NIC."""
+        return min(self._depth, nic.limits.max_qp_wr)
+
+    def connect_pair(self, verbs: Verbs, end: End, number: int, psn: int, remote_psn: int, plan: Plan) -> None:
+        """Connect one end of a queue pair to the queue pair `number` at the peer's NIC."""
+        verbs.connect(
+            Remote(number, end.gid, end.lid), psn=psn, remote_psn=remote_psn, mtu=plan.mtu, rd_atomic=plan.rd_atomic,
+            timeout=self._timeout, retry_count=self._retries, rnr_retry=7,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------- memory
+    def register(self, address: int, length: int, access: int) -> Keys:
+        """See `Provider.register`: with every NIC. A GPU's memory by dma-buf, or else by its driver's peer memory."""
+        on_gpu = gpu.memory_kind(address) == "gpu"
+        by_dmabuf = on_gpu and gpu.choose(address, length) == "dma-buf"
+        if not on_gpu and length >= POPULATE_BYTES:
+            populate(address, length, bool(access & Access.LOCAL), min(8, len(os.sched_getaffinity(0))))
+        made: list[Registration] = []
+        try:
+            for nic in self.nics:
+                if by_dmabuf:
+                    made.append(self._register_dmabuf(nic, address, length, access))
+                else:
+                    made.append(nic.register(address, length, access))
+        except BaseException:
+            for registration in made:
+                registration.close()
+            raise
+        keys = Keys(tuple(r.lkey for r in made), tuple(r.rkey for r in made))
+        self._registered[keys.rkeys] = made
+        return keys
+
+    @staticmethod
+    def _register_dmabuf(nic: Nic, address: int, length: int, access: int) -> Registration:
+        buffer = gpu.dmabuf_fd(address, length)
+        try:
+            return nic.register_dmabuf(buffer.fd, buffer.offset, length, address, access)
+        finally:
+            os.close(buffer.fd)
+
+    def unregister(self, keys: Keys) -> None:
+        """See `Provider.unregister`."""
+        for registration in self._registered.pop(keys.rkeys):
+            registration.close()
+
+    # -------------------------------------------------------------------------- as a target
+    def describe(self, unix: str = "") -> dict[str, Any]:
+        """See `Provider.describe`."""
+        return {"rdma": VERSION, "instance": self.instance, "nics": [list(end) for end in self.ends]}
+
+    def serve(self, request: Request) -> Reply:
+        """See `Provider.serve`: a peer connects, or has its queue pairs fenced or connected anew."""
+        from mooncache.discovery.listener import Reply
+
+        body = request.body
+        if request.purpose == "rdma-connect":
+            if body["instance"] != self.instance:
+                raise DiscoveryError("this engine was opened anew since the caller looked it up; look it up again")
+            with self.lock:
+                self._check_open()
+                if int(body["connection"]) in self._incoming:
+                    raise UsageError(f"connection {body['connection']} exists already")
+                incoming = Incoming(self, request.caller, body)
+                self._incoming[incoming.number] = incoming
+            return Reply(incoming.answer, then=lambda sock: self._hold(sock, incoming))
+        if request.purpose in ("rdma-fence", "rdma-repair"):
+            with self.lock:
+                self._check_open()
+                known = self._incoming.get(body["connection"])
+                if known is None or known.caller != request.caller:
+                    raise unknown(body["connection"])
+                return Reply(known.fence(body) if request.purpose == "rdma-fence" else known.repair(body))
+        raise UsageError(f"expected a purpose of describe or rdma-connect, got {request.purpose!r}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+
+    def _hold(self, sock: socket.socket, connection: Outgoing | Incoming) -> None:
+        """Watch the socket over which a connection was asked for."""
+        with self.lock:
+            connection.socket = sock
+            if self._closed:
+                sock.close()
+                return
+            self._sockets[sock.fileno()] = sock, connection
+            self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+
+    def forget_socket(self, sock: socket.socket) -> None:
+        """A connection's socket is about to be closed."""
+        with self.lock:
+            if self._sockets.pop(sock.fileno(), None) is not None:
+                with suppress(OSError):
+                    self._watched.unregister(sock.fileno())
+
+    # -------------------------------------------------------------------------- as an initiator
+    def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
+        """See `Provider.connect`."""
+        known = self._outgoing.get(peer.name)
+        if known is not None and not known.gone and known.generation == peer.generation:
+            return known.pairs
+        if known is not None:
+            known.lose("another engine has its name now")
+            self._end(known)
+        notes = self._note_queues.get(peer.name)
+        if notes is None:
+            cq = len(self.nics)
+            notes = [self.hub.queue_pair(worker, cq) for worker in range(len(self.cqs))]
+            self._note_queues[peer.name] = notes
+        with self.lock:
+            self._check_open()
+        outgoing = Outgoing(self, peer, link, notes)
+        assert outgoing.socket is not None
+        self._outgoing[peer.name] = outgoing
+        self._hold(outgoing.socket, outgoing)
+        return outgoing.pairs
+
+    def _end(self, outgoing: Outgoing) -> None:
+        """Give a connection back that is gone, once the workers have nothing to do with it any more."""
+        deadline = time.monotonic() + SETTLE_S
+        while not outgoing.quiet:
+            if time.monotonic() > deadline:
+                raise TransportError(f"what is under way to peer {outgoing.peer!r} did not come back; try again")
+            time.sleep(1e-3)
+        outgoing.close()
+
+    def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:
+        """See `Provider.start`."""
+        self._outgoing[peer].start(queues, self._orders(ctl))
+
+    def _orders(self, ctl: int) -> Callable[[QueueRow, Order], None]:
+        def order(row: QueueRow, what: Order) -> None:
+            with self.lock:
+                calls.order(ctl, row.worker, row.address, what.value)
+
+        return order
+
+    def connected(self, peer: str) -> bool:
+        """See `Provider.connected`."""
+        return not self._outgoing[peer].gone
+
+    def wire(self, peer: str) -> str:
+        """See `Provider.wire`."""
+        return self._outgoing[peer].wire() if peer in self._outgoing else self.name
+
+    @staticmethod
+    def set_gone(word: int) -> None:
+        """Tell the engine that a peer is gone."""
+        ctypes.c_int64.from_address(word).value = 1
+
+    # -------------------------------------------------------------------------- the keeper
+    def _keep(self) -> None:
+        """In a thread of its own: whatever happens to NICs, queue pairs and peers."""
+        by_descriptor = {nic.async_fd: index for index, nic in enumerate(self.nics)}
+        waiting: dict[Outgoing, tuple[int, float]] = {}
+        while not self._closed:
+            for descriptor, _ in self._watched.poll(NOTE_S / 2):
+                if descriptor == self.trouble_fd:
+                    with suppress(BlockingIOError):
+                        os.eventfd_read(descriptor)
+                elif descriptor in by_descriptor:
+                    self._look_at_events(by_descriptor[descriptor])
+                else:
+                    self._hung_up(descriptor)
+            for outgoing in list(self._outgoing.values()):
+                outgoing.look_at_note(waiting)
+                outgoing.stir()
+
+    def _look_at_events(self, index: int) -> None:
+        nic = self.nics[index]
+        while (event := nic.next_event()) is not None:
+            if event.name in ("PORT_ERR", "DEVICE_FATAL"):
+                log.warning("RDMA port %s: %s", nic.port.name, event.name)
+                self.down.add(index)
+                for outgoing in list(self._outgoing.values()):
+                    outgoing.fail_nic(index)
+            elif event.name == "PORT_ACTIVE":
+                log.warning("RDMA port %s is active again", nic.port.name)
+                self.down.discard(index)
+
+    def _hung_up(self, descriptor: int) -> None:
+        with self.lock:
+            found = self._sockets.get(descriptor)
+            if found is None:
+                return
+            self.forget_socket(found[0])
+        connection = found[1]
+        if isinstance(connection, Outgoing):
+            connection.lose("it hung up")
+        else:
+            with self.lock:
+                self._incoming.pop(connection.number, None)
+                connection.close()
+
+    # -------------------------------------------------------------------------- the end
+    def hang_up(self) -> None:
+        """See `Provider.hang_up`."""
+        for outgoing in list(self._outgoing.values()):
+            outgoing.lose("the engine is closed")
+
+    def close(self) -> None:
+        """See `Provider.close`."""
+        with self.lock:
+            self._closed = True
+        os.eventfd_write(self.trouble_fd, 1)
+        if threading.current_thread() is not self._keeper:
+            self._keeper.join()
+        for outgoing in self._outgoing.values():
+            outgoing.close()
+        with self.lock:
+            for incoming in self._incoming.values():
+                incoming.close()
+        self.hub.acknowledge()
+        for nic in self.nics:
+            nic.close()
+        self._watched.close()
+        os.close(self.trouble_fd)
