@@ -111,6 +111,7 @@ class Engine:
             undo.callback(self.provider.close)
             for worker, polled in enumerate(queues):
                 self._state.poll_from(worker, polled)
+            self._state.worker_rows[:, layout.WORKER_TROUBLE_FD] = self.provider.trouble_fd
             self._bells = Bells(self._state, self.provider.descriptors, spins=self.provider.spins)
             undo.callback(self._bells.close)
             jit.prewarm()

@@ -86,12 +86,14 @@ class Provider(ABC):
         spins: completions come within microseconds and no descriptor tells of them, so that workers poll without a
             pause while they wait for any.
         region_bytes: longest range that `register` takes; the engine cuts longer ones.
+        trouble_fd: eventfd that workers write to when the state of a queue pair that breaks has changed; -1: none do.
     """
 
     name: str
     descriptors: Sequence[int] = ()
     spins: bool = True
     region_bytes: int = 1 << 62
+    trouble_fd: int = -1
 
     @abstractmethod
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
