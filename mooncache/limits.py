@@ -56,6 +56,9 @@ NICS = 8
 SLICES_GATHERED = 16
 """Slices of one work request, where they lie side by side at the target; NICs take 16 to 30 ranges at best speed."""
 
+MESSAGE_BYTES = 1 << 30
+"""Bytes of one work request: max_msg_sz of the usual NICs."""
+
 CHAIN = 128
 """Work requests behind one doorbell: a quarter of the queue depth, so that three quarters stay busy meanwhile."""
 

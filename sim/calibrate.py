@@ -55,7 +55,7 @@ def staged_worker(ctl, slices, stages):
         taken = clock(ctl)
         post(ctl, worker, index)
         posted = clock(ctl)
-        poll(ctl, worker, index)
+        poll(ctl, worker)
         raise_word(stages + TAKE * WORD, taken - start)
         raise_word(stages + POST * WORD, posted - taken)
         raise_word(stages + POLL * WORD, clock(ctl) - posted)
@@ -68,7 +68,7 @@ def empty_polls(ctl, n):
     worker = worker_row(ctl, word(ctl, layout.ACTOR))
     start = clock(ctl)
     for _ in range(n):
-        poll(ctl, worker, 0)
+        poll(ctl, worker)
     return clock(ctl) - start
 
 

@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from mooncache import limits
 from mooncache.errors import UsageError
 from sim import units
 from sim.errors import ConfigError, Problem, came
@@ -154,11 +155,14 @@ class EngineShape(_Section):
 
 
 class Nic(_Section):
-    """The NIC of one rank."""
+    """The NIC of one rank, or each of its NICs where it has several rails."""
 
     rate: BitRate = units.BIT_RATE.parse("400Gbps")  # one NDR port, the usual NIC beside an H100
     message_rate: EventRate = units.EVENT_RATE.parse("200M/s")  # ConnectX-6: 215 M/s (NVIDIA), rounded down
     latency: Duration = units.DURATION.parse("2us")  # NDR in a cloud: below 2 us (Azure HBv4)
+    rails: int = Field(default=1, ge=1, le=limits.NICS)  # NICs, each of this rate; slices are spread over them
+    signal: int = Field(default=1, ge=1, le=4096)  # a completion every so many work requests; 1: upstream's way
+    gathers: int = Field(default=1, ge=1, le=limits.SLICES_GATHERED)  # slices side by side in one work request
 
 
 class Decode(_Section):

@@ -16,7 +16,7 @@ the end of a batch. Slices never become SimPy events.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,14 +70,17 @@ class Figures(NamedTuple):
     leaked_slices: int
 
 
-def nic_of(scenario: Scenario) -> emulated.Nic:
-    """The scenario's NIC."""
-    return emulated.Nic(
+def nics_of(scenario: Scenario) -> list[emulated.Nic]:
+    """The scenario's NICs, one a rail."""
+    nic = emulated.Nic(
         bits_per_s=scenario.nic.rate,
         messages_per_s=scenario.nic.message_rate,
         latency_ns=scenario.nic.latency / emulated.PS_PER_NS,
         move_bytes=False,
+        signal=scenario.nic.signal,
+        gathers=scenario.nic.gathers,
     )
+    return [nic] * scenario.nic.rails
 
 
 def settings_of(scenario: Scenario, store: str, policy: str) -> Settings:
@@ -97,18 +100,18 @@ def settings_of(scenario: Scenario, store: str, policy: str) -> Settings:
 
 
 class VirtualEngine:
-    """An engine's state with virtual clocks: one worker, `threads` callers, a reaper, an emulated NIC to one peer."""
+    """An engine's state with virtual clocks: one worker, `threads` callers, a reaper, emulated NICs to one peer."""
 
-    def __init__(self, settings: Settings, nic: emulated.Nic, prices: Prices, threads: int) -> None:
+    def __init__(self, settings: Settings, nics: Sequence[emulated.Nic], prices: Prices, threads: int) -> None:
         self.state = State(settings, virtual=True)
         self.worker = self._block(prices, 0)
         self.callers = [self._block(prices) for _ in range(threads)]
         self.reaper = self._block(prices)
         clock = address_of(self.worker.words) + layout.NOW * layout.WORD
-        self.provider = emulated.Emulated(nic, clocks=[clock])
+        self.provider = emulated.Emulated(*nics, clocks=[clock])
         (queues,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
         self.state.poll_from(0, queues)
-        (self.cq,) = (queue.address for queue in queues)
+        self.cqs = [queue.address for queue in queues]
         self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")
         keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
@@ -156,7 +159,7 @@ class Rank:
     ) -> None:  # fmt: skip
         threads = scenario.engine.submit_threads
         self.env, self.wake_ps, self.next_ready = env, wake_ps, next_ready
-        self.engine = VirtualEngine(settings_of(scenario, store, policy), nic_of(scenario), prices, threads)
+        self.engine = VirtualEngine(settings_of(scenario, store, policy), nics_of(scenario), prices, threads)
         self.policy = Policy[policy.upper()]
         self.period_ps = scenario.reclaim.period
         self.tasks = simpy.Store(env)
@@ -272,7 +275,7 @@ class Rank:
         if watched:
             self._at(now).callbacks.append(lambda _: self._slots_came_back())
         if why == Pump.IDLE:
-            due = int(emulated.next_completion.ready().ctypes(self.engine.cq))
+            due = min(int(emulated.next_completion.ready().ctypes(cq)) for cq in self.engine.cqs)
             if due < emulated.NEVER:
                 self._schedule(max(due, self.env.now))
             self.asleep = True  # a new batch may still come before `due`

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import i8, i16, i64, peek, poke, store, u32
+from mooncache.kernels.atomics import i8, i16, i32, i64, peek, poke, store, u32
 from mooncache.kernels.batch import finish
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
@@ -28,13 +28,15 @@ from mooncache.kernels.layout import (
     RETRIES,
     RUN,
     SLICE_ATTEMPTS,
+    SLICE_NEXT,
     SLICE_STATE,
     STORE,
     WORD,
     WORKER_CQ_COUNT,
     WORKER_CQS,
     WORKER_OUTSTANDING,
-    WORKER_RETRY_RING,
+    WORKER_RETRY_FIRST,
+    WORKER_RETRY_LAST,
     Kind,
     QueueState,
     Slice,
@@ -59,7 +61,6 @@ from mooncache.kernels.queue import (
     tell,
 )
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
-from mooncache.kernels.ring import push, vacant
 from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
 from mooncache.limits import CHUNK_BITS
 
@@ -111,6 +112,18 @@ def passing(wc_status):
 
 
 @kernel
+def post_later(ctl, worker, slot):
+    """Append a slice to those that are to be posted again."""
+    next_ = i32(word(ctl, SLICE_NEXT))
+    next_[slot] = -1
+    if peek(worker + WORKER_RETRY_FIRST * WORD) < 0:
+        poke(worker + WORKER_RETRY_FIRST * WORD, slot)
+    else:
+        next_[peek(worker + WORKER_RETRY_LAST * WORD)] = slot
+    poke(worker + WORKER_RETRY_LAST * WORD, slot)
+
+
+@kernel
 def answer_failure(ctl, worker, row, slot, wc_status):
     """A slice's work request failed: post it again later, or let it fail."""
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
@@ -120,7 +133,7 @@ def answer_failure(ctl, worker, row, slot, wc_status):
     elif passing(wc_status) and cancelled == 0 and attempts[slot] < word(ctl, RETRIES):
         attempts[slot] += 1
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
-        push(peek(worker + WORKER_RETRY_RING * WORD), slot)
+        post_later(ctl, worker, slot)
         account(ctl, Kind.RETRIED, 1)
     elif passing(wc_status) and cancelled != 0:
         fail_slice(ctl, row, slot, cancelled)
@@ -155,12 +168,13 @@ def apply_run(ctl, row, run, done):
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
     entry = peek(entry_at(queue, sequence))
-    several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1  # not known which of them is to blame: each again, alone
+    # Not known which of several slices is to blame: each is posted again, alone.
+    several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1 and word(ctl, RETRIES) > 0
     if peek(queue + QUEUE_BREAKS * WORD) == 0:
-        answer_entry(ctl, worker, entry, wc_status)
+        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status)
         mark_answered(queue, sequence, sequence)
         return
-    break_queue(worker, queue, wc_status)
+    break_queue(ctl, worker, queue, wc_status)
     if several or passing(wc_status):
         hold(queue, sequence)
     else:
@@ -174,39 +188,19 @@ def look_drained(ctl, worker, queue):
     """Once all that a broken queue had in flight has come back, wait for an order; if the peer is gone, fail it all."""
     if has_drained(queue):
         if lost(queue):
-            give_up(ctl, worker, queue)
+            answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
         else:
             tell(ctl, worker, queue, QueueState.DRAINED)
 
 
 @kernel
-def give_up(ctl, worker, queue):
-    """The peer is gone: fail what a drained queue holds."""
+def answer_held(ctl, worker, queue, wc_status):
+    """Answer what a drained queue holds: as flushed, so that it is posted again, or as the end of the peer."""
     for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
-            answer_entry(ctl, worker, entry, WcStatus.REM_ABORT_ERR)
+            answer_entry(ctl, worker, entry, wc_status)
     close_queue(ctl, worker, queue)
-
-
-@kernel
-def return_held(ctl, worker, queue):
-    """Hand what a drained queue holds to the retry ring, as far as that has room; returns how many slices."""
-    ring, moved = peek(worker + WORKER_RETRY_RING * WORD), np.int64(0)
-    tail, head = peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)
-    while tail < head:
-        entry = peek(entry_at(queue, tail))
-        n = (entry >> SLICES_SHIFT) & SLICES_MASK
-        if vacant(ring) < n:
-            break
-        if entry & ANSWERED == 0:
-            answer_entry(ctl, worker, entry, WcStatus.WR_FLUSH_ERR)
-            moved += n
-        tail += 1
-        poke(queue + QUEUE_TAIL * WORD, tail)
-    if tail == head:
-        close_queue(ctl, worker, queue)
-    return moved
 
 
 @kernel

@@ -134,6 +134,7 @@ SLICE_LOCAL = _next()  # int16[capacity]   slot of the local region
 SLICE_REMOTE = _next()  # int16[capacity]   slot of the remote region in the peer's table
 SLICE_STATE = _next()  # int16[capacity]   Slice, or the Status it failed with
 SLICE_ATTEMPTS = _next()  # int8[capacity]    times posted again
+SLICE_NEXT = _next()  # int32[capacity]   next slice of those to post again, -1; meaningful while it is one
 SLICE_OBJECT = _next()  # int64[capacity]   heap store only: address of the slice object
 # Chunks of 256 slots.
 CHUNK_NEXT = _next()  # int64[chunks]     next in its chain or in the free list, -1 at the end
@@ -304,8 +305,7 @@ class QueueState(IntEnum):
     READY = 1
     BROKEN = 2  # an error came; nothing is posted, what is in flight comes back flushed
     DRAINED = 3  # all of it has come back; waits for an order
-    RETURNING = 4  # what came back is being posted on other queues
-    PROBING = 5  # connected anew; ready when an empty write gets through
+    PROBING = 4  # connected anew; ready when an empty write gets through
 
 
 class Order(IntEnum):
@@ -313,7 +313,7 @@ class Order(IntEnum):
 
     NONE = 0
     BREAK = 1  # post nothing more; the queue pair is in its error state already
-    RETURN = 2  # drained, and nothing of it can reach the peer any more: post it elsewhere
+    RETURN = 2  # drained, and nothing of it can reach the peer any more: post it again
     LOSE = 3  # the peer is gone: fail everything
     PROBE = 4  # the queue pair is connected anew
 
@@ -327,7 +327,7 @@ WORKER_EPOCH = 4  # epoch at the start of its round; EPOCH_QUIET while asleep
 WORKER_OUTSTANDING = 5  # work requests posted, all endpoints
 WORKER_QUEUED = 6  # batches with slices to post
 WORKER_DEADLINES = 7  # queued batches that have a deadline
-WORKER_RETRY_RING = 8  # ring of slots to post again
+WORKER_RETRY_FIRST = 8  # first slice to post again, -1
 WORKER_PEERS = 9  # highest peer it has had batches for, + 1
 WORKER_TURN = 10  # 1: somebody is this worker, see kernels/worker.py; also the futex of its own thread
 WORKER_HELD = 11  # 1: that thread waits for its turn
@@ -345,7 +345,9 @@ WORKER_QUEUE_COUNT = 22
 WORKER_ORDERS = 23  # orders given to its queues and not yet seen; anyone
 WORKER_SPINS = 24  # 1: no descriptor tells of completions, so it polls while there is anything in flight
 WORKER_TROUBLE_FD = 25  # eventfd that is written to when a queue's state changes, or -1
-WORKER_UNDECIDED = 26  # queues that are broken or drained, or whose work requests are being returned
+WORKER_UNDECIDED = 26  # queues that are broken or drained
+WORKER_RETRY_LAST = 27  # last slice to post again
+WORKER_OWES = 28  # 1: a queue may need a marker, see `post.post_markers`
 WORKER_WORDS = 32
 EPOCH_QUIET = (1 << 62) - 1
 

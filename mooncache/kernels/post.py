@@ -8,9 +8,9 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import i16, i32, i64, peek, poke
+from mooncache.kernels.atomics import i16, i32, i64, load, peek, poke
 from mooncache.kernels.batch import append, remove
-from mooncache.kernels.complete import fail_slice, settle
+from mooncache.kernels.complete import fail_slice, look_drained, post_later, settle
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -40,6 +40,7 @@ from mooncache.kernels.layout import (
     GATHERS,
     LOCAL_TABLE,
     PEER_TABLES,
+    QUEUE_BREAKS,
     QUEUE_CQ,
     QUEUE_ENTRIES,
     QUEUE_GATHERS,
@@ -51,10 +52,12 @@ from mooncache.kernels.layout import (
     QUEUE_QP,
     QUEUE_RKEYS,
     QUEUE_SIGNAL,
+    QUEUE_STATE,
     QUEUE_TAG,
     SCRATCH,
     SLICE_LENGTH,
     SLICE_LOCAL,
+    SLICE_NEXT,
     SLICE_REMOTE,
     SLICE_SOURCE,
     SLICE_STATE,
@@ -64,11 +67,15 @@ from mooncache.kernels.layout import (
     WORK_REQUESTS,
     WORKER_DEADLINES,
     WORKER_OUTSTANDING,
+    WORKER_OWES,
+    WORKER_QUEUE_COUNT,
     WORKER_QUEUED,
-    WORKER_RETRY_RING,
+    WORKER_QUEUES,
+    WORKER_RETRY_FIRST,
     Kind,
     Note,
     Opcode,
+    QueueState,
     Slice,
 )
 from mooncache.kernels.queue import (
@@ -79,9 +86,9 @@ from mooncache.kernels.queue import (
     break_queue,
     entry_at,
     in_flight,
+    ready,
     room,
 )
-from mooncache.kernels.ring import pop, push, waiting
 from mooncache.kernels.spread import NOBODY, choose
 from mooncache.kernels.verbs import (
     ENOMEM,
@@ -250,9 +257,31 @@ def post_marker(ctl, worker, queue):
     """Post an empty write that asks for a completion: for those before that did not, or to see if it gets through."""
     build_plain(queue, word(ctl, WORK_REQUESTS), Opcode.WRITE, 0, 0, 0)
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
-    if refused:
-        break_queue(worker, queue, WcStatus.LOC_QP_OP_ERR)
+    if refused and peek(queue + QUEUE_BREAKS * WORD) != 0:
+        break_queue(ctl, worker, queue, WcStatus.LOC_QP_OP_ERR)
+        look_drained(ctl, worker, queue)
     return accepted
+
+
+@kernel
+def owes_marker(queue):
+    """Whether its last work requests asked for no completion, after a short post, or it is connected anew."""
+    if ready(queue):
+        return peek(queue + QUEUE_LOOSE * WORD) > 0
+    return peek(queue + QUEUE_STATE * WORD) == QueueState.PROBING and in_flight(queue) == 0
+
+
+@kernel
+def post_markers(ctl, worker):
+    """Post a marker on every queue that owes one and has room; the others owe it on. Returns how many."""
+    queues, posted = i64(peek(worker + WORKER_QUEUES * WORD)), np.int64(0)
+    poke(worker + WORKER_OWES * WORD, 0)
+    for i in range(load(worker + WORKER_QUEUE_COUNT * WORD)):
+        if owes_marker(queues[i]) and room(queues[i]) > 0:
+            posted += post_marker(ctl, worker, queues[i])
+        if owes_marker(queues[i]):
+            poke(worker + WORKER_OWES * WORD, 1)
+    return posted
 
 
 @kernel
@@ -360,7 +389,7 @@ def post_batches(ctl, worker, index, endpoint):
         posted = post_chain(ctl, worker, row, queue, min(n, room(queue)))
         moved += posted
         if peek(queue + QUEUE_LOOSE * WORD) > 0:
-            post_marker(ctl, worker, queue)
+            poke(worker + WORKER_OWES * WORD, 1)
         if peek(row + BATCH_UNPOSTED * WORD) == 0:
             dequeue(ctl, worker, endpoint, row)
             settle(ctl, row)
@@ -371,14 +400,22 @@ def post_batches(ctl, worker, index, endpoint):
 
 # ------------------------------------------------------------------------------ notifications
 @kernel
-def post_note(ctl, worker, endpoint):
-    """Post the notification whose turn it is at this endpoint, if it waits for nothing else; returns how many."""
+def post_note(ctl, worker, index, endpoint):
+    """Post or answer the notification whose turn it is at this endpoint, if it waits for nothing else; how many."""
     first_one, queue = peek(endpoint + ENDPOINT_NOTE_FIRST * WORD), peek(endpoint + ENDPOINT_NOTES * WORD)
     if first_one < 0:
         return np.int64(0)
     row = batch_row(ctl, first_one)
-    if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN or room(queue) < 1:
+    if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN:
         return np.int64(0)
+    if peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+        stop_posting(ctl, worker, index, row, Status.PEER_GONE)
+        return np.int64(1)
+    if not ready(queue) or room(queue) < 1:
+        if not overdue(ctl, row):
+            return np.int64(0)
+        stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
+        return np.int64(1)
     slot = peek(row + BATCH_NOTE * WORD)
     build_note(ctl, queue, slot, word(ctl, WORK_REQUESTS))
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
@@ -397,24 +434,26 @@ def post_note(ctl, worker, endpoint):
 # ------------------------------------------------------------------------------ slices posted again
 @kernel
 def post_retries(ctl, worker, index):
-    """Look once at every slice in the retry ring; returns how many left it. Those that find no room stay."""
-    ring, owner = peek(worker + WORKER_RETRY_RING * WORD), i64(word(ctl, CHUNK_BATCH))
-    moved = np.int64(0)
-    for _ in range(waiting(ring)):
-        slot = pop(ring)
+    """Look once at every slice that is to be posted again; returns how many were, or failed. The others wait on."""
+    next_, owner = i32(word(ctl, SLICE_NEXT)), i64(word(ctl, CHUNK_BATCH))
+    slot, moved = peek(worker + WORKER_RETRY_FIRST * WORD), np.int64(0)
+    poke(worker + WORKER_RETRY_FIRST * WORD, -1)
+    while slot >= 0:
+        after = np.int64(next_[slot])
         row = batch_row(ctl, owner[slot // SLOTS])
         endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
         status = peek(row + BATCH_CANCELLED * WORD)
         if status == 0 and peek(endpoint + ENDPOINT_LOST * WORD) != 0:
             status = np.int64(Status.PEER_GONE)
-        if status != 0:
-            fail_slice(ctl, row, slot, status)
+        if status == 0 and post_again(ctl, worker, row, endpoint, slot):
+            moved += 1
+        elif status == 0 and not overdue(ctl, row):
+            post_later(ctl, worker, slot)
+        else:
+            fail_slice(ctl, row, slot, status if status != 0 else np.int64(Status.TIMED_OUT))
             settle(ctl, row)
             moved += 1
-        elif post_again(ctl, worker, row, endpoint, slot):
-            moved += 1
-        else:
-            push(ring, slot)
+        slot = after
     return moved
 
 
@@ -423,7 +462,7 @@ def post_again(ctl, worker, row, endpoint, slot):
     """Post one slice on its own; False when no queue takes it now."""
     if slot == peek(row + BATCH_NOTE * WORD):
         queue = peek(endpoint + ENDPOINT_NOTES * WORD)
-        if room(queue) < 1:
+        if not ready(queue) or room(queue) < 1:
             return False
         build_note(ctl, queue, slot, word(ctl, WORK_REQUESTS))
     else:

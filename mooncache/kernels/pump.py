@@ -12,7 +12,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, poke, store
-from mooncache.kernels.complete import give_up, look_drained, poll, return_held, settle
+from mooncache.kernels.complete import answer_held, look_drained, poll, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
@@ -56,12 +56,13 @@ from mooncache.kernels.layout import (
     WORKER_NOTES,
     WORKER_ORDERS,
     WORKER_OUTSTANDING,
+    WORKER_OWES,
     WORKER_PARKED,
     WORKER_PEERS,
     WORKER_QUEUE_COUNT,
     WORKER_QUEUED,
     WORKER_QUEUES,
-    WORKER_RETRY_RING,
+    WORKER_RETRY_FIRST,
     WORKER_RING,
     WORKER_SERVES,
     WORKER_SPINS,
@@ -79,7 +80,7 @@ from mooncache.kernels.post import (
     enqueue,
     overdue,
     post_batches,
-    post_marker,
+    post_markers,
     post_note,
     post_retries,
     stop_posting,
@@ -152,13 +153,15 @@ def post(ctl, worker, index):
                 moved += post_batches(ctl, worker, index, endpoint)
     if peek(worker + WORKER_NOTES * WORD) > 0:
         for peer in range(peek(worker + WORKER_PEERS * WORD)):
-            moved += post_note(ctl, worker, endpoint_row(ctl, index, peer))
+            moved += post_note(ctl, worker, index, endpoint_row(ctl, index, peer))
+    if peek(worker + WORKER_OWES * WORD) != 0:
+        moved += post_markers(ctl, worker)
     return moved
 
 
 @kernel
 def decide(ctl, worker):
-    """Carry out orders given to queue pairs, and go on returning what came back from broken ones; how much happened."""
+    """Carry out the orders given to queue pairs; returns how many."""
     happened, queues = np.int64(0), i64(peek(worker + WORKER_QUEUES * WORD))
     for i in range(load(worker + WORKER_QUEUE_COUNT * WORD)):
         queue = queues[i]
@@ -166,8 +169,6 @@ def decide(ctl, worker):
         if order != Order.NONE:
             obey(ctl, worker, queue, order)
             happened += 1
-        if peek(queue + QUEUE_STATE * WORD) == QueueState.RETURNING:
-            happened += return_held(ctl, worker, queue)
     return happened
 
 
@@ -176,23 +177,22 @@ def obey(ctl, worker, queue, order):
     """Carry out one order; see kernels/queue.py."""
     state = peek(queue + QUEUE_STATE * WORD)
     if order == Order.BREAK:
-        break_queue(worker, queue, WcStatus.WR_FLUSH_ERR)
+        break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
         look_drained(ctl, worker, queue)
     elif order == Order.RETURN and state == QueueState.DRAINED:
-        poke(queue + QUEUE_STATE * WORD, QueueState.RETURNING)
+        answer_held(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
     elif order == Order.LOSE:
         poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 1)
-        break_queue(worker, queue, WcStatus.REM_ABORT_ERR)
-        if state == QueueState.DRAINED or state == QueueState.RETURNING:
-            give_up(ctl, worker, queue)
+        break_queue(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
+        if state == QueueState.DRAINED:
+            answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
         else:
             look_drained(ctl, worker, queue)
     elif order == Order.PROBE and state == QueueState.CLOSED:
         poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 0)
         reincarnate(queue)
         poke(queue + QUEUE_STATE * WORD, QueueState.PROBING)
-        post_marker(ctl, worker, queue)
-        look_drained(ctl, worker, queue)
+        poke(worker + WORKER_OWES * WORD, 1)
 
 
 @kernel
@@ -214,7 +214,7 @@ def busy(ctl, worker):
         peek(worker + WORKER_OUTSTANDING * WORD) > 0
         or peek(worker + WORKER_QUEUED * WORD) > 0
         or first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
-        or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
+        or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0
         or peek(worker + WORKER_UNDECIDED * WORD) > 0
         or load(worker + WORKER_ORDERS * WORD) > 0
         or retired_waits(ctl)
@@ -242,7 +242,8 @@ def work_waits(ctl, worker):
         return busy(ctl, worker)
     return (
         first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
-        or first(peek(worker + WORKER_RETRY_RING * WORD)) != RING_EMPTY
+        or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0
+        or load(worker + WORKER_ORDERS * WORD) > 0
         or retired_waits(ctl)
     )
 
@@ -334,7 +335,7 @@ def turn(ctl, worker, index):
     happened = take(ctl, worker, index)
     if peek(worker + WORKER_DEADLINES * WORD) > 0:
         expire(ctl, worker, index)
-    if load(worker + WORKER_ORDERS * WORD) > 0 or peek(worker + WORKER_UNDECIDED * WORD) > 0:
+    if load(worker + WORKER_ORDERS * WORD) > 0:
         happened += decide(ctl, worker)
     happened += post(ctl, worker, index)
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:

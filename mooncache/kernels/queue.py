@@ -7,11 +7,12 @@ Work requests on a queue pair end in order, so a completion answers its own and 
 none. Its id is the queue's tag (index and incarnation) and the sequence number: what comes late, from before the queue
 pair was connected anew or for a work request that was answered, names nothing in flight and is only counted.
 
-    READY --an error--> BROKEN --all flushed--> DRAINED --order--> RETURNING --all posted elsewhere--> CLOSED
-      ^                                            \\--order: the peer is gone, all of it fails--------/  |
-      +--an empty write got through-- PROBING <------------------order: it is connected anew------------+
+    READY --an error--> BROKEN --all flushed--> DRAINED --order: post it all again--------------> CLOSED
+      ^                   ^                        \\--order: the peer is gone, all of it fails----/ |
+      |                   +--it did not--\\                                                          |
+      +--an empty write got through-- PROBING <------------order: it is connected anew--------------+
 
-What came back from a broken queue is held, not posted elsewhere at once: until the peer has closed its end, a packet of
+What came back from a broken queue is held, not posted again at once: until the peer has closed its end, a packet of
 it might still arrive, over bytes that by then belong to somebody else. Who owns the connection sees to that, and gives
 the order.
 """
@@ -78,6 +79,12 @@ def room(queue):
 
 
 @kernel
+def ready(queue):
+    """Whether it may be posted to."""
+    return load(queue + QUEUE_STATE * WORD) == QueueState.READY
+
+
+@kernel
 def named_by(worker, wr_id):
     """The queue row that a work request's id names, or 0."""
     index = wr_id >> INDEX_SHIFT
@@ -131,13 +138,13 @@ def tell(ctl, worker, queue, state):
 
 
 @kernel
-def break_queue(worker, queue, cause):
-    """An error came: post nothing more."""
+def break_queue(ctl, worker, queue, cause):
+    """An error came: post nothing more. Its owner sees to it that all that is in flight comes back."""
     state = peek(queue + QUEUE_STATE * WORD)
     if state == QueueState.READY or state == QueueState.PROBING:
         poke(queue + QUEUE_CAUSE * WORD, cause)
-        store(queue + QUEUE_STATE * WORD, QueueState.BROKEN)
         raise_word(worker + WORKER_UNDECIDED * WORD, 1)
+        tell(ctl, worker, queue, QueueState.BROKEN)
 
 
 @kernel

@@ -1,7 +1,7 @@
 """A bounded queue of words: many producers, one consumer, no lock.
 
 A producer draws a ticket by fetch-add and writes its entry; the consumer takes entries in ticket order. Rings are
-sized so that they cannot overflow (each entry is a batch or a slice, and those are bounded); a producer that finds
+sized so that they cannot overflow (each entry is a batch, and those are bounded); a producer that finds
 its place still taken waits for the consumer.
 """
 
@@ -45,18 +45,6 @@ def first(ring):
     """The oldest entry, or RING_EMPTY. The consumer only."""
     head = peek(ring + RING_HEAD * WORD)
     return load(ring + (RING_ENTRIES + (head & peek(ring + RING_MASK * WORD))) * WORD)
-
-
-@kernel
-def waiting(ring):
-    """How many entries were pushed and not popped. The consumer only."""
-    return load(ring + RING_TAIL * WORD) - peek(ring + RING_HEAD * WORD)
-
-
-@kernel
-def vacant(ring):
-    """How many more entries it can take. The consumer, when it is the only producer."""
-    return peek(ring + RING_MASK * WORD) + 1 - waiting(ring)
 
 
 @kernel

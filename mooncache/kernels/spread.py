@@ -7,19 +7,17 @@ evenly, a slower one gets less, one that has fallen behind is spared, and one th
 
 import numpy as np
 
-from mooncache.kernels.atomics import i64, load, peek
+from mooncache.kernels.atomics import i64, peek
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     ENDPOINT_COUNT,
     ENDPOINT_QUEUES,
     QUEUE_DEPTH,
-    QUEUE_STATE,
     QUEUE_WEIGHT,
     WEIGHT_ONE,
     WORD,
-    QueueState,
 )
-from mooncache.kernels.queue import in_flight, room
+from mooncache.kernels.queue import in_flight, ready, room
 
 NOBODY = 0
 
@@ -34,7 +32,7 @@ def choose(endpoint, n):
     best, least = np.int64(NOBODY), np.int64(0)
     for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
         queue = queues[i]
-        if load(queue + QUEUE_STATE * WORD) != QueueState.READY:
+        if not ready(queue):
             continue
         wanted = min(n, max(peek(queue + QUEUE_DEPTH * WORD) // 2, 1))
         if room(queue) < wanted:
@@ -43,13 +41,3 @@ def choose(endpoint, n):
         if best == NOBODY or burden < least:
             best, least = queue, burden
     return best
-
-
-@kernel
-def any_ready(endpoint):
-    """Whether the endpoint has a queue that could take something, now or when it has room."""
-    queues = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))
-    for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
-        if load(queues[i] + QUEUE_STATE * WORD) == QueueState.READY:
-            return True
-    return False

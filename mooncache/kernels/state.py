@@ -204,7 +204,7 @@ class QueueRow:
             (layout.QUEUE_LKEYS, pair.lkeys * KEYS_BYTES),
             (layout.QUEUE_RKEYS, pair.rkeys * KEYS_BYTES),
             (layout.QUEUE_SIGNAL, state.settings.signal or pair.signal),
-            (layout.QUEUE_GATHERS, pair.gathers),
+            (layout.QUEUE_GATHERS, min(pair.gathers, max(1, limits.MESSAGE_BYTES // (2 * state.settings.slice_bytes)))),
             (layout.QUEUE_INLINE, pair.inline),
             (layout.QUEUE_WEIGHT, pair.weight),
             (layout.QUEUE_BREAKS, pair.breaks),
@@ -280,6 +280,7 @@ class State:
             (layout.SLICE_REMOTE, np.int16),
             (layout.SLICE_STATE, np.int16),
             (layout.SLICE_ATTEMPTS, np.int8),
+            (layout.SLICE_NEXT, np.int32),
         ):
             self._hold(field, np.zeros(slots, dtype))
         self._hold(layout.SLICE_OBJECT, np.zeros(slots if settings.store == Store.HEAP else 0, np.int64))
@@ -316,9 +317,8 @@ class State:
         self.queue_tables: list[np.ndarray] = []
         for row in self.worker_rows:
             submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
-            retries = new_ring(settings.queue_depth * settings.peers)  # everything outstanding may come back
-            self.rings += [submissions, retries]
-            row[layout.WORKER_RING], row[layout.WORKER_RETRY_RING] = address_of(submissions), address_of(retries)
+            self.rings.append(submissions)
+            row[layout.WORKER_RING], row[layout.WORKER_RETRY_FIRST] = address_of(submissions), -1
             table = aligned(min(settings.peers * limits.QUEUE_PAIRS, QUEUES_MAX))
             self.queue_tables.append(table)
             row[layout.WORKER_QUEUES] = address_of(table)

@@ -5,6 +5,10 @@
 
 Time is the real clock's, or an actor's virtual clock in the simulation: the same functions serve both, in picoseconds
 (512 bytes at 400 Gb/s take 10,240). A plan of faults, made from a seed, can delay, fail, flush and reorder.
+
+Several NICs are several rails: each has servers, queue pairs and completion queues of its own. A work request may
+gather several ranges, and makes a completion if it asks for one or fails. Where a NIC *breaks*, an error breaks the
+queue pair, as on a real one: what is behind it, or posted later, is flushed, in order, until it is connected anew.
 """
 
 from __future__ import annotations
@@ -17,25 +21,33 @@ from enum import IntEnum
 
 import numpy as np
 
+from mooncache import limits
 from mooncache.errors import UsageError
-from mooncache.kernels.atomics import call_clock_gettime, exchange, pause, peek, poke, store, u32
+from mooncache.kernels.atomics import call_clock_gettime, exchange, load, pause, peek, poke, store, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD, Opcode, aligned
-from mooncache.kernels.state import address_of
+from mooncache.kernels.layout import WEIGHT_ONE, WORD, Opcode, aligned
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, address_of
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
+    EINVAL,
     ENOMEM,
+    SEND_SIGNALED,
     SGE_ADDR,
+    SGE_BYTES,
     SGE_LENGTH,
     WC_BYTES,
     WR_ID,
     WR_NEXT,
+    WR_NUM_SGE,
     WR_OPCODE,
     WR_REMOTE_ADDR,
     WR_RKEY,
+    WR_SEND_FLAGS,
     WR_SG_LIST,
     WcStatus,
 )
+from mooncache.providers.base import Provider
+from mooncache.providers.mender import Mender
 from mooncache.providers.software import (
     CQ_COUNT,
     CQ_QUEUES,
@@ -50,6 +62,7 @@ from mooncache.providers.software import (
     Q_RING,
     Q_SCRATCH,
     Q_TAIL,
+    InProcess,
     InProcessProvider,
     Queue,
     key_status,
@@ -64,13 +77,15 @@ PS_PER_NS = 1000
 FRACTION_BITS = 20  # of the picoseconds a byte takes
 NEVER = (1 << 62) - 1
 
-# NIC words, shared by the queues of one engine
+# NIC words, shared by the queues of one engine on one rail
 N_LOCK, N_MESSAGE_FREE, N_BYTE_FREE, N_MESSAGE_PS, N_BYTE_COST, N_LATENCY, N_MOVE = 0, 1, 2, 3, 4, 5, 6
-N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, NIC_WORDS = 7, 8, 9, 10, 11, 16
-# completion ring entries; those that move bytes have as many more words in a second ring
-E_ID, E_STATUS, E_DUE, ENTRY_WORDS = 0, 1, 2, 3
-M_LOCAL, M_REMOTE, M_LENGTH, M_OPCODE, M_KEY, MOVE_WORDS = 0, 1, 2, 3, 4, 5
+N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, N_GATHERS, N_BREAKS, NIC_WORDS = 7, 8, 9, 10, 11, 12, 13, 16
+# completion ring entries
+E_ID, E_STATUS, E_SIGNALED, E_DUE, ENTRY_WORDS = 0, 1, 2, 3, 4
+# what each moves, in a second ring; behind it address and length of as many ranges as the NIC gathers
+M_REMOTE, M_OPCODE, M_KEY, M_COUNT, M_RANGES = 0, 1, 2, 3, 4
 Q_MOVES = Q_OWN
+Q_BROKEN = Q_OWN + 1  # 0, or the WcStatus that the next work request ends with; those behind it are flushed
 SENDING = -1  # status of a notification until its time has come
 # plan entries
 P_AT, P_ACTION, P_VALUE, PLAN_WORDS = 0, 1, 2, 3
@@ -143,6 +158,12 @@ def flush(queue, nic_time):
 
 
 @kernel
+def move_words(nic):
+    """Words of an entry of the second ring."""
+    return M_RANGES + 2 * peek(nic + N_GATHERS * WORD)
+
+
+@kernel
 def swap_words(here, there, words):
     """Exchange `words` words."""
     for i in range(words):
@@ -152,13 +173,13 @@ def swap_words(here, there, words):
 
 
 @kernel
-def swap_places(queue, head, back):
+def swap_places(queue, nic, head, back):
     """Let the newest completion and the one `back` before it change places; their times stay in order."""
     mask, back = peek(queue + Q_MASK * WORD), min(back, head - peek(queue + Q_TAIL * WORD))
     new, old = head & mask, (head - back) & mask
-    ring, moves = peek(queue + Q_RING * WORD), peek(queue + Q_MOVES * WORD)
+    ring, moves, words = peek(queue + Q_RING * WORD), peek(queue + Q_MOVES * WORD), move_words(nic)
     swap_words(ring + new * ENTRY_WORDS * WORD, ring + old * ENTRY_WORDS * WORD, E_DUE)
-    swap_words(moves + new * MOVE_WORDS * WORD, moves + old * MOVE_WORDS * WORD, MOVE_WORDS)
+    swap_words(moves + new * words * WORD, moves + old * words * WORD, words)
 
 
 @kernel
@@ -173,7 +194,7 @@ def suffer(queue, nic, head, nic_time):
     elif action == Action.FAIL:
         poke(entry + E_STATUS * WORD, value)
     elif action == Action.REORDER:
-        swap_places(queue, head, value)
+        swap_places(queue, nic, head, value)
     else:
         poke(queue + Q_HEAD * WORD, head + 1)
         flush(queue, nic_time)
@@ -183,7 +204,10 @@ def suffer(queue, nic, head, nic_time):
 
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
-    """Pass a chain through the NIC's servers and queue its completions; ENOMEM when the queue is full."""
+    """Pass a chain through the NIC's servers and queue its completions; ENOMEM when the queue is full.
+
+    A work request without ranges moves nothing, whatever its key, as a write of no bytes does.
+    """
     queue = queue_of(qp)
     nic = peek(queue + Q_NIC * WORD)
     head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
@@ -194,34 +218,42 @@ def post_send(qp, wr, bad_wr):
     now = time_of(queue, nic)
     message_ps, byte_cost = peek(nic + N_MESSAGE_PS * WORD), peek(nic + N_BYTE_COST * WORD)
     latency, move = peek(nic + N_LATENCY * WORD), peek(nic + N_MOVE * WORD)
+    gathers, words = peek(nic + N_GATHERS * WORD), move_words(nic)
     message_free = max(now, peek(nic + N_MESSAGE_FREE * WORD))
     byte_free = peek(nic + N_BYTE_FREE * WORD)
     posted, planned = peek(nic + N_POSTED * WORD), peek(nic + N_PLAN_LEFT * WORD)
     error = np.int32(0)
     while wr != 0:
-        if head - tail >= limit:
+        ranges, opcode = np.int64(u32(wr + WR_NUM_SGE)[0]), np.int64(u32(wr + WR_OPCODE)[0])
+        if head - tail >= limit or ranges > gathers:
             poke(bad_wr, wr)
-            error = np.int32(ENOMEM)
+            error = np.int32(EINVAL if ranges > gathers else ENOMEM)
             break
-        sge = peek(wr + WR_SG_LIST)
-        length, opcode = np.int64(u32(sge + SGE_LENGTH)[0]), np.int64(u32(wr + WR_OPCODE)[0])
+        sge, length = peek(wr + WR_SG_LIST), np.int64(0)
+        for i in range(ranges):
+            length += np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0])
         remote, rkey = peek(wr + WR_REMOTE_ADDR), peek(wr + WR_RKEY)
         message_free += message_ps
         byte_free = max(message_free, byte_free) + ((length * byte_cost) >> FRACTION_BITS)
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
         poke(entry + E_ID * WORD, peek(wr + WR_ID))
+        poke(entry + E_SIGNALED * WORD, np.int64(u32(wr + WR_SEND_FLAGS)[0]) & SEND_SIGNALED)
         if opcode == Opcode.SEND:
             poke(entry + E_STATUS * WORD, SENDING)
+        elif ranges == 0:
+            poke(entry + E_STATUS * WORD, WcStatus.SUCCESS)
         else:
             poke(entry + E_STATUS * WORD, key_status(keys, rkey, remote, length, opcode))
         poke(entry + E_DUE * WORD, byte_free + latency)
         if move != 0 or opcode == Opcode.SEND:
-            moved = moves + (head & mask) * MOVE_WORDS * WORD
-            poke(moved + M_LOCAL * WORD, peek(sge + SGE_ADDR))
+            moved = moves + (head & mask) * words * WORD
             poke(moved + M_REMOTE * WORD, remote)
-            poke(moved + M_LENGTH * WORD, length)
             poke(moved + M_OPCODE * WORD, opcode)
             poke(moved + M_KEY * WORD, rkey)
+            poke(moved + M_COUNT * WORD, ranges)
+            for i in range(ranges):
+                poke(moved + (M_RANGES + 2 * i) * WORD, peek(sge + i * SGE_BYTES + SGE_ADDR))
+                poke(moved + (M_RANGES + 2 * i + 1) * WORD, np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0]))
         if planned > 0 and peek(peek(nic + N_PLAN * WORD) + P_AT * WORD) == posted:
             suffer(queue, nic, head, now)
             planned -= 1
@@ -237,6 +269,22 @@ def post_send(qp, wr, bad_wr):
 
 
 @kernel
+def arrive(queue, moved):
+    """Move the bytes of a work request whose time has come; returns a WcStatus."""
+    opcode, remote = peek(moved + M_OPCODE * WORD), peek(moved + M_REMOTE * WORD)
+    if opcode == Opcode.SEND:
+        return send_note(queue, peek(moved + M_RANGES * WORD), peek(moved + (M_RANGES + 1) * WORD))
+    for i in range(peek(moved + M_COUNT * WORD)):
+        local, length = peek(moved + (M_RANGES + 2 * i) * WORD), peek(moved + (M_RANGES + 2 * i + 1) * WORD)
+        keys, rkey = peek(queue + Q_KEYS * WORD), peek(moved + M_KEY * WORD)
+        status = move_bytes(queue, keys, rkey, opcode, local, remote, length)
+        if status != WcStatus.SUCCESS:
+            return status
+        remote += length
+    return np.int64(WcStatus.SUCCESS)
+
+
+@kernel
 def drain(queue, entries, wc):
     """Report up to `entries` completions of one queue that are due; returns how many."""
     head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
@@ -244,25 +292,24 @@ def drain(queue, entries, wc):
         return np.int64(0)
     nic = peek(queue + Q_NIC * WORD)
     mask, ring, move = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD), peek(nic + N_MOVE * WORD)
+    breaks, broken = peek(nic + N_BREAKS * WORD), load(queue + Q_BROKEN * WORD)
+    moves, words = peek(queue + Q_MOVES * WORD), move_words(nic)
     now = time_of(queue, nic)
     n = np.int64(0)
     while n < entries and tail < head:
         entry = ring + (tail & mask) * ENTRY_WORDS * WORD
-        if peek(entry + E_DUE * WORD) > now:
+        if broken == 0 and peek(entry + E_DUE * WORD) > now:
             break
-        status = peek(entry + E_STATUS * WORD)
-        if status == SENDING:
-            moved = peek(queue + Q_MOVES * WORD) + (tail & mask) * MOVE_WORDS * WORD
-            status = send_note(queue, peek(moved + M_LOCAL * WORD), peek(moved + M_LENGTH * WORD))
-        elif move != 0 and status == WcStatus.SUCCESS:
-            moved = peek(queue + Q_MOVES * WORD) + (tail & mask) * MOVE_WORDS * WORD
-            status = move_bytes(
-                queue, peek(queue + Q_KEYS * WORD), peek(moved + M_KEY * WORD), peek(moved + M_OPCODE * WORD),
-                peek(moved + M_LOCAL * WORD), peek(moved + M_REMOTE * WORD), peek(moved + M_LENGTH * WORD),
-            )  # fmt: skip
-        wc = write_completion(wc, peek(entry + E_ID * WORD), status)
+        status = broken if broken != 0 else peek(entry + E_STATUS * WORD)
+        if status == SENDING or (move != 0 and status == WcStatus.SUCCESS):
+            status = arrive(queue, moves + (tail & mask) * words * WORD)
+        if breaks != 0 and status != WcStatus.SUCCESS:
+            broken = np.int64(WcStatus.WR_FLUSH_ERR)
+            store(queue + Q_BROKEN * WORD, broken)
+        if status != WcStatus.SUCCESS or peek(entry + E_SIGNALED * WORD) != 0:
+            wc = write_completion(wc, peek(entry + E_ID * WORD), status)
+            n += 1
         tail += 1
-        n += 1
     poke(queue + Q_TAIL * WORD, tail)
     return n
 
@@ -282,30 +329,50 @@ def poll_cq(cq, entries, wc):
 
 @callback("int64(int64)")
 def next_completion(cq):
-    """When the oldest completion of any queue of this worker is due, ps; NEVER when nothing is outstanding."""
+    """When the oldest completion of any queue of this worker is due, ps; NEVER when nothing outstanding makes one."""
     queues = peek(cq + CQ_CQ_CONTEXT)
     due = np.int64(NEVER)
     for i in range(peek(queues + CQ_COUNT * WORD)):
         queue = peek(queues + (CQ_QUEUES + i) * WORD)
-        tail = peek(queue + Q_TAIL * WORD)
-        if peek(queue + Q_HEAD * WORD) > tail:
-            entry = peek(queue + Q_RING * WORD) + (tail & peek(queue + Q_MASK * WORD)) * ENTRY_WORDS * WORD
-            due = min(due, peek(entry + E_DUE * WORD))
+        mask, ring, latest = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD), np.int64(0)
+        for at in range(peek(queue + Q_TAIL * WORD), peek(queue + Q_HEAD * WORD)):
+            entry = ring + (at & mask) * ENTRY_WORDS * WORD
+            latest = max(latest, peek(entry + E_DUE * WORD))
+            if peek(queue + Q_BROKEN * WORD) != 0:
+                return np.int64(0)
+            if peek(entry + E_SIGNALED * WORD) != 0 or peek(entry + E_STATUS * WORD) != WcStatus.SUCCESS:
+                due = min(due, latest)
+                break
     return due
 
 
 # ------------------------------------------------------------------------------ the provider
 @dataclass(frozen=True)
 class Nic:
-    """What the NIC can do. Defaults: a 400 Gb/s port; ConnectX-6's 215 M messages/s rounded down; HDR-class latency."""
+    """What a NIC can do. Defaults: a 400 Gb/s port; ConnectX-6's 215 M messages/s rounded down; HDR-class latency.
+
+    Attributes:
+        faults: each of one of this NIC's work requests.
+        signal: it asks engines to ask for a completion every so many work requests.
+        gathers: most ranges of one work request.
+        breaks: any error breaks the queue pair, which is then connected anew.
+    """
 
     bits_per_s: int = 400 * 10**9
     messages_per_s: int = 200 * 10**6
     latency_ns: float = 2000
     move_bytes: bool = True
     faults: Sequence[Fault] = field(default=())
+    signal: int = 1
+    gathers: int = 1
+    breaks: bool = False
 
     def __post_init__(self) -> None:
+        if self.signal < 1 or not 1 <= self.gathers <= limits.SLICES_GATHERED:
+            raise UsageError(f"a NIC has signal >= 1 and gathers 1 to {limits.SLICES_GATHERED}, got {self!r}")
+        if (self.signal > 1 or self.breaks) and any(fault.action == Action.REORDER for fault in self.faults):
+            raise UsageError("a completion out of order says nothing of those before it: reorder with signal=1 only, "
+                             "and on a NIC that does not break")  # fmt: skip
         if self.bits_per_s <= 0 or self.messages_per_s <= 0 or self.latency_ns < 0:
             raise UsageError(f"a NIC needs a rate > 0, a message rate > 0 and a latency >= 0, got {self!r}")
 
@@ -320,32 +387,118 @@ class Nic:
         return (8 * PS_PER_S << FRACTION_BITS) // self.bits_per_s
 
 
+class Rail:
+    """One NIC of an engine: its words, and whether it can be reached."""
+
+    def __init__(self, nic: Nic) -> None:
+        self.nic, self.down = nic, False
+        plan = sorted((fault.at, int(fault.action), fault.value) for fault in nic.faults)
+        if len({at for at, _, _ in plan}) < len(plan):
+            raise UsageError("a fault plan may hold one fault a work request")
+        self.plan = np.array([*plan, (-1, 0, 0)], np.int64)
+        self.words = aligned(NIC_WORDS)
+        self.words[[N_MESSAGE_PS, N_BYTE_COST]] = nic.message_ps, nic.byte_cost
+        self.words[[N_LATENCY, N_MOVE]] = round(nic.latency_ns * PS_PER_NS), nic.move_bytes
+        self.words[[N_GATHERS, N_BREAKS]] = nic.gathers, nic.breaks
+        self.words[[N_PLAN, N_PLAN_LEFT]] = address_of(self.plan), len(plan)
+        self.words[N_CLOCK] = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0
+        self.words[N_STARTED] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
 class Emulated(InProcessProvider):
-    """Engines of one process over an emulated NIC. `clocks`: addresses of virtual clocks, one a worker, or none."""
+    """Engines of one process over emulated NICs.
+
+    Args:
+        nics: one a rail; one of the default kind when none is given.
+        clocks: addresses of virtual clocks, one a worker, or none.
+    """
 
     name = "emulated"
     post_send = post_send
     poll_cq = poll_cq
     entry_words = ENTRY_WORDS
 
-    def __init__(self, nic: Nic | None = None, clocks: Sequence[int] = ()) -> None:
+    def __init__(self, *nics: Nic, clocks: Sequence[int] = ()) -> None:
         super().__init__()
-        self.nic = nic or Nic()
+        if len(nics) > limits.NICS:
+            raise UsageError(f"an engine has at most {limits.NICS} NICs, got {len(nics)}")
+        self.nics = nics or (Nic(),)
+        self.rails = len(self.nics)
         self.clocks = clocks
-        plan = sorted((fault.at, int(fault.action), fault.value) for fault in self.nic.faults)
-        if len({at for at, _, _ in plan}) < len(plan):
-            raise UsageError("a fault plan may hold one fault a work request")
-        self.plan = np.array([*plan, (-1, 0, 0)], np.int64)
-        self.words = aligned(NIC_WORDS)
-        self.words[[N_MESSAGE_PS, N_BYTE_COST]] = self.nic.message_ps, self.nic.byte_cost
-        self.words[[N_LATENCY, N_MOVE]] = round(self.nic.latency_ns * PS_PER_NS), self.nic.move_bytes
-        self.words[[N_PLAN, N_PLAN_LEFT]] = address_of(self.plan), len(plan)
-        self.words[N_CLOCK] = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0
-        self.words[N_STARTED] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._rails = [Rail(nic) for nic in self.nics]
+        self._mender: Mender | None = None
+        self._by_pair: dict[int, Queue] = {}
+
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+        """See `Provider.open`."""
+        made = super().open(workers, queue_depth, inbox)
+        if any(nic.breaks for nic in self.nics):
+            self._mender = Mender(self._fail, self._renew)
+            self.trouble_fd = self._mender.descriptor
+        return made
 
     def prepare(self, queue: Queue, worker: int) -> None:
-        """Bind the queue to the NIC, and to its worker's clock when that is virtual."""
-        queue.words[Q_NIC] = address_of(self.words)
+        """Bind the queue to its NIC, and to its worker's clock when that is virtual."""
+        nic = self._rails[queue.rail].words
+        queue.words[Q_NIC] = address_of(nic)
         queue.words[Q_NOW] = self.clocks[worker] if self.clocks else 0
-        queue.moves = aligned((int(queue.words[Q_MASK]) + 1) * MOVE_WORDS)
+        queue.moves = aligned((int(queue.words[Q_MASK]) + 1) * (M_RANGES + 2 * int(nic[N_GATHERS])))
         queue.words[Q_MOVES] = address_of(queue.moves)
+        self._by_pair[queue.pair.address] = queue
+
+    def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
+        """See `InProcessProvider.pair_of`. A queue's weight is its NIC's rate beside the fastest one's."""
+        nic = self.nics[queue.rail]
+        return queue.pair._replace(
+            cq=queue.rail,
+            lkeys=queue.rail,
+            rkeys=queue.rail % peer.rails,
+            signal=nic.signal,
+            gathers=nic.gathers,
+            weight=max(1, nic.bits_per_s * WEIGHT_ONE // max(other.bits_per_s for other in self.nics)),
+            breaks=nic.breaks,
+        )
+
+    def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:
+        """See `Provider.start`."""
+        if self._mender is not None:
+            self._mender.watch([row for row in queues if row.pair.breaks], ctl)
+
+    def close(self) -> None:
+        """See `Provider.close`."""
+        if self._mender is not None:
+            self._mender.close()
+            self._mender, self.trouble_fd = None, Provider.trouble_fd
+        super().close()
+
+    # ------------------------------------------------------------------------------ rails that break
+    def take_down(self, rail: int) -> None:
+        """Let a breaking rail reach nobody, as when its cable is pulled: its queue pairs break, probing them fails."""
+        with self._breaking(rail).lock:
+            self._rails[rail].down = True
+            for queue in self._by_pair.values():
+                if queue.rail == rail:
+                    queue.words[Q_BROKEN] = WcStatus.RETRY_EXC_ERR
+            self._breaking(rail).break_all(lambda row: row.pair.lkeys == rail)
+
+    def bring_up(self, rail: int) -> None:
+        """Let a rail that was taken down reach its peers again: its queue pairs are connected anew and probed."""
+        with self._breaking(rail).lock:
+            self._rails[rail].down = False
+        self._breaking(rail).look_again()
+
+    def _breaking(self, rail: int) -> Mender:
+        if self._mender is None or not self.nics[rail].breaks:
+            raise UsageError(f"only a rail whose NIC breaks, of an open engine, can be taken down; {rail} is none")
+        return self._mender
+
+    def _fail(self, row: QueueRow) -> None:
+        words = self._by_pair[row.pair.address].words
+        if words[Q_BROKEN] == 0:
+            words[Q_BROKEN] = WcStatus.WR_FLUSH_ERR
+
+    def _renew(self, row: QueueRow) -> bool:
+        queue = self._by_pair[row.pair.address]
+        down = self._rails[queue.rail].down
+        queue.words[Q_BROKEN] = WcStatus.RETRY_EXC_ERR if down else 0
+        return not down

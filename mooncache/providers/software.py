@@ -1,10 +1,11 @@
 """What software providers share: a device made of numpy words behind the verbs structs.
 
     ibv_qp.qp_context --> queue words --> ring of completions, key table of the target
-    ibv_cq.cq_context --> list of the queues of one worker, visited in turn
+    ibv_cq.cq_context --> list of the queues of one worker on one rail, visited in turn
 
-One queue serves one worker and one peer, so only that worker's thread posts to it and polls it. Keys are checked at the
-target's table for every work request, as a NIC does: an unregistered range is refused, not touched.
+One queue serves one worker and one peer, so only that worker's thread posts to it and polls it. Most wires have one
+rail; where there are several, each has a queue a worker and peer, and a completion queue a worker. Keys are checked at
+the target's table for every work request, as a NIC does: an unregistered range is refused, not touched.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ class InProcess:
     process: int
     keys: KeyTable
     inbox: np.ndarray
+    rails: int
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
@@ -161,6 +163,7 @@ class Queue:
         entries = power_of_two(depth)
         self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
         self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
+        self.rail = 0
         self.ring = aligned(entries * entry_words)
         self.words = aligned(QUEUE_WORDS)
         self.words[[Q_MASK, Q_LIMIT, Q_RING]] = entries - 1, depth, address_of(self.ring)
@@ -203,10 +206,11 @@ class SoftwareProvider(Provider):
     poll_cq: Callback
     entry_words: int
     queue_type: type[Queue] = Queue
+    rails: int = 1
 
     def __init__(self) -> None:
         self.keys = KeyTable()
-        self.queues: list[list[Any]] = []  # [worker][peer]
+        self.queues: list[list[Any]] = []  # [worker][peer x rails + rail]
         self.peers: dict[str, int] = {}
 
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
@@ -217,30 +221,34 @@ class SoftwareProvider(Provider):
         self.context = aligned(-(-CONTEXT_BYTES // WORD))
         self.context[CONTEXT_POST_SEND // WORD] = self.post_send.address
         self.context[CONTEXT_POLL_CQ // WORD] = self.poll_cq.address
-        self.completion_queues = [aligned(CQ_BYTES // WORD) for _ in range(workers)]
-        self.lists = [aligned(CQ_QUEUES + limits.PEERS + CQ_OWN_WORDS) for _ in range(workers)]
+        self.completion_queues = [aligned(CQ_BYTES // WORD) for _ in range(workers * self.rails)]
+        self.lists = [aligned(CQ_QUEUES + limits.PEERS + CQ_OWN_WORDS) for _ in range(workers * self.rails)]
         self.queues = [[] for _ in range(workers)]
         for cq, queues in zip(self.completion_queues, self.lists, strict=True):
             cq[0] = address_of(self.context)
             cq[CQ_CQ_CONTEXT // WORD] = address_of(queues)
-        return [[CompletionQueue(address_of(cq))] for cq in self.completion_queues]
+        made = [CompletionQueue(address_of(cq)) for cq in self.completion_queues]
+        return [made[i : i + self.rails] for i in range(0, len(made), self.rails)]
 
     def register(self, address: int, length: int, access: int) -> Keys:
-        """See `Provider.register`; both keys are the same."""
-        key = self.keys.add(address, length, access)
-        return Keys((key,), (key,))
+        """See `Provider.register`; all keys are the same."""
+        keys = (self.keys.add(address, length, access),) * self.rails
+        return Keys(keys, keys)
 
     def _add_queues(self, name: str, keys: KeyTable) -> None:
-        """One queue a worker for a new peer, entered into the worker's list."""
+        """One queue a worker and rail for a new peer, entered into the worker's list for that rail."""
         index = len(self.peers)
         if index >= limits.PEERS:
             raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
         for worker, queues in enumerate(self.queues):
-            queue = self.queue_type(self.context, keys, self.depth, self.entry_words)
-            self.prepare(queue, worker)
-            queues.append(queue)
-            self.lists[worker][CQ_QUEUES + index] = address_of(queue.words)
-            self.lists[worker][CQ_COUNT] = index + 1
+            for rail in range(self.rails):
+                queue = self.queue_type(self.context, keys, self.depth, self.entry_words)
+                queue.rail = rail
+                self.prepare(queue, worker)
+                queues.append(queue)
+                polled = self.lists[worker * self.rails + rail]
+                polled[CQ_QUEUES + index] = address_of(queue.words)
+                polled[CQ_COUNT] = index + 1
         self.peers[name] = index
 
     @abstractmethod
@@ -263,7 +271,7 @@ class InProcessProvider(SoftwareProvider):
 
     def describe(self, unix: str = "") -> InProcess:
         """See `Provider.describe`."""
-        return InProcess(os.getpid(), self.keys, self.inbox)
+        return InProcess(os.getpid(), self.keys, self.inbox, self.rails)
 
     def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
         """See `Provider.connect`."""
@@ -275,10 +283,16 @@ class InProcessProvider(SoftwareProvider):
             )
         if peer.name not in self.peers:
             self._add_queues(peer.name, data.keys)
-        ours = [queues[self.peers[peer.name]] for queues in self.queues]
-        for queue in ours:
-            queue.lead_to(data.keys, data.inbox)
-        return [[queue.pair] for queue in ours]
+        first = self.peers[peer.name] * self.rails
+        ours = [queues[first : first + self.rails] for queues in self.queues]
+        for queues in ours:
+            for queue in queues:
+                queue.lead_to(data.keys, data.inbox)
+        return [[self.pair_of(queue, data) for queue in queues] for queues in ours]
+
+    def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
+        """How kernels know a queue that leads to a peer."""
+        return queue.pair
 
     def close(self) -> None:
         """See `Provider.close`; peers are refused from now on."""

@@ -147,7 +147,10 @@ def test_scenarios_are_frozen_and_hashable(file: Path) -> None:
     [
         ("sead: 1", "12: sead: expected a known key, came 'sead'; did you mean 'seed'?"),
         ("nic:\n  rat: 5Gbps", "13: nic.rat: expected a known key, came 'rat'; did you mean 'rate'?"),
-        ("nic: {zz: 1}", "12: nic.zz: expected a known key, came 'zz'; known: rate, message_rate, latency"),
+        (
+            "nic: {zz: 1}",
+            "12: nic.zz: expected a known key, came 'zz'; known: rate, message_rate, latency, rails, signal, gathers",
+        ),
         (
             "nic:\n  rate: 5",
             "13: nic.rate: expected a bit rate such as '400Gbps' (units: bps, Kbps, Mbps, Gbps, Tbps), came 5 (int)",

@@ -102,7 +102,7 @@ def virtual_engine(pair: str) -> VirtualEngine:
     store, policy = pair.split("/")
     settings = Settings(store=Store[store.upper()], policy=Policy[policy.upper()], **SETTINGS)
     prices = Prices(dict.fromkeys(Kind, 10.0), dict.fromkeys(Kind, 1.0))
-    return VirtualEngine(settings, Nic(move_bytes=False), prices, threads=1)
+    return VirtualEngine(settings, [Nic(move_bytes=False)], prices, threads=1)
 
 
 def in_simulation(pair: str, batches: Sequence[Requests]) -> dict[str, int]:

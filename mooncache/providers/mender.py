@@ -1,0 +1,91 @@
+"""Who looks after the queue pairs of a wire whose peers live in the same process, when those break.
+
+    BROKEN   its device is told to fail it, so that all of it comes back
+    DRAINED  Order.RETURN: nothing of it is still on its way to the peer
+    CLOSED   it is connected anew, as soon as that can be, and Order.PROBE
+
+A thread that sleeps until a worker tells of trouble; each state is answered with one order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from mooncache.kernels import calls
+from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.state import QueueRow
+
+
+class Mender:
+    """Gives orders about queue pairs that break.
+
+    Args:
+        fail: lets the device fail what is in flight on a queue pair, and whatever is posted to it.
+        renew: connects a closed queue pair anew; False when that cannot be done now.
+
+    Attributes:
+        descriptor: eventfd for workers to write to.
+        lock: held while orders are given; whoever changes what `renew` would answer holds it too.
+    """
+
+    def __init__(self, fail: Callable[[QueueRow], None], renew: Callable[[QueueRow], bool]) -> None:
+        self._fail, self._renew = fail, renew
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+        self.lock = threading.Lock()
+        self._rows: list[QueueRow] = []
+        self._last: dict[int, Order] = {}  # by address of the row
+        self._ctl = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="mooncache-mender", daemon=True)
+
+    def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
+        """Look after these from now on: probe those that are new. `ctl` is used under the lock."""
+        with self.lock:
+            self._ctl = ctl
+            for row in rows:
+                if row.address not in self._last:
+                    self._rows.append(row)
+                    self._renew(row)
+                    self._give(row, Order.PROBE)
+            if not self._thread.is_alive():
+                self._thread.start()
+
+    def break_all(self, chosen: Callable[[QueueRow], bool]) -> None:
+        """Order that nothing more is posted to these; their device fails them already. Holds no lock of its own."""
+        for row in filter(chosen, self._rows):
+            self._give(row, Order.BREAK)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Let the thread look at all queue pairs."""
+        os.eventfd_write(self.descriptor, 1)
+
+    def close(self) -> None:
+        """End the thread. The workers must have left."""
+        self._closing = True
+        self.look_again()
+        if self._thread.is_alive():
+            self._thread.join()
+        os.close(self.descriptor)
+
+    def _run(self) -> None:
+        while not self._closing:
+            os.eventfd_read(self.descriptor)
+            with self.lock:
+                for row in self._rows:
+                    self._mend(row)
+
+    def _mend(self, row: QueueRow) -> None:
+        state, last = row.state, self._last[row.address]
+        if state == QueueState.BROKEN:
+            self._fail(row)
+        elif state == QueueState.DRAINED and last != Order.RETURN:
+            self._give(row, Order.RETURN)
+        elif state == QueueState.CLOSED and last != Order.PROBE and self._renew(row):
+            self._give(row, Order.PROBE)
+
+    def _give(self, row: QueueRow, order: Order) -> None:
+        self._last[row.address] = order
+        calls.order(self._ctl, row.worker, row.address, int(order))
