@@ -45,6 +45,7 @@ from mooncache.kernels.layout import (
 from mooncache.kernels.note import settle_note
 from mooncache.kernels.queue import (
     ANSWERED,
+    BLAMED,
     HELD,
     SEQUENCE_MASK,
     SLICES_MASK,
@@ -58,6 +59,7 @@ from mooncache.kernels.queue import (
     lost,
     mark_answered,
     named_by,
+    ready,
     tell,
 )
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
@@ -124,14 +126,17 @@ def post_later(ctl, worker, slot):
 
 
 @kernel
-def answer_failure(ctl, worker, row, slot, wc_status):
-    """A slice's work request failed: post it again later, or let it fail."""
+def answer_failure(ctl, worker, row, slot, wc_status, blamed):
+    """A slice's work request failed: post it again later, or let it fail.
+
+    What only was on a queue pair when that broke is not to blame: it may be posted again as often as it takes.
+    """
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
     if wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD):
         fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
-    elif passing(wc_status) and cancelled == 0 and attempts[slot] < word(ctl, RETRIES):
-        attempts[slot] += 1
+    elif passing(wc_status) and cancelled == 0 and (not blamed or attempts[slot] < word(ctl, RETRIES)):
+        attempts[slot] += np.int8(blamed)
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         post_later(ctl, worker, slot)
         account(ctl, Kind.RETRIED, 1)
@@ -142,14 +147,14 @@ def answer_failure(ctl, worker, row, slot, wc_status):
 
 
 @kernel
-def answer_entry(ctl, worker, entry, wc_status):
+def answer_entry(ctl, worker, entry, wc_status, blamed):
     """Answer the slices of one work request with a failure, and settle their batch."""
     slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
     if n == 0:
         return
     row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
     for i in range(n):
-        answer_failure(ctl, worker, row, slot + i, wc_status)
+        answer_failure(ctl, worker, row, slot + i, wc_status, blamed)
     raise_word(row + BATCH_POSTED * WORD, -n)
     settle(ctl, row)
 
@@ -171,14 +176,15 @@ def fail(ctl, worker, queue, sequence, wc_status):
     # Not known which of several slices is to blame: each is posted again, alone.
     several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1 and word(ctl, RETRIES) > 0
     if peek(queue + QUEUE_BREAKS * WORD) == 0:
-        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status)
+        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)
         mark_answered(queue, sequence, sequence)
         return
+    first = ready(queue)  # what comes behind the first failure is flushed because of it
     break_queue(ctl, worker, queue, wc_status)
     if several or passing(wc_status):
-        hold(queue, sequence)
+        hold(queue, sequence, first)
     else:
-        answer_entry(ctl, worker, entry, wc_status)
+        answer_entry(ctl, worker, entry, wc_status, True)
         mark_answered(queue, sequence, sequence)
     look_drained(ctl, worker, queue)
 
@@ -199,7 +205,7 @@ def answer_held(ctl, worker, queue, wc_status):
     for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
-            answer_entry(ctl, worker, entry, wc_status)
+            answer_entry(ctl, worker, entry, wc_status, entry & BLAMED != 0)
     close_queue(ctl, worker, queue)
 
 

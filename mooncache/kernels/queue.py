@@ -56,7 +56,7 @@ TAG_MASK = (1 << 63) - 1 - SEQUENCE_MASK
 INDEX_SHIFT = 48
 # An entry: slot of its first slice | number of slices << 32 | flags
 SLICES_SHIFT, SLICES_MASK = 32, 0xFF
-SIGNALED, ANSWERED, HELD = 1 << 40, 1 << 41, 1 << 42
+SIGNALED, ANSWERED, HELD, BLAMED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
 
 
 @kernel
@@ -119,10 +119,10 @@ def mark_answered(queue, first, last):
 
 
 @kernel
-def hold(queue, sequence):
-    """Keep what came back from a broken queue until it is decided what becomes of it."""
+def hold(queue, sequence, blamed):
+    """Keep what came back from a broken queue until it is decided what becomes of it; `blamed`: it broke the queue."""
     entry = entry_at(queue, sequence)
-    poke(entry, peek(entry) | HELD)
+    poke(entry, peek(entry) | (HELD | BLAMED if blamed else HELD))
     raise_word(queue + QUEUE_HELD * WORD, 1)
 
 

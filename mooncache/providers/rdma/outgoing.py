@@ -261,6 +261,8 @@ class Outgoing:
             try:
                 if self._mend_once():
                     since = time.monotonic()
+                elif time.monotonic() - since > LOST_S + PROBE_S:
+                    self.lose("it answers, but no bytes get through to it by RDMA any more")
             except (TransportError, DiscoveryError) as error:
                 refused = isinstance(error.__cause__, ConnectionRefusedError | ConnectionResetError)
                 if refused or time.monotonic() - since > LOST_S:
@@ -270,8 +272,11 @@ class Outgoing:
             self._stirred.wait(BACKOFF_S)
 
     def _mend_once(self) -> bool:
-        """What can be done now; whether the peer has answered to something, or there was nothing to ask it."""
+        """Do what can be done now. False when no queue pair works, so that the peer is out of reach after all."""
         now = time.monotonic()
+        for lane, row in zip(self._lanes, self._rows, strict=True):
+            if row.state == QueueState.BROKEN:
+                lane.verbs.fail()  # so that what is in flight comes back, whatever broke it
         drained = [(i, row) for i, row in enumerate(self._rows) if row.state == QueueState.DRAINED]
         if drained:
             self._ask("rdma-fence", {"queues": [i for i, _ in drained], "notes": []})
@@ -291,7 +296,7 @@ class Outgoing:
         for i, row in enumerate(self._rows):
             if row.state == QueueState.READY:
                 self._lanes[i].failures = 0
-        return True
+        return self._count(QueueState.READY) > 0
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
@@ -317,16 +322,16 @@ class Outgoing:
                 "notes": [[i, lane.psn] for i, lane in zip(fallen, note_lanes, strict=True)],
             },
         )
-        with self._provider.lock:
+        with self._provider.lock:  # as `lose` does: no probe after the order to lose everything
             if self._closed or self.gone:
                 return
             self._connect(lanes, [[lane.peer, psn] for lane, psn in zip(lanes, told["queues"], strict=True)])
             self._connect(note_lanes, [[lane.peer, psn] for lane, psn in zip(note_lanes, told["notes"], strict=True)])
-        for i in fallen:
-            self._postpone(self._note_lanes[i])
-            self._record.raise_rail(i, 0)
-        for i in closed:
-            self._order(self._rows[i], Order.PROBE)
+            for i in fallen:
+                self._postpone(self._note_lanes[i])
+                self._record.raise_rail(i, 0)
+            for i in closed:
+                self._order(self._rows[i], Order.PROBE)
 
     def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self._link.dial(purpose, {"connection": self.number, **body})
@@ -355,17 +360,17 @@ class Outgoing:
     # -------------------------------------------------------------------------- the end
     def lose(self, why: str) -> None:
         """The peer is gone: let all that is under way to it fail."""
-        with self._lock:
+        with self._provider.lock:
             if self.gone or self._closed:
                 return
             self.gone = True
-        log.warning("connection to peer %r ended: %s", self.peer, why)
-        self._provider.set_gone(self._link.gone)
-        for row in self._rows:
-            self._order(row, Order.LOSE)
-        for lane in [*self._lanes, *self._note_lanes]:
-            with suppress(TransportError):
-                lane.verbs.fail()
+            log.warning("connection to peer %r ended: %s", self.peer, why)
+            self._provider.set_gone(self._link.gone)
+            for row in self._rows:
+                self._order(row, Order.LOSE)
+            for lane in [*self._lanes, *self._note_lanes]:
+                with suppress(TransportError):
+                    lane.verbs.fail()
         self._stirred.set()
 
     @property
