@@ -79,7 +79,7 @@ class Engine:
             peers are called by "host:port".
         advertise: host that peers are told, if it is not that of `listen`.
         settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, slice_bytes,
-            queue_depth, chain, poll_lot, retries, cache_slices, reaper_lot, reaper_period_ns, spin_ns.
+            queue_depth, chain, poll_lot, retries, signal, cache_slices, reaper_lot, reaper_period_ns, spin_ns.
 
     Attributes:
         name: its own.

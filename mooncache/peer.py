@@ -51,6 +51,7 @@ class Peer:
         now = set(described.regions)
         for gone in [region for region in self._known if region not in now]:
             self.table.remove(self._known.pop(gone))
+        self.table.forgive()
         for region in now - self._known.keys():
             self._known[region] = self.table.add(*region)
 

@@ -13,6 +13,7 @@ from mooncache.kernels.layout import (
     BATCH_CANCELLED,
     BATCH_FAILED,
     BATCH_NOTE,
+    BATCH_PEER,
     BATCH_POSTED,
     BATCH_REMAINING,
     CHUNK_BATCH,
@@ -20,6 +21,7 @@ from mooncache.kernels.layout import (
     CQ_ADDRESS,
     CQ_CREDITS,
     CQ_WORDS,
+    PEER_TABLES,
     POLL_LOT,
     QUEUE_BREAKS,
     QUEUE_HEAD,
@@ -29,8 +31,11 @@ from mooncache.kernels.layout import (
     RUN,
     SLICE_ATTEMPTS,
     SLICE_NEXT,
+    SLICE_REMOTE,
     SLICE_STATE,
     STORE,
+    TABLE_REFUSALS,
+    TABLE_REFUSED,
     WORD,
     WORKER_CQ_COUNT,
     WORKER_CQS,
@@ -170,15 +175,34 @@ def apply_run(ctl, row, run, done):
 
 
 @kernel
+def refusal_at(ctl, slot):
+    """Address of the word that says whether the peer has refused the key of a slice's remote region."""
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    return peek(table + TABLE_REFUSED * WORD) + i16(word(ctl, SLICE_REMOTE))[slot] * WORD
+
+
+@kernel
+def refuse_region(ctl, slot):
+    """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue."""
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    poke(refusal_at(ctl, slot), 1)
+    poke(i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)] + TABLE_REFUSALS * WORD, 1)
+
+
+@kernel
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
     entry = peek(entry_at(queue, sequence))
     # Not known which of several slices is to blame: each is posted again, alone.
     several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1 and word(ctl, RETRIES) > 0
+    several = several and wc_status != WcStatus.REM_ACCESS_ERR  # they share the region whose key is refused
     if peek(queue + QUEUE_BREAKS * WORD) == 0:
         answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)
         mark_answered(queue, sequence, sequence)
         return
+    if wc_status == WcStatus.REM_ACCESS_ERR and (entry >> SLICES_SHIFT) & SLICES_MASK > 0:
+        refuse_region(ctl, entry & SLOT_MASK)
     first = ready(queue)  # what comes behind the first failure is flushed because of it
     break_queue(ctl, worker, queue, wc_status)
     if several or passing(wc_status):
@@ -205,7 +229,10 @@ def answer_held(ctl, worker, queue, wc_status):
     for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
-            answer_entry(ctl, worker, entry, wc_status, entry & BLAMED != 0)
+            status = wc_status
+            if entry >> SLICES_SHIFT & SLICES_MASK > 0 and peek(refusal_at(ctl, entry & SLOT_MASK)) != 0:
+                status = np.int64(WcStatus.REM_ACCESS_ERR)
+            answer_entry(ctl, worker, entry, status, entry & BLAMED != 0)
     close_queue(ctl, worker, queue)
 
 

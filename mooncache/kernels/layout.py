@@ -359,7 +359,9 @@ TABLE_SLOTS = 3  # address of int64[REGIONS]
 TABLE_KEYS = 4  # address of int64[NICS, REGIONS], by NIC and slot: lkey or rkey
 TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
 TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
-TABLE_WORDS = 8
+TABLE_REFUSED = 7  # address of int64[REGIONS], by slot: 1 when the peer's NIC has refused its key; set by workers
+TABLE_REFUSALS = 8  # 1 when there are any
+TABLE_WORDS = 16
 
 
 class Access(IntEnum):

@@ -10,7 +10,7 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import i16, i32, i64, load, peek, poke
 from mooncache.kernels.batch import append, remove
-from mooncache.kernels.complete import fail_slice, look_drained, post_later, settle
+from mooncache.kernels.complete import fail_slice, look_drained, post_later, refusal_at, settle
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -63,6 +63,7 @@ from mooncache.kernels.layout import (
     SLICE_STATE,
     SLICE_TARGET,
     TABLE_KEYS,
+    TABLE_REFUSALS,
     WORD,
     WORK_REQUESTS,
     WORKER_DEADLINES,
@@ -370,6 +371,19 @@ def dequeue(ctl, worker, endpoint, row):
 
 
 @kernel
+def refuse_unposted(ctl, row):
+    """Answer the next slices of a batch as far as the peer is known to refuse their region; returns how many."""
+    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    n = np.int64(0)
+    while peek(table + TABLE_REFUSALS * WORD) != 0 and peek(row + BATCH_UNPOSTED * WORD) > 0:
+        if peek(refusal_at(ctl, peek(row + BATCH_CURSOR * WORD) * SLOTS + peek(row + BATCH_OFFSET * WORD))) == 0:
+            break
+        answer_unposted(ctl, row, 1, Status.REMOTE_ACCESS)
+        n += 1
+    return n
+
+
+@kernel
 def post_batches(ctl, worker, index, endpoint):
     """Post chains from the endpoint's queue of batches while its queue pairs have room; returns slices that left it.
 
@@ -382,7 +396,12 @@ def post_batches(ctl, worker, index, endpoint):
             moved += peek(row + BATCH_UNPOSTED * WORD)
             stop_posting(ctl, worker, index, row, Status.PEER_GONE)
             continue
+        moved += refuse_unposted(ctl, row)
         n = min(word(ctl, CHAIN), peek(row + BATCH_UNPOSTED * WORD))
+        if n == 0:
+            dequeue(ctl, worker, endpoint, row)
+            settle(ctl, row)
+            continue
         queue = choose(endpoint, n)
         if queue == NOBODY:
             return moved
@@ -445,6 +464,8 @@ def post_retries(ctl, worker, index):
         status = peek(row + BATCH_CANCELLED * WORD)
         if status == 0 and peek(endpoint + ENDPOINT_LOST * WORD) != 0:
             status = np.int64(Status.PEER_GONE)
+        if status == 0 and slot != peek(row + BATCH_NOTE * WORD) and peek(refusal_at(ctl, slot)) != 0:
+            status = np.int64(Status.REMOTE_ACCESS)
         if status == 0 and post_again(ctl, worker, row, endpoint, slot):
             moved += 1
         elif status == 0 and not overdue(ctl, row):

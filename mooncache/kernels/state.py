@@ -96,7 +96,7 @@ class RegionTable:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.header = aligned(layout.TABLE_WORDS)
-        self.bases, self.ends, self.slots, self.access = np.zeros((4, limits.REGIONS), np.int64)
+        self.bases, self.ends, self.slots, self.access, self.refused = np.zeros((5, limits.REGIONS), np.int64)
         self.keys = np.zeros((limits.NICS, limits.REGIONS), np.int64)
         for field, column in (
             (layout.TABLE_BASES, self.bases),
@@ -104,6 +104,7 @@ class RegionTable:
             (layout.TABLE_SLOTS, self.slots),
             (layout.TABLE_KEYS, self.keys),
             (layout.TABLE_ACCESS, self.access),
+            (layout.TABLE_REFUSED, self.refused),
         ):
             self.header[field] = address_of(column)
         self._free = list(range(limits.REGIONS - 1, -1, -1))
@@ -115,6 +116,10 @@ class RegionTable:
     def gone(self) -> int:
         """Address of the word that says that the connection to the peer with this table is broken."""
         return address_of(self.header) + layout.TABLE_GONE * WORD
+
+    def forgive(self) -> None:
+        """The owner has said again what is registered: whatever it refused may be tried again."""
+        self.refused[:] = self.header[layout.TABLE_REFUSALS] = 0
 
     def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
         """The first registered (address, length) that overlaps the range, if any."""
@@ -135,7 +140,7 @@ class RegionTable:
         if not self._free:
             raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
         n, slot = len(self), self._free.pop()
-        self.keys[: len(keys), slot], self.access[slot] = keys, access
+        self.keys[: len(keys), slot], self.access[slot], self.refused[slot] = keys, access, 0
         at = int(np.searchsorted(self.bases[:n], address))
         regions.insert(address_of(self.header), at, address, address + length, slot)
         return slot

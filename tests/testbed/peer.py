@@ -19,6 +19,7 @@ class Peer:
         host, _, port = address.rpartition(":")
         self._address = (host, int(port))
         self.host = host
+        self.gone = False  # whether its plug was pulled
 
     def wait_until_up(self, limit: float) -> None:
         """Its kernel may have started after ours."""
@@ -61,6 +62,7 @@ class Peer:
             try:
                 self.ask("ping", limit=1.0)
             except OSError:
+                self.gone = True
                 return
         raise AssertionError(f"the other guest is still there after {limit} s")
 

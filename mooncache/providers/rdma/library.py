@@ -28,6 +28,11 @@ from mooncache.errors import TransportError
 DEBIAN = Path("/usr/lib/python3/dist-packages/pyverbs")
 LIBIBVERBS = "libibverbs.so.1"
 
+# Constants of infiniband/verbs.h. pyverbs has them too, but in places that differ by version.
+QPT_RC = 2  # ibv_qp_type
+QP_STATE = 1  # ibv_qp_attr_mask
+ACCESS_LOCAL_WRITE, ACCESS_REMOTE_WRITE, ACCESS_REMOTE_READ = 1, 2, 4  # ibv_access_flags
+
 
 @dataclass(frozen=True)
 class Verbs:
@@ -50,7 +55,6 @@ class Verbs:
     AHAttr: Any
     GlobalRoute: Any
     GID: Any
-    enums: Any
     Error: type[Exception]
     c: ctypes.CDLL
 
@@ -100,7 +104,6 @@ def _import() -> Verbs:
     with _logging_untouched():
         pyverbs = {name: importlib.import_module(f"pyverbs.{name}") for name in ("device", "pd", "cq", "qp", "addr")}
         failure = importlib.import_module("pyverbs.pyverbs_error")
-        enums = importlib.import_module("pyverbs.libibverbs_enums" if _has("libibverbs_enums") else "pyverbs.enums")
     return Verbs(
         Context=pyverbs["device"].Context,
         PD=pyverbs["pd"].PD,
@@ -113,14 +116,9 @@ def _import() -> Verbs:
         AHAttr=pyverbs["addr"].AHAttr,
         GlobalRoute=pyverbs["addr"].GlobalRoute,
         GID=pyverbs["addr"].GID,
-        enums=enums,
         Error=failure.PyverbsError,
         c=_prototyped(ctypes.CDLL(LIBIBVERBS, use_errno=True)),
     )
-
-
-def _has(module: str) -> bool:
-    return find_spec(f"pyverbs.{module}") is not None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mooncache.kernels.layout import Access
 from mooncache.providers.rdma.failure import asking, refused
-from mooncache.providers.rdma.library import load
+from mooncache.providers.rdma.library import ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, load
 from mooncache.providers.rdma.pointers import (
     CONTEXT_ASYNC_FD,
     MR_LKEY,
@@ -195,7 +195,7 @@ class Nic:
         Raises:
             TransportError: the memory cannot be locked, is not mapped, or does not permit such access.
         """
-        mr = self.verbs.c.ibv_reg_mr(self.pd_address, address, length, self._flags(access))
+        mr = self.verbs.c.ibv_reg_mr(self.pd_address, address, length, _flags(access))
         return self._registration(mr, f"register {length} bytes at {address:#x} (Access bits {access})")
 
     def register_dmabuf(self, fd: int, offset: int, length: int, address: int, access: int) -> Registration:
@@ -211,18 +211,9 @@ class Nic:
         Raises:
             TransportError: the device, its driver or the kernel cannot register dma-bufs, or refused this one.
         """
-        mr = self.verbs.c.ibv_reg_dmabuf_mr(self.pd_address, offset, length, address, fd, self._flags(access))
+        mr = self.verbs.c.ibv_reg_dmabuf_mr(self.pd_address, offset, length, address, fd, _flags(access))
         what = f"register {length} bytes of a dma-buf for address {address:#x} (Access bits {access})"
         return self._registration(mr, what)
-
-    def _flags(self, access: int) -> int:
-        enums = self.verbs.enums
-        pairs = (
-            (Access.LOCAL, enums.IBV_ACCESS_LOCAL_WRITE),
-            (Access.READ, enums.IBV_ACCESS_REMOTE_READ),
-            (Access.WRITE, enums.IBV_ACCESS_REMOTE_WRITE),
-        )
-        return sum(int(flag) for bit, flag in pairs if access & bit)
 
     def _registration(self, mr: int | None, what: str) -> Registration:
         if mr:
@@ -268,6 +259,16 @@ class Nic:
         with asking(self.port.device, "be closed"):
             self.pd.close()
             self.context.close()
+
+
+def _flags(access: int) -> int:
+    """`ibv_access_flags` for bits of `layout.Access`."""
+    pairs = (
+        (Access.LOCAL, ACCESS_LOCAL_WRITE),
+        (Access.READ, ACCESS_REMOTE_READ),
+        (Access.WRITE, ACCESS_REMOTE_WRITE),
+    )
+    return sum(flag for bit, flag in pairs if access & bit)
 
 
 def populate(address: int, length: int, writable: bool, threads: int) -> None:

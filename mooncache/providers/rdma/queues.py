@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mooncache.errors import TransportError
-from mooncache.providers.rdma.failure import UNREACHABLE, asking, refused
+from mooncache.providers.rdma.failure import UNREACHABLE, asking
+from mooncache.providers.rdma.library import (
+    ACCESS_LOCAL_WRITE,
+    ACCESS_REMOTE_READ,
+    ACCESS_REMOTE_WRITE,
+    QP_STATE,
+    QPT_RC,
+)
 from mooncache.providers.rdma.pointers import CHANNEL_FD, channel_pointer, cq_pointer, half, qp_pointer
 
 if TYPE_CHECKING:
@@ -38,8 +44,10 @@ class Channel:
     """What becomes readable when a completion queue that was armed gets a completion. Made by `Nic.completion_channel`.
 
     Attributes:
-        address: of the `ibv_comp_channel`.
-        fd: the descriptor; reading does not wait.
+        address: of the `ibv_comp_channel`. `ibv_get_cq_event` takes an event from it, without waiting, and tells the
+            device's driver, which a plain read of `fd` would not: then it may not arm the queue again. Each event has
+            to be acknowledged (`CompletionQueue.acknowledge`).
+        fd: the descriptor.
     """
 
     def __init__(self, nic: Nic) -> None:
@@ -50,19 +58,6 @@ class Channel:
         self.fd = half(self.address + CHANNEL_FD)
         os.set_blocking(self.fd, False)
         nic.hold(self)
-
-    def next_event(self) -> int | None:
-        """Address of the `ibv_cq` that the next event is for; None when there is none now.
-
-        Tells the device's driver, which a plain read of `fd` does not: without that it may not arm the queue again.
-        Each event has to be acknowledged (`CompletionQueue.acknowledge`). Raises TransportError.
-        """
-        cq, context = ctypes.c_uint64(), ctypes.c_uint64()
-        if self._nic.verbs.c.ibv_get_cq_event(self.address, ctypes.byref(cq), ctypes.byref(context)) == 0:
-            return cq.value
-        if (code := ctypes.get_errno()) in (errno.EAGAIN, errno.EINTR):
-            return None
-        raise refused(self._nic.port.device, "tell the next completion event", code)
 
     def close(self) -> None:
         """Close the descriptor. The completion queues made with this channel must be closed before."""
@@ -152,9 +147,7 @@ class QueuePair:
 
     def _made(self, send_cq: CompletionQueue, recv_cq: CompletionQueue, cap: Any) -> tuple[Any, Any]:
         verbs = self._nic.verbs
-        attributes = verbs.QPInitAttr(
-            qp_type=verbs.enums.IBV_QPT_RC, scq=send_cq.pyverbs, rcq=recv_cq.pyverbs, cap=cap, sq_sig_all=0
-        )
+        attributes = verbs.QPInitAttr(qp_type=QPT_RC, scq=send_cq.pyverbs, rcq=recv_cq.pyverbs, cap=cap, sq_sig_all=0)
         what = (
             f"make a queue pair with {cap.max_send_wr} sends of {cap.max_send_sge} ranges, {cap.max_recv_wr} "
             f"receives and {cap.max_inline_data} bytes inline"
@@ -234,7 +227,7 @@ class QueuePair:
     def state(self) -> str:
         """What the device says now: one of STATES. Raises TransportError."""
         with asking(self._nic.port.device, f"tell the state of queue pair {self.number}"):
-            attributes, _ = self.pyverbs.query(self._nic.verbs.enums.IBV_QP_STATE)
+            attributes, _ = self.pyverbs.query(QP_STATE)
         return STATES[int(attributes.qp_state)]
 
     def close(self) -> None:
@@ -244,19 +237,16 @@ class QueuePair:
             self.pyverbs.close()
 
     def _init(self) -> None:
-        enums = self._nic.verbs.enums
         attributes = self._nic.verbs.QPAttr(port_num=self._nic.port.number)
         attributes.pkey_index = 0
-        attributes.qp_access_flags = (
-            enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_READ | enums.IBV_ACCESS_REMOTE_WRITE
-        )
+        attributes.qp_access_flags = ACCESS_LOCAL_WRITE | ACCESS_REMOTE_READ | ACCESS_REMOTE_WRITE
         with asking(self._nic.port.device, f"bring queue pair {self.number} to INIT"):
             self.pyverbs.to_init(attributes)
 
     def _modify(self, state: str) -> None:
         attributes = self._nic.verbs.QPAttr(qp_state=STATES.index(state))
         with asking(self._nic.port.device, f"bring queue pair {self.number} to {state}"):
-            self.pyverbs.modify(attributes, self._nic.verbs.enums.IBV_QP_STATE)
+            self.pyverbs.modify(attributes, QP_STATE)
 
 
 def _within(nic: Nic, what: str, asked: int, most: int) -> None:

@@ -51,4 +51,5 @@ def rails(peer: Peer) -> Iterator[list[Rail]]:
     yield rails
     for rail in rails:
         rail.plug_in_here()
-        rail.plug_in_there()
+        if not peer.gone:
+            rail.plug_in_there()
