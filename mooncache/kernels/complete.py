@@ -21,7 +21,9 @@ from mooncache.kernels.layout import (
     CQ_CREDITS,
     CQ_WORDS,
     POLL_LOT,
+    QUEUE_BLAMED,
     QUEUE_BREAKS,
+    QUEUE_CAUSE,
     QUEUE_HEAD,
     QUEUE_STATE,
     QUEUE_TAIL,
@@ -45,6 +47,7 @@ from mooncache.kernels.layout import (
 from mooncache.kernels.note import settle_note
 from mooncache.kernels.queue import (
     ANSWERED,
+    BLAMELESS,
     HELD,
     SEQUENCE_MASK,
     SLICES_MASK,
@@ -124,32 +127,32 @@ def post_later(ctl, worker, slot):
 
 
 @kernel
-def answer_failure(ctl, worker, row, slot, wc_status):
-    """A slice's work request failed: post it again later, or let it fail."""
+def answer_failure(ctl, worker, row, slot, wc_status, again, charge):
+    """A slice's work request failed: post it `again` later, as one more of its attempts if `charge`, or let it fail."""
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
-    if wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD):
+    if inbox_full(ctl, slot, wc_status):
         fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
-    elif passing(wc_status) and cancelled == 0 and attempts[slot] < word(ctl, RETRIES):
-        attempts[slot] += 1
+    elif again and cancelled == 0 and (not charge or attempts[slot] < word(ctl, RETRIES)):
+        attempts[slot] += charge
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         post_later(ctl, worker, slot)
         account(ctl, Kind.RETRIED, 1)
-    elif passing(wc_status) and cancelled != 0:
+    elif again and cancelled != 0:
         fail_slice(ctl, row, slot, cancelled)
     else:
         fail_slice(ctl, row, slot, status_of(wc_status))
 
 
 @kernel
-def answer_entry(ctl, worker, entry, wc_status):
+def answer_entry(ctl, worker, entry, wc_status, again, charge):
     """Answer the slices of one work request with a failure, and settle their batch."""
     slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
     if n == 0:
         return
     row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
     for i in range(n):
-        answer_failure(ctl, worker, row, slot + i, wc_status)
+        answer_failure(ctl, worker, row, slot + i, wc_status, again, charge)
     raise_word(row + BATCH_POSTED * WORD, -n)
     settle(ctl, row)
 
@@ -165,22 +168,32 @@ def apply_run(ctl, row, run, done):
 
 
 @kernel
+def inbox_full(ctl, slot, wc_status):
+    """Whether a notification failed because the peer's inbox had no room for it."""
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    return wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD)
+
+
+@kernel
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
     entry = peek(entry_at(queue, sequence))
-    # Not known which of several slices is to blame: each is posted again, alone.
-    several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1 and word(ctl, RETRIES) > 0
-    if peek(queue + QUEUE_BREAKS * WORD) == 0:
-        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status)
-        mark_answered(queue, sequence, sequence)
-        return
-    break_queue(ctl, worker, queue, wc_status)
-    if several or passing(wc_status):
+    slot, slices = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
+    innocent = slices == 0 or (passing(wc_status) and not inbox_full(ctl, slot, wc_status))
+    again = innocent or slices > 1  # not known which of several is to blame: each again, alone
+    breaks = peek(queue + QUEUE_BREAKS * WORD) != 0
+    if breaks:
+        blamed = np.int64(BLAMELESS)
+        if not innocent:
+            blamed = i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS]
+        break_queue(ctl, worker, queue, wc_status, blamed)
+    if breaks and again:
         hold(queue, sequence)
     else:
-        answer_entry(ctl, worker, entry, wc_status)
+        answer_entry(ctl, worker, entry, wc_status, again, True)
         mark_answered(queue, sequence, sequence)
-    look_drained(ctl, worker, queue)
+    if breaks:
+        look_drained(ctl, worker, queue)
 
 
 @kernel
@@ -188,18 +201,35 @@ def look_drained(ctl, worker, queue):
     """Once all that a broken queue had in flight has come back, wait for an order; if the peer is gone, fail it all."""
     if has_drained(queue):
         if lost(queue):
-            answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
+            lose_held(ctl, worker, queue)
         else:
             tell(ctl, worker, queue, QueueState.DRAINED)
 
 
 @kernel
-def answer_held(ctl, worker, queue, wc_status):
-    """Answer what a drained queue holds: as flushed, so that it is posted again, or as the end of the peer."""
+def lose_held(ctl, worker, queue):
+    """The peer is gone: fail what a drained queue holds."""
     for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
-            answer_entry(ctl, worker, entry, wc_status)
+            answer_entry(ctl, worker, entry, np.int64(WcStatus.REM_ABORT_ERR), False, False)
+    close_queue(ctl, worker, queue)
+
+
+@kernel
+def return_held(ctl, worker, queue):
+    """Let what a drained queue holds be posted again.
+
+    Where a slice broke the queue, its batch pays with an attempt, and those of it that have none left fail as that
+    slice did; other batches pay only where nobody is to blame.
+    """
+    owner, blamed = i64(word(ctl, CHUNK_BATCH)), peek(queue + QUEUE_BLAMED * WORD)
+    for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
+        entry = peek(entry_at(queue, sequence))
+        if entry & ANSWERED == 0:
+            its_own = owner[(entry & SLOT_MASK) >> CHUNK_BITS] == blamed
+            wc_status = peek(queue + QUEUE_CAUSE * WORD) if its_own else np.int64(WcStatus.WR_FLUSH_ERR)
+            answer_entry(ctl, worker, entry, wc_status, True, its_own or blamed == BLAMELESS)
     close_queue(ctl, worker, queue)
 
 

@@ -289,6 +289,7 @@ QUEUE_ORDER = 17  # Order
 QUEUE_HELD = 18  # entries that came back from a broken queue and wait for what is decided
 QUEUE_CAUSE = 19  # wc_status of the error that broke it
 QUEUE_ENDPOINT = 20  # address of its endpoint's row
+QUEUE_BLAMED = 21  # batch slot of the slice that broke it; -1: it was nobody's fault
 QUEUE_WORDS = 24
 WEIGHT_ONE = 1024
 

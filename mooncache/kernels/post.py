@@ -79,6 +79,7 @@ from mooncache.kernels.layout import (
     Slice,
 )
 from mooncache.kernels.queue import (
+    BLAMELESS,
     SEQUENCE_MASK,
     SIGNALED,
     SLICES_MASK,
@@ -258,7 +259,7 @@ def post_marker(ctl, worker, queue):
     build_plain(queue, word(ctl, WORK_REQUESTS), Opcode.WRITE, 0, 0, 0)
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
     if refused and peek(queue + QUEUE_BREAKS * WORD) != 0:
-        break_queue(ctl, worker, queue, WcStatus.LOC_QP_OP_ERR)
+        break_queue(ctl, worker, queue, WcStatus.LOC_QP_OP_ERR, np.int64(BLAMELESS))
         look_drained(ctl, worker, queue)
     return accepted
 

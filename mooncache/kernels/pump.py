@@ -12,7 +12,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, poke, store
-from mooncache.kernels.complete import answer_held, look_drained, poll, settle
+from mooncache.kernels.complete import look_drained, lose_held, poll, return_held, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
@@ -85,7 +85,7 @@ from mooncache.kernels.post import (
     post_retries,
     stop_posting,
 )
-from mooncache.kernels.queue import break_queue, reincarnate, take_order
+from mooncache.kernels.queue import BLAMELESS, break_queue, reincarnate, take_order
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first, pop
@@ -177,15 +177,15 @@ def obey(ctl, worker, queue, order):
     """Carry out one order; see kernels/queue.py."""
     state = peek(queue + QUEUE_STATE * WORD)
     if order == Order.BREAK:
-        break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
+        break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR, np.int64(BLAMELESS))
         look_drained(ctl, worker, queue)
     elif order == Order.RETURN and state == QueueState.DRAINED:
-        answer_held(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
+        return_held(ctl, worker, queue)
     elif order == Order.LOSE:
         poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 1)
-        break_queue(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
+        break_queue(ctl, worker, queue, WcStatus.REM_ABORT_ERR, np.int64(BLAMELESS))
         if state == QueueState.DRAINED:
-            answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
+            lose_held(ctl, worker, queue)
         else:
             look_drained(ctl, worker, queue)
     elif order == Order.PROBE and state == QueueState.CLOSED:

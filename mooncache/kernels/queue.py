@@ -25,6 +25,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     CQ_CREDITS,
     ENDPOINT_LOST,
+    QUEUE_BLAMED,
     QUEUE_CAUSE,
     QUEUE_CQ,
     QUEUE_DEPTH,
@@ -54,6 +55,7 @@ SEQUENCE_MASK = (1 << 32) - 1
 INCARNATION = 1 << 32  # the tag's next one
 TAG_MASK = (1 << 63) - 1 - SEQUENCE_MASK
 INDEX_SHIFT = 48
+BLAMELESS = -1  # no batch is to blame
 # An entry: slot of its first slice | number of slices << 32 | flags
 SLICES_SHIFT, SLICES_MASK = 32, 0xFF
 SIGNALED, ANSWERED, HELD = 1 << 40, 1 << 41, 1 << 42
@@ -138,11 +140,12 @@ def tell(ctl, worker, queue, state):
 
 
 @kernel
-def break_queue(ctl, worker, queue, cause):
+def break_queue(ctl, worker, queue, cause, blamed):
     """An error came: post nothing more. Its owner sees to it that all that is in flight comes back."""
     state = peek(queue + QUEUE_STATE * WORD)
     if state == QueueState.READY or state == QueueState.PROBING:
         poke(queue + QUEUE_CAUSE * WORD, cause)
+        poke(queue + QUEUE_BLAMED * WORD, blamed)
         raise_word(worker + WORKER_UNDECIDED * WORD, 1)
         tell(ctl, worker, queue, QueueState.BROKEN)
 
