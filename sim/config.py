@@ -161,8 +161,10 @@ class Nic(_Section):
     message_rate: EventRate = units.EVENT_RATE.parse("200M/s")  # ConnectX-6: 215 M/s (NVIDIA), rounded down
     latency: Duration = units.DURATION.parse("2us")  # NDR in a cloud: below 2 us (Azure HBv4)
     rails: int = Field(default=1, ge=1, le=limits.NICS)  # NICs, each of this rate; slices are spread over them
-    signal: int = Field(default=1, ge=1, le=4096)  # a completion every so many work requests; 1: upstream's way
-    gathers: int = Field(default=1, ge=1, le=limits.SLICES_GATHERED)  # slices side by side in one work request
+    signal: int = Field(default=1, ge=1, le=4096)  # a completion every so many work requests; 1: upstream's way, and
+    # how costs were measured: a completion that answers for several is priced as one, a little too cheap
+    gathers: int = Field(default=1, ge=1, le=limits.SLICES_GATHERED)  # slices in one work request; 1: pages at the
+    # target are scattered as well; more: they lie side by side, as in a pool that nobody has used yet
 
 
 class Decode(_Section):

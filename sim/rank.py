@@ -119,7 +119,8 @@ class VirtualEngine:
         self.remote.add(BASE, SPAN, keys.rkeys, layout.Access.WRITE)
         peer = Descriptor("decode", 1, "", self.provider.name, (), self.provider.describe())
         self.state.connect(PEER, self.remote, self.provider.connect(peer, HERE))
-        self._operands: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._gathers = max(nic.gathers for nic in nics) > 1
+        self._operands: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def _block(self, prices: Prices, actor: int = -1) -> Block:
         block = Block(self.state, actor)
@@ -134,10 +135,10 @@ class VirtualEngine:
         if operands is None:
             if len(self._operands) > 64:
                 self._operands.clear()
-            address = BASE + 2 * slice_bytes * np.arange(slices, dtype=np.int64)  # gaps, so that nothing is adjacent
-            operands = self._operands[slices, slice_bytes] = address, np.full(1, slice_bytes, np.int64)
-        address, length = operands
-        return int(submit.prepare(caller.ctl, PEER, Opcode.WRITE.value, 0, address, address, length))
+            source = BASE + 2 * slice_bytes * np.arange(slices, dtype=np.int64)  # gaps, so that nothing is adjacent
+            target = BASE + slice_bytes * np.arange(slices, dtype=np.int64) if self._gathers else source
+            operands = self._operands[slices, slice_bytes] = source, target, np.full(1, slice_bytes, np.int64)
+        return int(submit.prepare(caller.ctl, PEER, Opcode.WRITE.value, 0, *operands))
 
     def row(self, handle: int) -> np.ndarray:
         """The batch row that a handle names; int64[BATCH_WORDS]."""

@@ -173,3 +173,80 @@ def arrived(source: np.ndarray, target: np.ndarray, at: int, to: int, length: in
     """True when all bytes are there, False when none is, None when only some are."""
     same = source[at : at + length] == target[to : to + length]
     return True if same.all() else False if not target[to : to + length].any() else None
+
+
+# ------------------------------------------------------------------------------ queue pairs
+def answered_by(last: int, signaled: list[bool], answered: list[bool]) -> list[int]:
+    """The work requests that a completion of number `last` answers: those before it up to one that asks for its own."""
+    group = [last]
+    for i in range(last - 1, -1, -1):
+        if signaled[i] or answered[i]:
+            break
+        group.insert(0, i)
+    return group
+
+
+class Lane(NamedTuple):
+    """A queue pair as the policy of spreading sees it."""
+
+    ready: bool
+    depth: int
+    in_flight: int
+    weight: int
+    credits: int
+
+
+def chosen(lanes: list[Lane], n: int) -> int | None:
+    """The one that a chain of `n` work requests goes to."""
+    best = None
+    for i, lane in enumerate(lanes):
+        in_flight = min(lane.in_flight, lane.depth)
+        wanted = min(n, max(1, lane.depth // 2))
+        if lane.ready and min(lane.depth - in_flight, lane.credits) >= wanted:
+            burden = (in_flight + wanted) * 1024 // lane.weight
+            if best is None or burden < best[0]:
+                best = burden, i
+    return None if best is None else best[1]
+
+
+def gathered(slices: list[tuple[int, int, int]], chunk: int, most: int) -> list[list[int]]:
+    """Which slices share a work request: they follow one another at the target, in one region and one chunk of slots.
+
+    `slices`: target, length, region of each; `chunk`: slots in one.
+    """
+    groups: list[list[int]] = []
+    for i, (target, _, region) in enumerate(slices):
+        before = slices[i - 1]
+        side_by_side = i % chunk > 0 and target == before[0] + before[1] and region == before[2]
+        if side_by_side and len(groups[-1]) < most:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+# ------------------------------------------------------------------------------ the life of a queue pair
+QUEUE_TABLE = {
+    **{(state, "NONE"): state for state in ("CLOSED", "READY", "BROKEN", "DRAINED", "PROBING")},
+    ("CLOSED", "BREAK"): "CLOSED",
+    ("CLOSED", "RETURN"): "CLOSED",
+    ("CLOSED", "LOSE"): "CLOSED",
+    ("CLOSED", "PROBE"): "PROBING",
+    ("READY", "BREAK"): "BROKEN",
+    ("READY", "RETURN"): "READY",
+    ("READY", "LOSE"): "BROKEN",
+    ("READY", "PROBE"): "READY",
+    ("BROKEN", "BREAK"): "BROKEN",
+    ("BROKEN", "RETURN"): "BROKEN",
+    ("BROKEN", "LOSE"): "BROKEN",
+    ("BROKEN", "PROBE"): "BROKEN",
+    ("DRAINED", "BREAK"): "DRAINED",
+    ("DRAINED", "RETURN"): "CLOSED",
+    ("DRAINED", "LOSE"): "CLOSED",
+    ("DRAINED", "PROBE"): "DRAINED",
+    ("PROBING", "BREAK"): "BROKEN",
+    ("PROBING", "RETURN"): "PROBING",
+    ("PROBING", "LOSE"): "BROKEN",
+    ("PROBING", "PROBE"): "PROBING",
+}
+"""(state, order) -> state, of a queue pair with something on it that has not been answered yet."""

@@ -18,6 +18,8 @@ from tests.kernels.entries import Gated
 WIRES = {
     "loopback": Loopback,
     "emulated": lambda: Emulated(Nic(latency_ns=5000)),
+    "rails": lambda: Emulated(*[Nic(latency_ns=5000, signal=16, gathers=4)] * 2),
+    "breaking rails": lambda: Emulated(*[Nic(latency_ns=5000, signal=16, gathers=4, breaks=True)] * 2),
     "tcp": lambda: Tcp(lanes=2),
     "shm": Shm,
 }

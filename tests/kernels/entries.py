@@ -8,11 +8,24 @@ import ctypes
 import numpy as np
 
 from mooncache.kernels import account as accounts
-from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, worker
-from mooncache.kernels.atomics import i64, pause, peek, poke
+from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, spread, worker
+from mooncache.kernels.atomics import i64, pause, peek, poke, u32
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import BATCH_FIRST, BATCH_ROWS, BATCH_WORDS, CHUNK_NEXT, RING_EMPTY, WORD
-from mooncache.kernels.verbs import CQ_CQ_CONTEXT
+from mooncache.kernels.verbs import (
+    CQ_CQ_CONTEXT,
+    SGE_BYTES,
+    WC_BYTES,
+    WR_ID,
+    WR_NEXT,
+    WR_NUM_SGE,
+    WR_OPCODE,
+    WR_REMOTE_ADDR,
+    WR_RKEY,
+    WR_SEND_FLAGS,
+    WR_SG_LIST,
+)
+from mooncache.limits import PEERS, SLICES_GATHERED
 from mooncache.providers import loopback
 from mooncache.providers.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
 from mooncache.providers.software import (
@@ -21,8 +34,10 @@ from mooncache.providers.software import (
     Q_HEAD,
     Q_MASK,
     Q_NIC,
+    Q_OWN,
     Q_RING,
     Q_TAIL,
+    queue_of,
     write_completion,
 )
 
@@ -244,6 +259,61 @@ def account(ctl, kind, n):
 @kernel("int64(int64)")
 def clock(ctl):
     return np.int64(accounts.clock(ctl))
+
+
+@kernel("int64(int64, int64)")
+def choose(endpoint, n):
+    return np.int64(spread.choose(endpoint, n))
+
+
+# ------------------------------------------------------------------------------ a wire that only writes down
+# queue words: refuse the work request at this position, with this errno, so many times
+Q_REFUSE_AT, Q_REFUSE_ERRNO, Q_REFUSE_TIMES = Q_OWN, Q_OWN + 1, Q_OWN + 2
+# one word each, then a pair of words for each range, as the gather list has them
+LOG_ID, LOG_FLAGS, LOG_OPCODE, LOG_COUNT, LOG_REMOTE, LOG_KEY, LOG_RANGES = range(7)
+LOG_WORDS = LOG_RANGES + 2 * SLICES_GATHERED
+# completion queue words: int64[n, 2] of ids and statuses, those taken, those there
+CQ_ANSWERS = CQ_QUEUES + PEERS
+CQ_TAKEN, CQ_ANSWERED = CQ_ANSWERS + 1, CQ_ANSWERS + 2
+
+
+@callback("int32(int64, int64, int64)")
+def slate_post_send(qp, wr, bad_wr):
+    """Write down each work request."""
+    queue = queue_of(qp)
+    head, mask = peek(queue + Q_HEAD * WORD), peek(queue + Q_MASK * WORD)
+    while wr != 0:
+        if head == peek(queue + Q_REFUSE_AT * WORD) and peek(queue + Q_REFUSE_TIMES * WORD) > 0:
+            poke(queue + Q_REFUSE_TIMES * WORD, peek(queue + Q_REFUSE_TIMES * WORD) - 1)
+            poke(queue + Q_HEAD * WORD, head)
+            poke(bad_wr, wr)
+            return np.int32(peek(queue + Q_REFUSE_ERRNO * WORD))
+        entry = peek(queue + Q_RING * WORD) + (head & mask) * LOG_WORDS * WORD
+        poke(entry + LOG_ID * WORD, peek(wr + WR_ID))
+        poke(entry + LOG_FLAGS * WORD, np.int64(u32(wr + WR_SEND_FLAGS)[0]))
+        poke(entry + LOG_OPCODE * WORD, np.int64(u32(wr + WR_OPCODE)[0]))
+        poke(entry + LOG_COUNT * WORD, np.int64(u32(wr + WR_NUM_SGE)[0]))
+        poke(entry + LOG_REMOTE * WORD, peek(wr + WR_REMOTE_ADDR))
+        poke(entry + LOG_KEY * WORD, peek(wr + WR_RKEY))
+        for i in range(2 * np.int64(u32(wr + WR_NUM_SGE)[0])):
+            poke(entry + (LOG_RANGES + i) * WORD, peek(peek(wr + WR_SG_LIST) + i * SGE_BYTES // 2))
+        head += 1
+        wr = peek(wr + WR_NEXT)
+    poke(queue + Q_HEAD * WORD, head)
+    return np.int32(0)
+
+
+@callback("int32(int64, int32, int64)")
+def slate_poll_cq(cq, entries, wc):
+    """The answers that the test gave."""
+    words = peek(cq + CQ_CQ_CONTEXT)
+    answers, taken = peek(words + CQ_ANSWERS * WORD), peek(words + CQ_TAKEN * WORD)
+    n = min(np.int64(entries), peek(words + CQ_ANSWERED * WORD) - taken)
+    for i in range(taken, taken + n):
+        write_completion(wc, peek(answers + 2 * i * WORD), peek(answers + (2 * i + 1) * WORD))
+        wc += WC_BYTES
+    poke(words + CQ_TAKEN * WORD, taken + n)
+    return np.int32(n)
 
 
 # ------------------------------------------------------------------------------ a wire with a gate

@@ -72,6 +72,7 @@ def test_defaults_are_the_documented_ones(file: Path) -> None:
     assert scenario.engine.slice_bytes == 65536
     assert scenario.nic.rate == 400 * 10**9
     assert scenario.nic.latency == 2 * 10**6
+    assert (scenario.nic.rails, scenario.nic.signal, scenario.nic.gathers) == (1, 1, 1)
     assert scenario.reclaim.period == 10**9
     assert scenario.prefill.flops == 990 * 10**12
     assert scenario.workload.kind == "shape"
@@ -159,6 +160,9 @@ def test_scenarios_are_frozen_and_hashable(file: Path) -> None:
             "reclaim: {period: 3 minutes}",
             "12: reclaim.period: expected a duration such as '90ns' (units: ps, ns, us, ms, s), came '3 minutes' (str)",
         ),
+        ("nic: {rails: 0}", "12: nic.rails: expected a value greater than or equal to 1, came 0 (int)"),
+        ("nic: {rails: 9}", "12: nic.rails: expected a value less than or equal to 8, came 9 (int)"),
+        ("nic: {gathers: 17}", "12: nic.gathers: expected a value less than or equal to 16, came 17 (int)"),
         ("reclaim: {period: 0s}", "12: reclaim.period: expected a value greater than 0, came '0s' (str)"),
         ("seed: '4'", "12: seed: expected a valid integer, came '4' (str)"),
         ("seed: 1.0", "12: seed: expected a valid integer, came 1.0 (float)"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from sim.config import PAIRS
 from sim.costs import Prices
 from sim.rank import BASE, PEER, VirtualEngine
 
+ONE = (Nic(),)
 UNTIMED = [kind for kind in Kind if kind not in layout.TIMING_KINDS]
 ARENA = 1 << 20
 SETTINGS = {"slices": 8192, "batches": 32, "peers": 1, "cache_slices": 1000, "reaper_lot": 700, "slice_bytes": 4096}
@@ -51,13 +53,13 @@ def untimed(counts: np.ndarray) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------ both worlds
 @contextmanager
-def real_engine(pair: str, move_bytes: bool) -> Iterator[tuple[Engine, str, int, int]]:
+def real_engine(pair: str, move_bytes: bool, nics: Sequence[Nic]) -> Iterator[tuple[Engine, str, int, int]]:
     """An engine, its peer's name, and where the arenas of both begin."""
     store, policy = pair.split("/")
-    nic = Nic(move_bytes=move_bytes)
+    nics = [replace(nic, move_bytes=move_bytes) for nic in nics]
     with (
-        Engine(provider=Emulated(nic), store=store, policy=policy, **SETTINGS) as here,
-        Engine(provider=Emulated(nic)) as there,
+        Engine(provider=Emulated(*nics), store=store, policy=policy, **SETTINGS) as here,
+        Engine(provider=Emulated(*nics)) as there,
     ):
         arenas = np.zeros((2, ARENA), np.uint8)
         local, remote = here.register(arenas[0]), there.register(arenas[1])
@@ -70,9 +72,9 @@ def counts_of(engine: Engine) -> dict[str, int]:
     return {kind.name: engine.stats().counts[kind.name.lower()] for kind in UNTIMED}
 
 
-def in_reality(pair: str, batches: Sequence[Requests], move_bytes: bool) -> dict[str, int]:
+def in_reality(pair: str, batches: Sequence[Requests], move_bytes: bool, nics: Sequence[Nic] = ONE) -> dict[str, int]:
     """By the Python API: write, wait, close."""
-    with real_engine(pair, move_bytes) as (engine, peer, local, remote):
+    with real_engine(pair, move_bytes, nics) as (engine, peer, local, remote):
         for source, target, length in batches:
             operands = source + local, target + remote, length
             n = max(o.size for o in operands)
@@ -85,7 +87,7 @@ def in_reality(pair: str, batches: Sequence[Requests], move_bytes: bool) -> dict
 
 def by_kernels(pair: str, batches: Sequence[Requests]) -> dict[str, int]:
     """The real engine again, by the two halves of a submit that the simulation uses."""
-    with real_engine(pair, move_bytes=True) as (engine, peer, local, remote):
+    with real_engine(pair, move_bytes=True, nics=ONE) as (engine, peer, local, remote):
         index = engine.connect(peer).index
         for source, target, length in batches:
             operands = (source + local, target + remote, length)
@@ -98,16 +100,16 @@ def by_kernels(pair: str, batches: Sequence[Requests]) -> dict[str, int]:
         return counts_of(engine)
 
 
-def virtual_engine(pair: str) -> VirtualEngine:
+def virtual_engine(pair: str, nics: Sequence[Nic]) -> VirtualEngine:
     store, policy = pair.split("/")
     settings = Settings(store=Store[store.upper()], policy=Policy[policy.upper()], **SETTINGS)
     prices = Prices(dict.fromkeys(Kind, 10.0), dict.fromkeys(Kind, 1.0))
-    return VirtualEngine(settings, [Nic(move_bytes=False)], prices, threads=1)
+    return VirtualEngine(settings, [replace(nic, move_bytes=False) for nic in nics], prices, threads=1)
 
 
-def in_simulation(pair: str, batches: Sequence[Requests]) -> dict[str, int]:
+def in_simulation(pair: str, batches: Sequence[Requests], nics: Sequence[Nic] = ONE) -> dict[str, int]:
     """In virtual time, one batch after the other; the reaper and epochs get their turn after each."""
-    engine = virtual_engine(pair)
+    engine = virtual_engine(pair, nics)
     (caller,) = engine.callers
     engine.worker.words[layout.HORIZON] = (1 << 62) - 1
     for source, target, length in batches:
@@ -157,6 +159,21 @@ def test_counts_of_coalesced_and_cut_requests_are_equal(pair: str) -> None:
     slices = 10 + 300 + 600 + (1 + 1 + 1 + 1 + 2 + 2 + 5 + 25) + 256
     assert simulated["SLICES_FILLED"] == simulated["WORK_REQUESTS"] == slices
     assert simulated["REQUESTS"] == 600 * 3 + 8 + 1
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_counts_over_two_rails_with_a_completion_every_sixteen_work_requests_are_equal(pair: str) -> None:
+    """Scattered, and side by side at the target, where four slices share a work request."""
+    nics = [Nic(signal=16, gathers=4, bits_per_s=200 * 10**9), Nic(signal=16, gathers=4, bits_per_s=100 * 10**9)]
+    runs = np.arange(1000, dtype=np.int64)
+    batches = [scattered(n) for n in SIZES] + [Requests(128 * runs, 64 * runs, np.full(1, 64, np.int64))]
+    real = in_reality(pair, batches, True, nics)
+    assert real == in_simulation(pair, batches, nics)
+    assert real["COMPLETED"] == sum(SIZES) + 1000
+    # Each chunk of 256 slots ends a work request, so that the last of its 64 is full, and 1,000 are 250.
+    assert real["WORK_REQUESTS"] == sum(SIZES) + 250
+    # By chains of 128: one of 16 asks for a completion, and the last.
+    assert real["COMPLETIONS"] == sum(n // 128 * 8 + -(-(n % 128) // 16) for n in SIZES) + 8 + 8
 
 
 def test_random_requests_are_counted_equally() -> None:
