@@ -24,6 +24,7 @@ from mooncache.kernels.layout import (
     PEER_TABLES,
     POLL_LOT,
     QUEUE_BREAKS,
+    QUEUE_CAUSE,
     QUEUE_HEAD,
     QUEUE_STATE,
     QUEUE_TAIL,
@@ -134,11 +135,11 @@ def post_later(ctl, worker, slot):
 def answer_failure(ctl, worker, row, slot, wc_status, blamed):
     """A slice's work request failed: post it again later, or let it fail.
 
-    What only was on a queue pair when that broke is not to blame: it may be posted again as often as it takes.
+    What is not `blamed`, since it only was on a queue pair when that broke, may be posted again as often as it takes.
     """
     attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
-    if wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD):
+    if inbox_full(ctl, slot, wc_status):
         fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
     elif passing(wc_status) and cancelled == 0 and (not blamed or attempts[slot] < word(ctl, RETRIES)):
         attempts[slot] += np.int8(blamed)
@@ -175,6 +176,13 @@ def apply_run(ctl, row, run, done):
 
 
 @kernel
+def inbox_full(ctl, slot, wc_status):
+    """Whether a notification failed because the peer's inbox had no room for it."""
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    return wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD)
+
+
+@kernel
 def refusal_at(ctl, slot):
     """Address of the word that says whether the peer has refused the key of a slice's remote region."""
     row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
@@ -205,7 +213,7 @@ def fail(ctl, worker, queue, sequence, wc_status):
         refuse_region(ctl, entry & SLOT_MASK)
     first = ready(queue)  # what comes behind the first failure is flushed because of it
     break_queue(ctl, worker, queue, wc_status)
-    if several or passing(wc_status):
+    if several or (passing(wc_status) and not inbox_full(ctl, entry & SLOT_MASK, wc_status)):
         hold(queue, sequence, first)
     else:
         answer_entry(ctl, worker, entry, wc_status, True)
@@ -225,14 +233,18 @@ def look_drained(ctl, worker, queue):
 
 @kernel
 def answer_held(ctl, worker, queue, wc_status):
-    """Answer what a drained queue holds: as flushed, so that it is posted again, or as the end of the peer."""
+    """Answer what a drained queue holds: as flushed, so that it is posted again, or as the end of the peer.
+
+    What broke the queue pays with one of its attempts; where nothing did, as when a port went down, all do.
+    """
+    nobody = peek(queue + QUEUE_CAUSE * WORD) == WcStatus.WR_FLUSH_ERR
     for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
             status = wc_status
             if entry >> SLICES_SHIFT & SLICES_MASK > 0 and peek(refusal_at(ctl, entry & SLOT_MASK)) != 0:
                 status = np.int64(WcStatus.REM_ACCESS_ERR)
-            answer_entry(ctl, worker, entry, status, entry & BLAMED != 0)
+            answer_entry(ctl, worker, entry, status, nobody or entry & BLAMED != 0)
     close_queue(ctl, worker, queue)
 
 

@@ -19,7 +19,7 @@ from tests.oracles import gathered
 
 HERE, THERE = 1 << 40, 1 << 41  # made-up regions, two at each end that touch
 SPAN = 1 << 20
-GUILTY = int(WcStatus.REM_ACCESS_ERR)
+GUILTY = int(WcStatus.REM_OP_ERR)
 
 
 def rig_of(*rails, **settings) -> SlateRig:
@@ -156,7 +156,7 @@ def test_of_a_failed_work_request_each_slice_is_posted_alone_and_only_the_guilty
     rig = rig_of({"gathers": 4, "breaks": breaks})
     handle = write(rig, *in_a_row(8))
     rig.finish(handle, fail=lambda p: GUILTY if HERE + 16 * guilty in [a for a, _, _ in p.ranges] else OK)
-    assert rig.failures(handle, 8) == {guilty: Status.REMOTE_ACCESS}
+    assert rig.failures(handle, 8) == {guilty: Status.REMOTE_ERROR}
     assert rig.counts["completed"] == 7
     alone = [p for p in rig.posted(since=breaks + 2) if p.ranges]
     assert {len(p.ranges) for p in alone[:4]} == {1}
@@ -166,7 +166,7 @@ def test_without_retries_all_slices_of_a_failed_work_request_fail_as_it_did():
     rig = rig_of({"gathers": 4}, retries=0)
     handle = write(rig, *in_a_row(8))
     rig.finish(handle, fail=lambda p: GUILTY if p.remote == THERE else OK)
-    assert rig.failures(handle, 8) == dict.fromkeys(range(4), Status.REMOTE_ACCESS)
+    assert rig.failures(handle, 8) == dict.fromkeys(range(4), Status.REMOTE_ERROR)
 
 
 def test_all_slices_of_a_cancelled_batchs_failed_work_request_are_cancelled():

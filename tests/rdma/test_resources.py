@@ -281,6 +281,13 @@ def test_a_peer_that_cannot_be_reached_is_named(nic: Nic, device: str) -> None:
         qp.connect(nowhere, psn=0, remote_psn=0, mtu=nic.mtu, rd_atomic=1, timeout=14, retry_count=7, rnr_retry=7)
 
 
+@pytest.mark.parametrize("remote", [Remote(17, "not a GID", 0), Remote(1 << 40, "::1", 0), Remote(17, "", 1 << 20)])
+def test_what_a_peer_cannot_have_meant_is_refused(nic: Nic, remote: Remote) -> None:
+    qp = queue_pair(nic, nic.completion_queue(8))
+    with pytest.raises(TransportError, match=f"to queue pair {remote.number} at "):
+        qp.connect(remote, psn=0, remote_psn=0, mtu=nic.mtu, rd_atomic=1, timeout=14, retry_count=7, rnr_retry=7)
+
+
 def test_a_device_that_is_not_there_is_named(choice: Choice) -> None:
     with pytest.raises(TransportError, match=r"RDMA device none0 could not be opened: .*ibverbs-providers"):
         Nic(Choice(replace(choice.port, device="none0"), choice.gid))

@@ -122,7 +122,7 @@ class Guest:
 
     def _last_words(self) -> str:
         lines = self._console.read_text(errors="replace").splitlines()
-        return "".join(f"\n  {line}" for line in ["; the end of its console:", *lines[-20:]])
+        return "".join(f"\n  {line}" for line in ["; the end of its console:", *lines[-60:]])
 
     def end(self) -> None:
         """Pull the plug, if it still runs; returns when it is gone."""

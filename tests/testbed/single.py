@@ -43,4 +43,4 @@ def run_here(command: Sequence[str], device: str) -> None:
         )
     folders = filter(None, [interpreter.pyverbs(), os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
-    os.execvp(command[0], command)
+    os.execvp(command[0], list(command))

@@ -39,7 +39,7 @@ def asking(device: str, operation: str, cures: Mapping[int, str] | None = None) 
     """Turn what pyverbs raises inside into a `TransportError`; `refused` describes the arguments."""
     try:
         yield
-    except load().Error as error:
+    except (load().Error, OverflowError) as error:  # the latter for figures that do not fit into a C struct
         code = getattr(error, "error_code", -1)
         raise refused(device, operation, code, cures, said=str(error)) from error
 

@@ -8,6 +8,7 @@ import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 from mooncache.kernels.layout import Access
@@ -118,6 +119,8 @@ class Nic:
         limits: what the device can hold.
         operations: addresses of its driver's functions.
         async_fd: readable when `next_event` has something to tell.
+        telling: held from taking an event to acknowledging it, and to destroy a queue: libibverbs waits there for the
+            queue's events to be acknowledged, and pyverbs lets no other Python thread do that meanwhile.
         verbs, context, pd, context_address, pd_address: for the queues.
     """
 
@@ -126,6 +129,7 @@ class Nic:
         self.port, gid = choice
         self.gid, self.gid_index = gid.gid, gid.index
         self.verbs = load()
+        self.telling = Lock()
         self._held: dict[Closable, None] = {}
         with asking(self.port.device, "be opened", {-1: UNDRIVEN}):
             self.context: Any = self.verbs.Context(name=self.port.device)
@@ -227,17 +231,18 @@ class Nic:
     def next_event(self) -> Event | None:
         """What happened to the device; None when nothing did since. Does not wait. Raises TransportError."""
         subject_and_type = (ctypes.c_uint64 * 2)()
-        if self.verbs.c.ibv_get_async_event(self.context_address, subject_and_type):
-            if (code := ctypes.get_errno()) in (errno.EAGAIN, errno.EINTR):
-                return None
-            raise refused(self.port.device, "tell the next event", code)
-        subject, kind = subject_and_type[0], subject_and_type[1] & 0xFFFFFFFF
-        name = EVENTS[kind] if kind < len(EVENTS) else f"EVENT_{kind}"
-        if name in OF_QUEUE_PAIRS:
-            subject = half(subject + QP_NUMBER)
-        elif name != "CQ_ERR":
-            subject &= 0xFFFFFFFF  # the number of a port is an int
-        self.verbs.c.ibv_ack_async_event(subject_and_type)
+        with self.telling:
+            if self.verbs.c.ibv_get_async_event(self.context_address, subject_and_type):
+                if (code := ctypes.get_errno()) in (errno.EAGAIN, errno.EINTR):
+                    return None
+                raise refused(self.port.device, "tell the next event", code)
+            subject, kind = subject_and_type[0], subject_and_type[1] & 0xFFFFFFFF
+            name = EVENTS[kind] if kind < len(EVENTS) else f"EVENT_{kind}"
+            if name in OF_QUEUE_PAIRS:
+                subject = half(subject + QP_NUMBER)
+            elif name != "CQ_ERR":
+                subject &= 0xFFFFFFFF  # the number of a port is an int
+            self.verbs.c.ibv_ack_async_event(subject_and_type)
         return Event(name, subject)
 
     def hold(self, resource: Closable) -> None:

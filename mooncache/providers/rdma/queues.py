@@ -90,7 +90,7 @@ class CompletionQueue:
     def close(self) -> None:
         """Destroy the queue; all its events must be acknowledged. Closes queue pairs that still use it."""
         self._nic.let_go(self)
-        with asking(self._nic.port.device, "close a completion queue"):
+        with self._nic.telling, asking(self._nic.port.device, "close a completion queue"):
             self.pyverbs.close()
 
 
@@ -181,24 +181,25 @@ class QueuePair:
         Raises:
             TransportError: the peer's GID cannot be reached, or the device refused a figure.
         """
-        nic, attributes = self._nic, self._nic.verbs.QPAttr(port_num=self._nic.port.number)
-        attributes.path_mtu = mtu.bit_length() - 8  # ibv_mtu: 1 is 256 bytes
-        attributes.dest_qp_num = remote.number
-        attributes.rq_psn = remote_psn
-        attributes.max_dest_rd_atomic = rd_atomic
-        attributes.min_rnr_timer = MIN_RNR_TIMER
-        attributes.ah_attr = self._way(remote)
-        attributes.sq_psn = psn
-        attributes.timeout = timeout
-        attributes.retry_cnt = retry_count
-        attributes.rnr_retry = rnr_retry
-        attributes.max_rd_atomic = rd_atomic
         cures = {
-            errno.EINVAL: f"mtu {mtu}, rd_atomic {rd_atomic} or GID index {nic.gid_index} is not possible here. "
+            errno.EINVAL: f"mtu {mtu}, rd_atomic {rd_atomic} or GID index {self._nic.gid_index} is not possible here. "
             "If the addresses of its network interface changed, open a new engine",
             errno.ENODEV: UNREACHABLE,  # no network interface leads there
         }
-        with asking(nic.port.device, f"connect GID {nic.gid} to queue pair {remote.number} at {remote.gid}", cures):
+        what = f"connect GID {self._nic.gid} to queue pair {remote.number} at {remote.gid}"
+        with asking(self._nic.port.device, what, cures):
+            attributes = self._nic.verbs.QPAttr(port_num=self._nic.port.number)
+            attributes.path_mtu = mtu.bit_length() - 8  # ibv_mtu: 1 is 256 bytes
+            attributes.dest_qp_num = remote.number
+            attributes.rq_psn = remote_psn
+            attributes.max_dest_rd_atomic = rd_atomic
+            attributes.min_rnr_timer = MIN_RNR_TIMER
+            attributes.ah_attr = self._way(remote)
+            attributes.sq_psn = psn
+            attributes.timeout = timeout
+            attributes.retry_cnt = retry_count
+            attributes.rnr_retry = rnr_retry
+            attributes.max_rd_atomic = rd_atomic
             self.pyverbs.to_rtr(attributes)
             self.pyverbs.to_rts(attributes)
 
@@ -233,7 +234,7 @@ class QueuePair:
     def close(self) -> None:
         """Destroy the queue pair. Nothing may post to it meanwhile."""
         self._nic.let_go(self)
-        with asking(self._nic.port.device, f"close queue pair {self.number}"):
+        with self._nic.telling, asking(self._nic.port.device, f"close queue pair {self.number}"):
             self.pyverbs.close()
 
     def _init(self) -> None:
