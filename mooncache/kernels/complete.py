@@ -25,11 +25,12 @@ from mooncache.kernels.layout import (
     POLL_LOT,
     QUEUE_BREAKS,
     QUEUE_CAUSE,
+    QUEUE_ENTRIES,
     QUEUE_HEAD,
+    QUEUE_MASK,
     QUEUE_STATE,
     QUEUE_TAIL,
     RETRIES,
-    RUN,
     SLICE_ATTEMPTS,
     SLICE_NEXT,
     SLICE_REMOTE,
@@ -64,6 +65,7 @@ from mooncache.kernels.queue import (
     hold,
     lost,
     mark_answered,
+    move_tail,
     named_by,
     ready,
     tell,
@@ -71,6 +73,7 @@ from mooncache.kernels.queue import (
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
 from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
 from mooncache.limits import CHUNK_BITS
+from mooncache.limits import CHUNK_SLICES as SLOTS
 
 DONE, WAITING = int(Slice.DONE), int(Slice.WAITING)
 
@@ -166,16 +169,6 @@ def answer_entry(ctl, worker, entry, wc_status, blamed):
 
 
 @kernel
-def apply_run(ctl, row, run, done):
-    """`done` slices of one batch have arrived: update counts, reclaim, end the batch."""
-    raise_word(row + BATCH_POSTED * WORD, -done)
-    account(ctl, Kind.COMPLETED, done)
-    store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - done)
-    on_complete(ctl, row, run, done)
-    settle(ctl, row)
-
-
-@kernel
 def inbox_full(ctl, slot, wc_status):
     """Whether a notification failed because the peer's inbox had no room for it."""
     row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
@@ -202,23 +195,24 @@ def refuse_region(ctl, slot):
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
     entry = peek(entry_at(queue, sequence))
-    # Not known which of several slices is to blame: each is posted again, alone.
-    several = (entry >> SLICES_SHIFT) & SLICES_MASK > 1 and word(ctl, RETRIES) > 0
-    several = several and wc_status != WcStatus.REM_ACCESS_ERR  # they share the region whose key is refused
-    if peek(queue + QUEUE_BREAKS * WORD) == 0:
-        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)
-        mark_answered(queue, sequence, sequence)
-        return
-    if wc_status == WcStatus.REM_ACCESS_ERR and (entry >> SLICES_SHIFT) & SLICES_MASK > 0:
-        refuse_region(ctl, entry & SLOT_MASK)
+    slot, slices = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
+    refused = wc_status == WcStatus.REM_ACCESS_ERR and slices > 0
+    # Not known which of several slices is to blame: each is posted again, alone. A key is refused for all.
+    several = slices > 1 and word(ctl, RETRIES) > 0 and not refused
+    breaks = peek(queue + QUEUE_BREAKS * WORD) != 0
     first = ready(queue)  # what comes behind the first failure is flushed because of it
-    break_queue(ctl, worker, queue, wc_status)
-    if several or (passing(wc_status) and not inbox_full(ctl, entry & SLOT_MASK, wc_status)):
+    if breaks:
+        break_queue(ctl, worker, queue, wc_status)
+        if refused:
+            refuse_region(ctl, slot)
+    if breaks and (several or (passing(wc_status) and not inbox_full(ctl, slot, wc_status))):
         hold(queue, sequence, first)
     else:
-        answer_entry(ctl, worker, entry, wc_status, True)
-        mark_answered(queue, sequence, sequence)
-    look_drained(ctl, worker, queue)
+        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)
+        mark_answered(queue, sequence, sequence + 1)
+        move_tail(queue, peek(queue + QUEUE_TAIL * WORD))
+    if breaks:
+        look_drained(ctl, worker, queue)
 
 
 @kernel
@@ -229,6 +223,15 @@ def look_drained(ctl, worker, queue):
             answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
         else:
             tell(ctl, worker, queue, QueueState.DRAINED)
+
+
+@kernel
+def look_on(ctl, worker, queue):
+    """A work request got through on a queue that is not ready: a probe makes it so, and it may have drained."""
+    if peek(queue + QUEUE_STATE * WORD) == QueueState.PROBING:
+        tell(ctl, worker, queue, QueueState.READY)
+    else:
+        look_drained(ctl, worker, queue)
 
 
 @kernel
@@ -258,71 +261,91 @@ def poll(ctl, worker):
 
 
 @kernel
-def poll_lot(ctl, worker, cq):
-    """Take one lot of completions and apply it, run by run of one batch.
+def arrive(ctl, queue, first, end):
+    """The work requests from `first` up to `end` got through: answer their slices, side by side as they mostly lie."""
+    entries, mask = i64(peek(queue + QUEUE_ENTRIES * WORD)), peek(queue + QUEUE_MASK * WORD)
+    slot, beyond = np.int64(0), np.int64(0)
+    for sequence in range(first, end):
+        entry = entries[sequence & mask]
+        at = entry & SLOT_MASK
+        if at != beyond or at & (SLOTS - 1) == 0:  # elsewhere, or in another chunk, which may be another batch's
+            arrive_run(ctl, slot, beyond - slot)
+            slot, beyond = at, at
+        beyond += (entry >> SLICES_SHIFT) & SLICES_MASK
+    arrive_run(ctl, slot, beyond - slot)
 
-    One that names nothing in flight is counted, not applied.
+
+@kernel
+def arrive_run(ctl, slot, n):
+    """`n` slices side by side in one chunk have arrived: update states and counts, reclaim, end the batch."""
+    if n == 0:
+        return
+    row, state = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS]), i16(word(ctl, SLICE_STATE))
+    for i in range(slot, slot + n):
+        state[i] = DONE
+    if word(ctl, STORE) == Store.HEAP:
+        for i in range(slot, slot + n):
+            heap.touch(ctl, i, DONE)
+    raise_word(row + BATCH_POSTED * WORD, -n)
+    account(ctl, Kind.COMPLETED, n)
+    store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - n)
+    on_complete(ctl, row, slot, n)
+    settle(ctl, row)
+
+
+@kernel
+def advance(ctl, queue, tail):
+    """All work requests up to `tail` got through."""
+    arrive(ctl, queue, peek(queue + QUEUE_TAIL * WORD), tail)
+    move_tail(queue, tail)
+
+
+@kernel
+def poll_lot(ctl, worker, cq):
+    """Take one lot of completions and apply it. One that names nothing in flight is counted, not applied.
+
+    Those in order only move `tail`, and all that it has passed is answered in one go: 3.7 ns a slice where every work
+    request asks for a completion, 1.6 where each 16th does. To `arrive` for each completion alone: 7.0 and 2.9 ns.
     """
-    wc, run = word(ctl, COMPLETIONS), i64(word(ctl, RUN))
+    wc = word(ctl, COMPLETIONS)
     account(ctl, Kind.POLLS, 1)
     taken = poll_cq(peek(cq + CQ_ADDRESS * WORD), word(ctl, POLL_LOT), wc)
     if taken <= 0:
         return np.int64(taken == POLL_AGAIN)
     account(ctl, Kind.COMPLETIONS, taken)
-    heap_store, most = word(ctl, STORE) == Store.HEAP, word(ctl, POLL_LOT)
-    state, owner = i16(word(ctl, SLICE_STATE)), i64(word(ctl, CHUNK_BATCH))
-    chunk, batch, row = np.int64(-1), np.int64(-1), np.int64(0)  # of the last slice, looked up once a chunk
-    done, answered = np.int64(0), np.int64(0)
+    queue, tag, tail, head = np.int64(0), np.int64(-1), np.int64(0), np.int64(0)  # of the last completion
+    answered = np.int64(0)
     for _ in range(taken):
-        wr_id, wc_status = peek(wc + WC_WR_ID), np.int64(u32(wc + WC_STATUS)[0])
-        wc += WC_BYTES
-        queue = named_by(worker, wr_id)
-        if queue == 0:
-            account(ctl, Kind.STALE, 1)
-            continue
-        tail = peek(queue + QUEUE_TAIL * WORD)
+        wr_id, success = peek(wc + WC_WR_ID), u32(wc + WC_STATUS)[0] == WcStatus.SUCCESS
+        if wr_id & ~SEQUENCE_MASK != tag:
+            if queue != 0:
+                advance(ctl, queue, tail)
+            queue, tag = named_by(worker, wr_id), wr_id & ~SEQUENCE_MASK
+            if queue != 0:
+                tail, head = peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)
         last = tail + ((wr_id - tail) & SEQUENCE_MASK)
-        if last >= peek(queue + QUEUE_HEAD * WORD) or peek(entry_at(queue, last)) & (ANSWERED | HELD) != 0:
+        if queue == 0 or last >= head or peek(entry_at(queue, last)) & (ANSWERED | HELD) != 0:
             account(ctl, Kind.STALE, 1)
+            wc += WC_BYTES
             continue
-        first = group_start(queue, last)
+        first = group_start(queue, tail, last)
         answered += last + 1 - first
-        arrived = last + np.int64(wc_status == WcStatus.SUCCESS)
-        for sequence in range(first, arrived):
-            entry = peek(entry_at(queue, sequence))
-            slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
-            if n == 0:
-                continue
-            if slot >> CHUNK_BITS != chunk:
-                chunk = slot >> CHUNK_BITS
-                if owner[chunk] != batch:
-                    if done > 0:
-                        apply_run(ctl, row, word(ctl, RUN), done)
-                    batch, done = owner[chunk], np.int64(0)
-                    row = batch_row(ctl, batch)
-            for i in range(slot, slot + n):
-                state[i] = DONE
-                if heap_store:
-                    heap.touch(ctl, i, DONE)
-                run[done] = i
-                done += 1
-            if done >= most:
-                apply_run(ctl, row, word(ctl, RUN), done)
-                done = np.int64(0)
-        if arrived > first:
-            mark_answered(queue, first, arrived - 1)
-        if wc_status != WcStatus.SUCCESS:
-            if done > 0:
-                apply_run(ctl, row, word(ctl, RUN), done)
-                done = np.int64(0)
-            fail(ctl, worker, queue, last, wc_status)
-            chunk, batch = np.int64(-1), np.int64(-1)
-        elif peek(queue + QUEUE_STATE * WORD) == QueueState.PROBING:
-            tell(ctl, worker, queue, QueueState.READY)
-        elif peek(queue + QUEUE_STATE * WORD) == QueueState.BROKEN:
-            look_drained(ctl, worker, queue)
-    if done > 0:
-        apply_run(ctl, row, word(ctl, RUN), done)
+        end = last + np.int64(success)
+        if first == tail:
+            tail = end
+        elif first < end:
+            arrive(ctl, queue, first, end)
+            mark_answered(queue, first, end)
+        if not success or peek(queue + QUEUE_STATE * WORD) != QueueState.READY:
+            advance(ctl, queue, tail)
+            if success:
+                look_on(ctl, worker, queue)
+            else:
+                fail(ctl, worker, queue, last, np.int64(u32(wc + WC_STATUS)[0]))
+            queue, tag = np.int64(0), np.int64(-1)
+        wc += WC_BYTES
+    if queue != 0:
+        advance(ctl, queue, tail)
     raise_word(worker + WORKER_OUTSTANDING * WORD, -answered)
     raise_word(cq + CQ_CREDITS * WORD, answered)
     return taken

@@ -203,7 +203,6 @@ REFUSED = _next()  # index of the request that the last refused submit stumbled 
 WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
 GATHERS = _next()  # worker: ibv_sge[CHAIN x SLICES_GATHERED]
 COMPLETIONS = _next()  # worker: ibv_wc[POLL_LOT]
-RUN = _next()  # worker: int64[POLL_LOT], slots completed by one poll
 BLOCK_WORDS = -(-_next() // 8) * 8
 
 # ------------------------------------------------------------------ SHARED: one cache line a word

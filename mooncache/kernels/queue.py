@@ -95,24 +95,25 @@ def named_by(worker, wr_id):
 
 
 @kernel
-def group_start(queue, sequence):
+def group_start(queue, tail, sequence):
     """The first work request that a completion of `sequence` answers."""
-    tail = peek(queue + QUEUE_TAIL * WORD)
     while sequence > tail and peek(entry_at(queue, sequence - 1)) & (SIGNALED | ANSWERED | HELD) == 0:
         sequence -= 1
     return sequence
 
 
 @kernel
-def mark_answered(queue, first, last):
-    """The work requests from `first` to `last` are answered; move the tail over all that are."""
-    tail, head = peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)
-    if first == tail:
-        tail = last + 1
-    else:
-        for sequence in range(first, last + 1):
-            entry = entry_at(queue, sequence)
-            poke(entry, peek(entry) | ANSWERED)
+def mark_answered(queue, first, end):
+    """The work requests from `first` up to `end` are answered before those in front of them."""
+    for sequence in range(first, end):
+        entry = entry_at(queue, sequence)
+        poke(entry, peek(entry) | ANSWERED)
+
+
+@kernel
+def move_tail(queue, tail):
+    """All work requests up to `tail` are answered: move the queue's tail there, and over those that were before."""
+    head = peek(queue + QUEUE_HEAD * WORD)
     while tail < head and peek(entry_at(queue, tail)) & ANSWERED != 0:
         tail += 1
     poke(queue + QUEUE_TAIL * WORD, tail)

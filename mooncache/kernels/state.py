@@ -253,7 +253,6 @@ class Block:
         self.work_requests = np.zeros(chain, SEND_WR)
         self.gathers = aligned(chain * limits.SLICES_GATHERED * SGE_BYTES // WORD)
         self.completions = aligned(settings.poll_lot * WC_BYTES // WORD)
-        self.run = aligned(settings.poll_lot + limits.SLICES_GATHERED)
         first_wr = address_of(self.work_requests)
         wr = self.work_requests
         wr["next"] = first_wr + WR_BYTES * np.arange(1, chain + 1)
@@ -262,7 +261,6 @@ class Block:
             (layout.WORK_REQUESTS, self.work_requests),
             (layout.GATHERS, self.gathers),
             (layout.COMPLETIONS, self.completions),
-            (layout.RUN, self.run),
         ):
             self.words[field] = address_of(array)
 

@@ -2,7 +2,7 @@
 
 A policy acts at one of three moments and leaves the others empty:
 
-    on_complete(ctl, row, run, n)   in the worker, as slices complete; `run` is int64[n] slots of one batch
+    on_complete(ctl, row, slot, n)  in the worker, as slices complete: `n` of one chunk, from `slot` on
     on_close(ctl, row)              in whoever closes: the caller, or the worker for a batch closed before its end
     on_idle(ctl)                    in the worker when it has nothing else to do, or in the reaper
 

@@ -71,11 +71,11 @@ def retire(ctl, row):
 
 
 @kernel
-def on_complete(ctl, row, run, n):
-    """In the worker: `n` slices of the batch have just completed."""
+def on_complete(ctl, row, slot, n):
+    """In the worker: `n` slices of the batch, from `slot` on, have just completed."""
     if word(ctl, POLICY) == Policy.INLINE:
         since = clock(ctl)
-        inline.on_complete(ctl, row, run, n)
+        inline.on_complete(ctl, row, slot, n)
         charge_freeing(ctl, since)
 
 

@@ -1,17 +1,15 @@
 """Free each slice in the worker, at its completion. The upstream engine of 6 April 2025: the 500 ms regression."""
 
-from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import account_freed, free_each, free_slot
 
 
 @kernel
-def on_complete(ctl, row, run, n):
+def on_complete(ctl, row, slot, n):
     """Free the slices that have just completed. The NIC's next completions wait meanwhile."""
-    slots = i64(run)
     account_freed(ctl, n)
-    for i in range(n):
-        free_slot(ctl, row, slots[i])
+    for i in range(slot, slot + n):
+        free_slot(ctl, row, i)
 
 
 @kernel
