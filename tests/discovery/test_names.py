@@ -38,7 +38,7 @@ def stores(server: Server) -> Iterator[Callable[..., Names]]:
 
 
 def described(name: str, **changes: Any) -> Descriptor:
-    region = RemoteRegion(1 << 40, 1 << 20, 0x1234567, 3)
+    region = RemoteRegion(1 << 40, 1 << 20, (0x1234567,), 3)
     return replace(
         Descriptor(name, next(_generations), "127.0.0.1:7000", "tcp", (region,), {"lanes": 4}), **changes
     )  # fmt: skip

@@ -34,15 +34,20 @@ def main() -> int:
 
 
 def _run(what: str, rest: list[str], limit: int) -> int:
-    suite = [PYTEST, "tests/rdma", "--ignore=tests/rdma/two_hosts", *rest]
+    suite = [PYTEST, *_unless_named("tests/rdma", rest), "--ignore=tests/rdma/two_hosts", *rest]
     if what == "test" and (device := os.environ.get("MOONCACHE_TEST_RDMA_DEVICE")):
         single.run_here(suite, device)
     if what == "run" and not rest:
         raise BedError("run what? python -m tests.testbed run -- COMMAND")
     image = _prepare()
     if what == "two-hosts":
-        return pair.run(image, [PYTEST, "tests/rdma/two_hosts", *rest], limit)
+        return pair.run(image, [PYTEST, *_unless_named("tests/rdma/two_hosts", rest), *rest], limit)
     return single.run(image, rest if what == "run" else suite, limit)
+
+
+def _unless_named(folder: str, arguments: list[str]) -> list[str]:
+    """The folder to run, if the arguments name no tests themselves."""
+    return [] if any(word.startswith(folder) for word in arguments) else [folder]
 
 
 def _prepare() -> kernel.Kernel:

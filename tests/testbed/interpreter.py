@@ -19,11 +19,13 @@ PASSED_ON = ("CI", "HYPOTHESIS_", "MOONCACHE_", "NUMBA_", "PYTEST_")  # what the
 
 # Everything that a process of the tests may compile, so that no guest has to: emulated, it takes minutes.
 PREWARM = """
-import importlib, pkgutil
+import importlib, pkgutil, sys
 import mooncache.engine, mooncache.providers, tests.helpers
 from mooncache.kernels import jit
 for module in pkgutil.walk_packages(mooncache.providers.__path__, "mooncache.providers."):
     importlib.import_module(module.name)
+if jit.cold():
+    print("test bed: compiling kernels for the guests (minutes, once for each state of the sources)", file=sys.stderr)
 jit.prewarm()
 """
 
@@ -60,7 +62,6 @@ def pyverbs() -> str:
 
 def prewarm() -> None:
     """Compile all kernels for guests, on this processor; seconds when the cache has them."""
-    print("test bed: compiling kernels for the guests (a minute, once for each state of the sources)", file=sys.stderr)
     if subprocess.run([sys.executable, "-c", PREWARM], env=os.environ | environment(), cwd=ROOT).returncode:
         raise BedError("the kernels do not compile, see above")
 

@@ -31,7 +31,7 @@ class FakeTarget:
 
     def _serve(self, request: Request) -> Reply:
         if request.purpose == "describe":
-            region = RemoteRegion(self.base, self.memory.nbytes, self.KEY, 3)
+            region = RemoteRegion(self.base, self.memory.nbytes, (self.KEY,), 3)
             record = to_json(Descriptor("fake", 5, self.address, "tcp", (region,), {"lanes": 1}))
             return Reply({**record, **self.changes})
         return Reply({}, then=self._take)
