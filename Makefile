@@ -42,7 +42,8 @@ bench: setup  ## measure this machine, into results/
 	$(BIN)/mooncache bench placement --json > results/bench_placement.json
 	$(BIN)/mooncache bench transfer --json > results/bench_transfer.json
 	$(BIN)/mooncache bench latency --json > results/bench_latency.json
-	@echo "Written: results/bench_lifecycle.json, _gil, _soak, _placement, _transfer and _latency"
+	$(BIN)/mooncache bench post --json > results/bench_post.json
+	@echo "Written: results/bench_lifecycle.json, _gil, _soak, _placement, _transfer, _latency and _post"
 
 fuzz: setup  ## run the seeded random tests with many more examples
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests -m fuzz

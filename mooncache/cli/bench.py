@@ -134,3 +134,18 @@ def latency(
 ) -> None:
     """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
     show(latency_bench.run(provider, op, block, operations), json, latency_bench.show)
+
+
+@bench.command()
+def post(
+    slices: int = typer.Option(30_000, min=1, max=lifecycle_bench.MILLION, help="Slices of a batch."),
+    repeat: int = typer.Option(100, min=1, help="Batches of each kind."),
+    json: bool = JSON,
+) -> None:
+    """Build, chain and post work requests and take their completions, over a stub, against objects of pyverbs.
+
+    A completion is asked for every 16 work requests, and for each of them.
+    """
+    from mooncache.cli import post as post_bench  # here: its kernels are compiled only for those who run it
+
+    show(post_bench.run(slices, repeat), json, post_bench.show)
