@@ -9,7 +9,10 @@ from mooncache import cli
 from mooncache.cli import perftest, rdma, rdma_rank
 
 N, REPEATS, DEPTH, SIGNAL = 200, 1, 64, 8
-HEAD = {"device", "test", "reference", "block_bytes", "iterations", "repeats", "verified_bytes", "ratio"}
+HEAD = {
+    "device", "test", "reference", "reference_repeats", "block_bytes", "iterations", "repeats", "verified_bytes",
+    "ratio",
+}  # fmt: skip
 STREAM = HEAD | {
     "seconds_p50", "seconds_min", "seconds_max", "messages_per_s", "gigabytes_per_s", "reference_messages_per_s",
     "reference_gigabytes_per_s", "work_requests", "doorbells", "completions", "polls",
@@ -36,20 +39,8 @@ class Here:
 
 def test_streams_and_latency_are_compared_with_perftest(device, monkeypatch, capsys):
     monkeypatch.setattr(rdma, "Process", Here)
-    options = [
-        "--iterations",
-        N,
-        "--repeat",
-        REPEATS,
-        "--depth",
-        DEPTH,
-        "--signal",
-        SIGNAL,
-        "--bytes",
-        "4KiB",
-        "--json",
-    ]
-    result = CliRunner().invoke(cli.app, ["bench", "rdma", "--device", device, *map(str, options)])
+    sizes = f"--iterations {N} --repeat {REPEATS} --depth {DEPTH} --signal {SIGNAL} --bytes 4KiB"
+    result = CliRunner().invoke(cli.app, ["bench", "rdma", "--device", device, *sizes.split(), "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     (port,) = report["ports"]
