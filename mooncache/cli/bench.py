@@ -11,6 +11,7 @@ from mooncache.cli import gil as gil_bench
 from mooncache.cli import latency as latency_bench
 from mooncache.cli import lifecycle as lifecycle_bench
 from mooncache.cli import placement as placement_bench
+from mooncache.cli import rdma as rdma_bench
 from mooncache.cli import soak as soak_bench
 from mooncache.cli import transfer as transfer_bench
 from mooncache.cli.measure import show_json
@@ -149,3 +150,29 @@ def post(
     from mooncache.cli import post as post_bench  # here: its kernels are compiled only for those who run it
 
     show(post_bench.run(slices, repeat), json, post_bench.show)
+
+
+@bench.command()
+def rdma(
+    device: list[str] = typer.Option(
+        [], help='"device" or "device:port". Repeatable: one after another. [default: the first active port]'
+    ),
+    test: list[str] = typer.Option(list(rdma_bench.TESTS), help="write, read or latency. Repeatable."),
+    size: list[str] = typer.Option(
+        list(rdma_bench.SIZES), "--bytes", help="Bytes of a write or read, up to 64KiB. Repeatable."
+    ),
+    iterations: int = typer.Option(
+        rdma_bench.ITERATIONS, help="Work requests of a sample; a tenth of them, one by one, for the latency."
+    ),
+    repeat: int = typer.Option(rdma_bench.REPEATS, help="Samples of each, of perftest's as well."),
+    depth: int = typer.Option(rdma_bench.DEPTH, help="Work requests under way at once (perftest: --tx-depth)."),
+    signal: int = typer.Option(rdma_bench.SIGNAL, help="Work requests behind one completion (perftest: --cq-mod)."),
+    gid_index: int | None = typer.Option(None, min=0, help="Entry of the port's GID table [default: the best]."),
+    json: bool = JSON,
+) -> None:
+    """Over an RDMA device, against perftest (ib_write_bw, ib_read_bw, ib_write_lat) on it in the same run.
+
+    Without perftest its figures are null. In a guest under emulation: --iterations 500 --repeat 3.
+    """
+    plan = rdma_bench.Plan(iterations, repeat, depth, signal)
+    show(rdma_bench.run(device, test, size, gid_index, plan), json, rdma_bench.show)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mooncache.kernels.layout import Opcode
+from mooncache.kernels.verbs import SEND_SIGNALED
 from mooncache.providers.rdma.library import load
+
+WC_RDMA_WRITE = 1  # ibv_wc_opcode
 
 
 def build_and_drop(slices: Sequence[tuple[int, int]], length: int, chain: int, signal: int) -> tuple[int, int]:
@@ -23,12 +27,10 @@ def build_and_drop(slices: Sequence[tuple[int, int]], length: int, chain: int, s
     Raises:
         TransportError: pyverbs does not load; says what to do.
     """
-    verbs = load()
+    load()
     from pyverbs.cq import WC
     from pyverbs.wr import SGE, SendWR
 
-    write, signaled = verbs.enums.IBV_WR_RDMA_WRITE, verbs.enums.IBV_SEND_SIGNALED
-    done = verbs.enums.IBV_WC_RDMA_WRITE
     chains = completions = 0
     last: Any = None
     for number, (source, target) in enumerate(slices):
@@ -38,8 +40,8 @@ def build_and_drop(slices: Sequence[tuple[int, int]], length: int, chain: int, s
             wr_id=number,
             num_sge=1,
             sg=[SGE(source, length, 1)],
-            opcode=write,
-            send_flags=signaled if asks else 0,
+            opcode=Opcode.WRITE.value,
+            send_flags=SEND_SIGNALED if asks else 0,
         )
         request.set_wr_rdma(1, target)
         if place == 1:
@@ -49,5 +51,5 @@ def build_and_drop(slices: Sequence[tuple[int, int]], length: int, chain: int, s
         last = request
         if asks:
             completions += 1
-            WC(wr_id=number, status=0, opcode=done, byte_len=length, qp_num=1)
+            WC(wr_id=number, status=0, opcode=WC_RDMA_WRITE, byte_len=length, qp_num=1)
     return chains, completions

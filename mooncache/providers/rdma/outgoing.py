@@ -69,6 +69,7 @@ class Lane:
         self.plan, self.verbs, self.psn = plan, verbs, secrets.randbits(24)
         self.peer = 0  # number of its other end
         self.failures, self.not_before = 0, 0.0
+        self.ordered = QueueState.READY  # the state that was last answered with an order
 
     def described(self) -> list[int]:
         """As the peer is told."""
@@ -200,7 +201,8 @@ class Outgoing:
             return
         self._order = order
         self._rows = [row for row in rows if row.pair.breaks]
-        for row in self._rows:
+        for lane, row in zip(self._lanes, self._rows, strict=True):
+            lane.ordered = QueueState.CLOSED
             order(row, Order.PROBE)
         deadline = time.monotonic() + PROBE_S
         while any(row.state in (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN) for row in self._rows):
@@ -277,17 +279,18 @@ class Outgoing:
         for lane, row in zip(self._lanes, self._rows, strict=True):
             if row.state == QueueState.BROKEN:
                 lane.verbs.fail()  # so that what is in flight comes back, whatever broke it
-        drained = [(i, row) for i, row in enumerate(self._rows) if row.state == QueueState.DRAINED]
+        drained = [(i, row) for i, row in enumerate(self._rows) if self._is_new(i, QueueState.DRAINED)]
         if drained:
             self._ask("rdma-fence", {"queues": [i for i, _ in drained], "notes": []})
             for i, row in drained:
                 log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lane_name(i), self.why(row))
                 self._postpone(self._lanes[i])
+                self._lanes[i].ordered = QueueState.DRAINED
                 self._order(row, Order.RETURN)
         closed = [
             i
-            for i, row in enumerate(self._rows)
-            if row.state == QueueState.CLOSED and self._lanes[i].not_before <= now and self._carries(self._lanes[i])
+            for i in range(len(self._rows))
+            if self._is_new(i, QueueState.CLOSED) and self._lanes[i].not_before <= now and self._carries(self._lanes[i])
         ]
         fallen = [i for i in self._fallen_notes() if self._note_lanes[i].not_before <= now]
         fallen = [i for i in fallen if self._carries(self._note_lanes[i])]
@@ -297,6 +300,13 @@ class Outgoing:
             if row.state == QueueState.READY:
                 self._lanes[i].failures = 0
         return self._count(QueueState.READY) > 0
+
+    def _is_new(self, i: int, state: QueueState) -> bool:
+        """Whether a queue pair is in a state that was not answered with an order yet: the worker obeys when it can."""
+        lane = self._lanes[i]
+        if self._rows[i].state != lane.ordered:
+            lane.ordered = QueueState.READY
+        return self._rows[i].state == state != lane.ordered
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
@@ -331,6 +341,7 @@ class Outgoing:
                 self._postpone(self._note_lanes[i])
                 self._record.raise_rail(i, 0)
             for i in closed:
+                self._lanes[i].ordered = QueueState.CLOSED
                 self._order(self._rows[i], Order.PROBE)
 
     def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
