@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from mooncache.cli import perftest
 from mooncache.cli.measure import SEED, FingerprintError, expect, median, progress, provenance, quantile, show_table
-from mooncache.cli.process import Process, ProcessError
+from mooncache.cli.process import PATIENCE_S, Process, ProcessError
 from mooncache.cli.rdma_rank import BATCH_CHAINS, PLACES, TIMEOUT, slices_of
 from mooncache.cli.sizes import size_of, spell
 from mooncache.cli.transfer import one_of, within
@@ -40,6 +40,7 @@ DEPTH, MOST_DEPTH = 128, 8192  # perftest's default
 SIGNAL = 16  # the provider's; perftest's 100 does not divide a chain
 LATENCY = (64,)  # bytes: one cache line, which both sides copy into the work request where the NIC allows it
 ATTEMPTS = 8  # perftest times the processor's clock at its start; on a busy virtual machine it may get 0 for that
+START_S = 600.0  # for a process to load and open: a second, but minutes in an emulated guest on a busy machine
 ETHERNET = "Ethernet"
 
 Found = TypeVar("Found")
@@ -96,11 +97,12 @@ class Ours:
             "port": choice.port.name, "gid_index": choice.gid.index, "depth": plan.depth, "signal": plan.signal,
             "block": largest, "slices": slices_of(plan.iterations, plan.batch),
         }  # fmt: skip
-        target = self._ask("target", do="open", **how)
-        self.found: dict[str, Any] = self._ask("initiator", do="open", target=target, **how)
+        target = self._ask("target", START_S, do="open", **how)
+        self.found: dict[str, Any] = self._ask("initiator", START_S, do="open", target=target, **how)
 
-    def _ask(self, role: str, **command: Any) -> Any:
-        return self._processes[role].ask(role=role, **command)
+    def _ask(self, role: str, patience: float = PATIENCE_S, **command: Any) -> Any:
+        self._processes[role].tell(role=role, **command)
+        return self._processes[role].answer(patience)
 
     def stream(self, op: str, block: int, seed: int) -> tuple[float, dict[str, int]]:
         """One sample, checked where it arrived and by its counts; seconds, and the counts."""

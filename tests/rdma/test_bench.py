@@ -26,8 +26,11 @@ class Here:
     def __init__(self, module):
         assert module == rdma_rank.__name__
 
-    def ask(self, do, **command):
-        return rdma_rank.HANDLERS[do](**command)
+    def tell(self, do, **command):
+        self._came = rdma_rank.HANDLERS[do](**command)
+
+    def answer(self, patience):
+        return self._came
 
     def __enter__(self):
         return self
