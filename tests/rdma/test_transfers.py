@@ -109,14 +109,14 @@ def test_notifications_arrive_after_their_data_in_the_order_of_submission(pair):
 
 def test_a_full_inbox_refuses_and_takes_again_when_it_was_fetched(pair):
     list(pair.there.notifications())
-    batches = [pair.write(np.zeros(0, np.int64), length=8, notify=b"%d" % i) for i in range(INBOX_NOTES + 1)]
-    for batch in batches[:-1]:
-        batch.wait(WAIT)
-        batch.close()
+    for i in range(INBOX_NOTES):
+        with pair.write(np.zeros(0, np.int64), length=8, notify=b"%d" % i) as batch:
+            batch.wait(WAIT)
+    refused = pair.write(np.zeros(0, np.int64), length=8, notify=b"one too many")
     with pytest.raises(TransferFailed) as failed:
-        batches[-1].wait(WAIT)
+        refused.wait(WAIT)
     assert [failure.status for failure in failed.value.failures] == [Status.INBOX_FULL]
-    batches[-1].close()
+    refused.close()
     assert [int(note.message) for note in pair.there.notifications()] == list(range(INBOX_NOTES))
     with pair.write(np.zeros(0, np.int64), length=8, notify=b"again") as batch:
         batch.wait(WAIT)

@@ -28,7 +28,8 @@ def serve(lines: TextIO, answers: TextIO) -> None:
 
     listen, arena, *devices = lines.readline().split()
     memory = np.zeros(int(arena), np.uint8)
-    with Engine(f"far-{listen}", provider=Rdma(devices, timeout=18), listen=listen, insecure=True) as engine:
+    name = f"far-{listen.rpartition(':')[2]}"
+    with Engine(name, provider=Rdma(devices, timeout=18), listen=listen, insecure=True) as engine:
         region = engine.register(memory)
         say(os.getpid(), engine.address, region.address)
         for line in lines:

@@ -36,8 +36,9 @@ class Far:
         self._peer = peer
         self._socket = socket.create_connection((CONTROL.address("right"), FORKS), timeout=WAIT)
         self._lines = self._socket.makefile("rw")
-        pid, self.address, base = self.ask(f"{CONTROL.address('right')}:{port} {ARENA} {' '.join(devices)}").split()
-        self.pid, self.base = int(pid), int(base)
+        told = self.ask(f"{CONTROL.address('right')}:{port} {ARENA} {' '.join(devices)}").split()
+        assert len(told) == 3, "the engine on the other host did not open, see its output"
+        self.address, self.pid, self.base = told[1], int(told[0]), int(told[2])
 
     def ask(self, command: str) -> str:
         """Send a command, return its answer."""
@@ -52,8 +53,8 @@ class Far:
 
     def close(self) -> None:
         """Let it close its engine."""
-        self._socket.shutdown(socket.SHUT_WR)
-        self._socket.close()
+        with self._socket, self._lines:
+            self._socket.shutdown(socket.SHUT_WR)
 
 
 Opener = Callable[[int], Far]
