@@ -200,12 +200,13 @@ def fail(ctl, worker, queue, sequence, wc_status):
     # Not known which of several slices is to blame: each is posted again, alone. A key is refused for all.
     several = slices > 1 and word(ctl, RETRIES) > 0 and not refused
     breaks = peek(queue + QUEUE_BREAKS * WORD) != 0
+    again = passing(wc_status) or (breaks and wc_status == WcStatus.LOC_QP_OP_ERR)  # no way out: its link is down
     first = ready(queue)  # what comes behind the first failure is flushed because of it
     if breaks:
         break_queue(ctl, worker, queue, wc_status)
         if refused:
             refuse_region(ctl, slot)
-    if breaks and (several or (passing(wc_status) and not inbox_full(ctl, slot, wc_status))):
+    if breaks and (several or (again and not inbox_full(ctl, slot, wc_status))):
         hold(queue, sequence, first)
     else:
         answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)

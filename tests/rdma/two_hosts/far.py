@@ -29,7 +29,7 @@ def serve(lines: TextIO, answers: TextIO) -> None:
     listen, arena, *devices = lines.readline().split()
     memory = np.zeros(int(arena), np.uint8)
     name = f"far-{listen.rpartition(':')[2]}"
-    with Engine(name, provider=Rdma(devices, timeout=18), listen=listen, insecure=True) as engine:
+    with Engine(name, provider=Rdma(devices, timeout=17), listen=listen, insecure=True) as engine:
         region = engine.register(memory)
         say(os.getpid(), engine.address, region.address)
         for line in lines:

@@ -17,9 +17,9 @@ from mooncache import Engine, MooncacheError, TransferFailed
 from mooncache.errors import Status
 from mooncache.kernels.layout import QueueState
 from tests.helpers import assert_balanced
-from tests.rdma.two_hosts.conftest import Rail
 from tests.testbed.network import CONTROL
 from tests.testbed.peer import Peer, Process
+from tests.testbed.rail import Rail
 
 WAIT = 300  # seconds; emulated guests move a few MB/s
 PEER_GONE_S = 60  # of the emulated guests' clocks; on real machines 15
@@ -92,7 +92,7 @@ def near(here: str, rails: list[Rail]) -> Iterator[Callable[..., Engine]]:
     opened: list[Engine] = []
 
     def open_one(**options: Any) -> Engine:
-        provider = Rdma([rail.device for rail in rails], timeout=18, **options)
+        provider = Rdma([rail.device for rail in rails], timeout=17, **options)
         opened.append(Engine(provider=provider, listen=f"{here}:0", insecure=True, slices=16 * 1024))
         return opened[-1]
 
@@ -215,7 +215,8 @@ def test_a_rail_that_goes_down_in_the_middle_costs_nothing_and_is_used_again_whe
         time.sleep(2)
         assert there.ask("sum") == before
     until(lambda: ready(engine, there) == 2, "one rail gone")
-    rails[0].plug_in()
+    rails[0].plug_in_here()
+    rails[0].plug_in_there()
     until(lambda: ready(engine, there) == 4, "both rails ready again")
     with engine.write(peer, local.address, there.base, 4096) as batch:
         batch.wait(WAIT)
