@@ -40,7 +40,7 @@ from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, in_thread
         ({"store": "disk"}, "expected a store of .*'heap'"),
         (
             {"provider": "pigeon"},
-            "expected a Provider or one of 'loopback', 'emulated', 'tcp', 'shm', 'auto', got 'pigeon'",
+            "expected a Provider or one of 'loopback', 'emulated', 'tcp', 'shm', 'rdma', 'auto', got 'pigeon'",
         ),
         ({"provider": 5}, "expected a Provider or one of"),
     ],

@@ -136,9 +136,9 @@ def counts_of(provider, other, store, policy):
         for n in (1, 16, 100, 300):
             with pair.write(np.arange(n) * 1024, length=600) as batch:
                 batch.wait(WAIT)
-        return assert_balanced(pair.here).counts
     finally:
         pair.close()
+    return assert_balanced(pair.here).counts
 
 
 @pytest.mark.parametrize("store", STORES)

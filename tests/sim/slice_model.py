@@ -30,6 +30,7 @@ from typing import Any
 import simpy
 
 from mooncache.kernels.layout import Kind, Policy, Store
+from mooncache.limits import CHUNK_SLICES
 
 CHUNK = 256  # slots that are taken and given back together
 LATE = 2  # SimPy priority behind all ordinary events of a tick
@@ -338,7 +339,11 @@ class SliceModel:
         if lot:
             yield from self._spend(self.worker, (Kind.COMPLETIONS, len(lot)))
         for batch, run in groupby(lot):
-            yield from self._complete(batch, len(list(run)))
+            left = len(list(run))
+            while left > 0:  # side by side in one chunk: what is answered in one go
+                n = min(left, CHUNK_SLICES - (batch.slices - batch.remaining) % CHUNK_SLICES)
+                yield from self._complete(batch, n)
+                left -= n
         return len(lot)
 
     def _complete(self, batch: Batch, n: int) -> Steps:

@@ -112,7 +112,7 @@ def target(
 
 def key(name: str = "it") -> int:
     """That peers must show."""
-    return regions[name]._keys.rkeys[0]
+    return regions[name]._parts[0].keys.rkeys[0]
 
 
 def unregister(name: str = "it", *, fill: int | None = None) -> None:
