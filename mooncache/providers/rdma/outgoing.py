@@ -108,7 +108,7 @@ class Outgoing:
 
     # -------------------------------------------------------------------------- opening
     def _planned(self) -> list[Plan]:
-        own = self._provider.ends
+        own = self._provider.ends_now()
         plans = []
         for path in pair(own, self._ends, self.peer):
             here, there = own[path.local], self._ends[path.remote]
@@ -294,8 +294,10 @@ class Outgoing:
         ]
         fallen = [i for i in self._fallen_notes() if self._note_lanes[i].not_before <= now]
         fallen = [i for i in fallen if self._carries(self._note_lanes[i])]
-        if closed or fallen:
-            self._repair(closed, fallen)
+        for i in closed:  # one by one: a peer whose own port is down refuses that path only
+            self._try_to_repair([i], [])
+        for i in fallen:
+            self._try_to_repair([], [i])
         for i, row in enumerate(self._rows):
             if row.state == QueueState.READY:
                 self._lanes[i].failures = 0
@@ -318,6 +320,17 @@ class Outgoing:
     def _lane_name(self, i: int) -> str:
         path = self._plans[self._lanes[i].plan].path
         return f"{i} ({self._provider.nics[path.local].port.name} -> {self._ends[path.remote].gid})"
+
+    def _try_to_repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
+        """Connect queue pairs anew; where that fails and others work, later."""
+        try:
+            self._repair(closed, fallen)
+        except TransportError as error:
+            for lane in [*(self._lanes[i] for i in closed), *(self._note_lanes[i] for i in fallen)]:
+                self._postpone(lane)
+            if self._count(QueueState.READY) == 0:
+                raise
+            log.info("peer %r: a queue pair waits for its path: %s", self.peer, error)
 
     def _repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
         """Connect queue pairs of which nothing is under way anew, at both ends."""
@@ -417,7 +430,10 @@ def ends_of(peer: Descriptor) -> list[End]:
             "open both ends with provider='rdma', of one release"
         )
     try:
-        return [End(str(g), int(lid), int(mtu), int(rd), float(rate)) for g, lid, mtu, rd, rate in data["nics"]]
+        return [
+            End(str(gid), int(lid), int(mtu), int(reads), float(rate), bool(up))
+            for gid, lid, mtu, reads, rate, up in data["nics"]
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise TransportError(f"what peer {peer.name!r} says of its NICs does not hold: {error!r}") from error
 

@@ -23,6 +23,7 @@ class End(NamedTuple):
         mtu: bytes of payload in a packet.
         rd_atomic: reads it has under way on one connection.
         rate: Gbit/s.
+        up: its port can carry data.
     """
 
     gid: str
@@ -30,6 +31,7 @@ class End(NamedTuple):
     mtu: int
     rd_atomic: int
     rate: float
+    up: bool = True
 
 
 class PathOf(NamedTuple):
@@ -43,11 +45,11 @@ def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
     """One path for each NIC here: to the NIC there whose GID has most in common with its own, of several in turn.
 
     NICs of one rail mostly share a subnet, whatever order each host lists them in. Raises TransportError where no NIC
-    there speaks the same link layer, or an address of the same family.
+    there that is up speaks the same link layer, or an address of the same family.
     """
     paths = []
     for i, own in enumerate(here):
-        fitting = [j for j, other in enumerate(there) if alike(own, other)]
+        fitting = [j for j, other in enumerate(there) if own.up and other.up and alike(own, other)]
         if fitting:
             turned = fitting[i % len(fitting) :] + fitting[: i % len(fitting)]
             paths.append(PathOf(i, max(turned, key=lambda j: common(own.gid, there[j].gid))))

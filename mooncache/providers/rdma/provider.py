@@ -145,6 +145,10 @@ class Rdma(Provider):
         for nic in self.nics:
             self._watched.register(nic.async_fd, select.EPOLLIN)
 
+    def ends_now(self) -> list[End]:
+        """Our NICs, and whether each is up."""
+        return [end._replace(up=index not in self.down) for index, end in enumerate(self.ends)]
+
     def depth_on(self, nic: Nic) -> int:
         """Work requests in flight on one queue pair of a NIC."""
         return min(self._depth, nic.limits.max_qp_wr)
@@ -194,7 +198,7 @@ class Rdma(Provider):
     # -------------------------------------------------------------------------- as a target
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
-        return {"rdma": VERSION, "instance": self.instance, "nics": [list(end) for end in self.ends]}
+        return {"rdma": VERSION, "instance": self.instance, "nics": [list(end) for end in self.ends_now()]}
 
     def serve(self, request: Request) -> Reply:
         """See `Provider.serve`: a peer connects, or has its queue pairs fenced or connected anew."""
