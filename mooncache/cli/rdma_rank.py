@@ -50,8 +50,8 @@ class Side:
 
     def found(self) -> dict[str, Any]:
         """What the other side, or the bench, has to know of this one."""
-        base, (_, _, mtu, rd_atomic, _) = address_of(self.buffer), self.nic
-        return {"address": self.engine.address, "base": base, "mtu": mtu, "rd_atomic": rd_atomic}
+        base = address_of(self.buffer)
+        return {"address": self.engine.address, "base": base, "mtu": self.nic.mtu, "rd_atomic": self.nic.rd_atomic}
 
     def _addresses(self, n: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the first n blocks lie here, and at the target: int64[n] each."""
