@@ -143,12 +143,8 @@ class Engine:
 
     def _set_turn(self) -> None:
         """Tell all actors, those yet to come as well, how to turn a worker: compiled only now."""
-        for words in (
-            self._state.template,
-            self._reaper.words,
-            self._orders.words,
-            *(block.words for block in self._workers),
-        ):
+        blocks = (self._reaper, self._orders, *self._workers)
+        for words in (self._state.template, *(block.words for block in blocks)):
             words[layout.TURN] = pump.turn_once.address
 
     def _start_threads(self) -> list[threading.Thread]:
@@ -520,17 +516,8 @@ class Engine:
         _join(reapers, JOIN_SECONDS)
         self.awaiting.release()
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
-            held = (
-                self._state,
-                self._workers,
-                self._reaper,
-                self._orders,
-                self.provider,
-                self._peers,
-                self._bells,
-                self._inbox,
-            )
-            _abandoned.append(held)
+            actors = (self._workers, self._reaper, self._orders)
+            _abandoned.append((self._state, actors, self.provider, self._peers, self._bells, self._inbox))
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:
             thread_cache.drop(block.ctl)

@@ -200,7 +200,7 @@ def assert_at_rest(state: State, *entries: int) -> list[QueueRow]:
     rows = [row for rows in state.queues.values() for row in rows]
     for row in rows:
         assert row.words[layout.QUEUE_HEAD] == row.words[layout.QUEUE_TAIL]
-        assert row.words[layout.QUEUE_LOOSE] == row.words[layout.QUEUE_HELD] == 0
+        assert row.words[layout.QUEUE_LOOSE] == 0
         assert row.state in (QueueState.READY, QueueState.CLOSED, QueueState.PROBING)
     for row in state.worker_rows:
         for word in (layout.WORKER_OUTSTANDING, layout.WORKER_QUEUED, layout.WORKER_NOTES, layout.WORKER_UNDECIDED):

@@ -79,16 +79,16 @@ def run(providers: Sequence[str], ops: Sequence[str], blocks: Sequence[str], ope
     for name in ops:
         one_of("op", name, OPS)
     within("operations", operations, MOST_OPERATIONS)
-    todo = [
+    chosen = [
         Case(provider, "" if provider == "auto" else provider, op, 1, 1, PLACES, size, 1)
         for provider, op, size in product(
             dict.fromkeys(providers), dict.fromkeys(ops), dict.fromkeys(map(size_of, blocks))
         )
     ]  # fmt: skip
-    with ExitStack() as stack, progress("latency", len(todo)) as bar:
+    with ExitStack() as stack, progress("latency", len(chosen)) as bar:
         crew, seeds = Crew(stack), count(SEED)
         results = []
-        for case in todo:
+        for case in chosen:
             results.append(measure(case, crew, operations, seeds))
             bar()
     return {"bench": "latency", "results": results, "seed": SEED, "provenance": provenance()}

@@ -56,12 +56,7 @@ from mooncache.kernels.pump import post, take
 from mooncache.kernels.state import Block, CompletionQueue, QueuePair, RegionTable, Settings, State, address_of
 from mooncache.kernels.submit import submit
 from mooncache.kernels.verbs import (
-    CONTEXT_BYTES,
-    CONTEXT_POLL_CQ,
-    CONTEXT_POST_SEND,
-    CQ_BYTES,
     CQ_CQ_CONTEXT,
-    QP_BYTES,
     QP_QP_CONTEXT,
     SEND_SIGNALED,
     WC_BYTES,
@@ -75,6 +70,7 @@ from mooncache.kernels.verbs import (
 from mooncache.kernels.worker import worker_row
 from mooncache.limits import CHAIN, SLICES_GATHERED
 from mooncache.providers.rdma.objects import build_and_drop
+from mooncache.providers.software import Device
 
 SLICES = 30_000
 SIGNALS = (16, 1)  # work requests a completion; what is on top of the report is the first's
@@ -154,12 +150,8 @@ class Stub:
         entries = power_of_two(depth)
         self.words = aligned(STUB_RING + entries)
         self.words[STUB_MASK] = entries - 1
-        self.context = aligned(-(-CONTEXT_BYTES // WORD))
-        self.context[CONTEXT_POST_SEND // WORD] = post_send.address
-        self.context[CONTEXT_POLL_CQ // WORD] = poll_cq.address
-        self.qp, self.cq = aligned(QP_BYTES // WORD), aligned(CQ_BYTES // WORD)
-        self.qp[[0, QP_QP_CONTEXT // WORD]] = address_of(self.context), address_of(self.words)
-        self.cq[[0, CQ_CQ_CONTEXT // WORD]] = address_of(self.context), address_of(self.words)
+        self.device = Device(post_send, poll_cq)
+        self.qp, self.cq = self.device.queue_pair(self.words), self.device.completion_queue(self.words)
 
 
 @dataclass

@@ -264,17 +264,17 @@ def run(
             raise UsageError(f"expected --bytes of at most {spell(SLICE_BYTES)}, a slice, got {spell(length)}")
     choices = choose(list(dict.fromkeys(devices)) or None, gid_index=gid_index)
     choices = choices if devices else choices[:1]
-    todo = [(test, size) for test in dict.fromkeys(tests) for size in (LATENCY if test == "latency" else lengths)]
+    pairs = [(test, size) for test in dict.fromkeys(tests) for size in (LATENCY if test == "latency" else lengths)]
     prewarm()
     results: list[dict[str, Any]] = []
     ports: list[dict[str, Any]] = []
-    with progress("rdma", len(choices) * len(todo)) as bar:
+    with progress("rdma", len(choices) * len(pairs)) as bar:
         for choice in choices:
             with ExitStack() as stack:
                 ours = Ours(choice, plan, max(*lengths, *LATENCY), stack)
                 ports.append(described(choice, ours.found))
                 theirs, seeds = Theirs(choice, plan, ours.found), count(SEED)
-                for test, size in todo:
+                for test, size in pairs:
                     results.append(measure(ours, theirs, test, size, seeds) | {"device": choice.port.name})
                     bar()
                 ours.close()

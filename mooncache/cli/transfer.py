@@ -198,11 +198,11 @@ def run(
         one_of("against", name, tuple(packages.PACKAGES))
     within("layers", layers, MOST_LAYERS)
     within("repeat", repeats, 1000)
-    todo = cases(list(dict.fromkeys(providers)), list(dict.fromkeys(against)), wanted, layers)
+    chosen = cases(list(dict.fromkeys(providers)), list(dict.fromkeys(against)), wanted, layers)
     results: list[dict[str, Any]] = []
-    with ExitStack() as stack, progress("transfer", len(todo)) as bar:
+    with ExitStack() as stack, progress("transfer", len(chosen)) as bar:
         crew, seeds, missing = Crew(stack), count(SEED), set()
-        for case in todo:
+        for case in chosen:
             if case.provider in packages.PACKAGES:
                 if case.provider not in missing:
                     row = compete(case, crew, repeats, seeds)

@@ -285,9 +285,8 @@ QUEUE_WEIGHT = 14  # share of the load it should have, 1 to WEIGHT_ONE
 QUEUE_BREAKS = 15  # 1: any error breaks it, as a NIC's; 0: a software wire's goes on
 QUEUE_STATE = 16  # QueueState
 QUEUE_ORDER = 17  # Order
-QUEUE_HELD = 18  # entries that came back from a broken queue and wait for what is decided
-QUEUE_CAUSE = 19  # wc_status of the error that broke it
-QUEUE_ENDPOINT = 20  # address of its endpoint's row
+QUEUE_CAUSE = 18  # wc_status of the error that broke it
+QUEUE_ENDPOINT = 19  # address of its endpoint's row
 QUEUE_WORDS = 24
 WEIGHT_ONE = 1024
 

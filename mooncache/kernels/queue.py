@@ -31,7 +31,6 @@ from mooncache.kernels.layout import (
     QUEUE_ENDPOINT,
     QUEUE_ENTRIES,
     QUEUE_HEAD,
-    QUEUE_HELD,
     QUEUE_LOOSE,
     QUEUE_MASK,
     QUEUE_ORDER,
@@ -124,7 +123,6 @@ def hold(queue, sequence, blamed):
     """Keep what came back from a broken queue until it is decided what becomes of it; `blamed`: it broke the queue."""
     entry = entry_at(queue, sequence)
     poke(entry, peek(entry) | (HELD | BLAMED if blamed else HELD))
-    raise_word(queue + QUEUE_HELD * WORD, 1)
 
 
 # ------------------------------------------------------------------------------ its life
@@ -161,7 +159,6 @@ def has_drained(queue):
 def close_queue(ctl, worker, queue):
     """Nothing of it is in flight or held any more."""
     poke(queue + QUEUE_TAIL * WORD, peek(queue + QUEUE_HEAD * WORD))
-    poke(queue + QUEUE_HELD * WORD, 0)
     poke(queue + QUEUE_LOOSE * WORD, 0)
     raise_word(worker + WORKER_UNDECIDED * WORD, -1)
     tell(ctl, worker, queue, QueueState.CLOSED)

@@ -12,7 +12,9 @@ from mooncache.kernels.atomics import call_poll_cq, call_post_send, peek
 from mooncache.kernels.jit import kernel
 
 CONTEXT_POLL_CQ = 96  # struct ibv_context, ops.poll_cq
+CONTEXT_REQ_NOTIFY_CQ = 104  # ops.req_notify_cq
 CONTEXT_POST_SEND = 208  # ops.post_send
+CONTEXT_POST_RECV = 216  # ops.post_recv
 CONTEXT_BYTES = 328
 QP_QP_CONTEXT = 8  # struct ibv_qp; its context is the first word
 QP_BYTES = 160
@@ -21,7 +23,7 @@ CQ_BYTES = 128
 
 WR_BYTES = 128  # struct ibv_send_wr; after the 32-bit rkey come four bytes of padding
 WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE = 0, 8, 16, 24, 28
-WR_SEND_FLAGS, WR_IMM_DATA, WR_REMOTE_ADDR, WR_RKEY = 32, 36, 40, 48
+WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY = 32, 40, 48
 SGE_BYTES = 16  # struct ibv_sge
 SGE_ADDR, SGE_LENGTH, SGE_LKEY = 0, 8, 12
 WC_BYTES = 48  # struct ibv_wc

@@ -153,13 +153,37 @@ class InProcess:
     rails: int
 
 
+class Device:
+    """An `ibv_context` whose operations are these two functions; its queue pairs and completion queues are words.
+
+    Whoever holds one of those holds the device as well.
+    """
+
+    def __init__(self, post_send: Callback, poll_cq: Callback) -> None:
+        self.context = aligned(-(-CONTEXT_BYTES // WORD))
+        self.context[CONTEXT_POST_SEND // WORD] = post_send.address
+        self.context[CONTEXT_POLL_CQ // WORD] = poll_cq.address
+
+    def queue_pair(self, own: np.ndarray) -> np.ndarray:
+        """An `ibv_qp` that leads to words of its owner's."""
+        qp = aligned(QP_BYTES // WORD)
+        qp[[0, QP_QP_CONTEXT // WORD]] = address_of(self.context), address_of(own)
+        return qp
+
+    def completion_queue(self, own: np.ndarray) -> np.ndarray:
+        """An `ibv_cq`, likewise."""
+        cq = aligned(CQ_BYTES // WORD)
+        cq[[0, CQ_CQ_CONTEXT // WORD]] = address_of(self.context), address_of(own)
+        return cq
+
+
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 
 class Queue:
     """One queue pair: an ibv_qp, its queue words, its ring of `entry_words` a completion."""
 
-    def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
+    def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
         entries = power_of_two(depth)
         self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
         self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
@@ -168,9 +192,7 @@ class Queue:
         self.words = aligned(QUEUE_WORDS)
         self.words[[Q_MASK, Q_LIMIT, Q_RING]] = entries - 1, depth, address_of(self.ring)
         self.lead_to(keys)
-        self.qp = aligned(QP_BYTES // WORD)
-        self.qp[0] = address_of(context)
-        self.qp[QP_QP_CONTEXT // WORD] = address_of(self.words)
+        self.qp = device.queue_pair(self.words)
         _queues.add(self)
 
     def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None) -> None:
@@ -218,15 +240,10 @@ class SoftwareProvider(Provider):
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
         self.depth = queue_depth
-        self.context = aligned(-(-CONTEXT_BYTES // WORD))
-        self.context[CONTEXT_POST_SEND // WORD] = self.post_send.address
-        self.context[CONTEXT_POLL_CQ // WORD] = self.poll_cq.address
-        self.completion_queues = [aligned(CQ_BYTES // WORD) for _ in range(workers * self.rails)]
+        self.device = Device(self.post_send, self.poll_cq)
         self.lists = [aligned(CQ_QUEUES + limits.PEERS + CQ_OWN_WORDS) for _ in range(workers * self.rails)]
+        self.completion_queues = [self.device.completion_queue(queues) for queues in self.lists]
         self.queues = [[] for _ in range(workers)]
-        for cq, queues in zip(self.completion_queues, self.lists, strict=True):
-            cq[0] = address_of(self.context)
-            cq[CQ_CQ_CONTEXT // WORD] = address_of(queues)
         made = [CompletionQueue(address_of(cq)) for cq in self.completion_queues]
         return [made[i : i + self.rails] for i in range(0, len(made), self.rails)]
 
@@ -242,7 +259,7 @@ class SoftwareProvider(Provider):
             raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
         for worker, queues in enumerate(self.queues):
             for rail in range(self.rails):
-                queue = self.queue_type(self.context, keys, self.depth, self.entry_words)
+                queue = self.queue_type(self.device, keys, self.depth, self.entry_words)
                 queue.rail = rail
                 self.prepare(queue, worker)
                 queues.append(queue)

@@ -76,6 +76,7 @@ from mooncache.providers.software import (
     Q_HEAD,
     Q_LIMIT,
     Q_TAIL,
+    Device,
     KeyTable,
     Queue,
     SoftwareProvider,
@@ -368,8 +369,8 @@ class Port:
 class StreamQueue(Queue):
     """A queue pair with its lanes."""
 
-    def __init__(self, context: np.ndarray, keys: KeyTable, depth: int, entry_words: int) -> None:
-        super().__init__(context, keys, depth, entry_words)
+    def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
+        super().__init__(device, keys, depth, entry_words)
         self.lanes: list[Lane] = []
         self.ticket = Ticket(secrets.randbits(62), 0)
         self._table = aligned(LANES_MOST)

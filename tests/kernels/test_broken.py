@@ -215,7 +215,7 @@ def test_what_came_back_is_not_posted_again_before_it_is_returned():
         rig.turn()
         assert rig.totals == before
     assert rig.rows[0].state == DRAINED
-    assert rig.word(layout.QUEUE_HELD) > 0
+    assert rig.word(layout.QUEUE_HEAD) > rig.word(layout.QUEUE_TAIL)  # held
     rig.order(0, RETURN)
     rig.turn()
     assert rig.totals[1] > before[1]

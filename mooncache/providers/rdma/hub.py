@@ -12,21 +12,11 @@ from mooncache import limits
 from mooncache.errors import CapacityError
 from mooncache.kernels.layout import WORD, Access, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
-from mooncache.kernels.verbs import (
-    CONTEXT_BYTES,
-    CONTEXT_POLL_CQ,
-    CONTEXT_POST_SEND,
-    CQ_BYTES,
-    CQ_CQ_CONTEXT,
-    QP_BYTES,
-    QP_QP_CONTEXT,
-    SGE_BYTES,
-    WC_BYTES,
-    WR_BYTES,
-)
+from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load
 from mooncache.providers.rdma.nic import Nic
+from mooncache.providers.software import Device
 
 RECORDS = 2 * limits.PEERS
 """An outbox for each peer, and as many peers with an outbox for us."""
@@ -145,7 +135,8 @@ class NoteHub:
         self._rows = aligned(self.rails * notes.NIC_WORDS).reshape(self.rails, notes.NIC_WORDS)
         self._rows[:, notes.N_CQ] = [cq.address for cq in self.cqs]
         self._rows[:, notes.N_CHANNEL] = [channel.address for channel in self.channels]
-        self._scratch = [aligned(size // WORD) for size in (notes.LOT * WC_BYTES, WR_BYTES, SGE_BYTES, 32)]
+        sizes = (notes.LOT * WC_BYTES, WR_BYTES, SGE_BYTES, notes.RECV_WR_BYTES)
+        self._scratch = [aligned(size // WORD) for size in sizes]
         self.words = aligned(notes.HUB_WORDS)
         self.address = address_of(self.words)
         get_event = ctypes.cast(load().c.ibv_get_cq_event, ctypes.c_void_p).value
@@ -164,15 +155,12 @@ class NoteHub:
             self.words[field] = value
 
     def _make_workers(self, workers: int) -> None:
-        self._context = aligned(-(-CONTEXT_BYTES // WORD))
-        self._context[CONTEXT_POST_SEND // WORD] = notes.post_note.address
-        self._context[CONTEXT_POLL_CQ // WORD] = notes.poll_notes.address
+        self._device = Device(notes.post_note, notes.poll_notes)
         self._lists = [aligned(notes.C_QUEUES + limits.PEERS) for _ in range(workers)]
-        self._software = [aligned(CQ_BYTES // WORD) for _ in range(workers)]
+        self._software = [self._device.completion_queue(words) for words in self._lists]
         self._queues: list[np.ndarray] = []
-        for worker, (words, cq) in enumerate(zip(self._lists, self._software, strict=True)):
+        for worker, words in enumerate(self._lists):
             words[[notes.C_HUB, notes.C_SERVES]] = self.address, worker == 0
-            cq[0], cq[CQ_CQ_CONTEXT // WORD] = address_of(self._context), address_of(words)
 
     def completion_queue(self, worker: int) -> CompletionQueue:
         """The worker's completion queue for notifications."""
@@ -180,9 +168,9 @@ class NoteHub:
 
     def queue_pair(self, worker: int, cq: int) -> NoteQueue:
         """One more queue pair for notifications of a worker, which leads nowhere yet."""
-        words, qp = aligned(notes.QUEUE_WORDS), aligned(QP_BYTES // WORD)
+        words = aligned(notes.QUEUE_WORDS)
         words[notes.Q_HUB] = self.address
-        qp[0], qp[QP_QP_CONTEXT // WORD] = address_of(self._context), address_of(words)
+        qp = self._device.queue_pair(words)
         self._queues += [words, qp]
         listed = self._lists[worker]
         listed[notes.C_QUEUES + int(listed[notes.C_COUNT])] = address_of(words)

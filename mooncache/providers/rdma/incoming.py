@@ -18,6 +18,7 @@ from mooncache.providers.rdma.hub import Rail
 from mooncache.providers.rdma.notes import RECEIVES
 from mooncache.providers.rdma.outgoing import NOTE_DEPTH, VERSION, Plan
 from mooncache.providers.rdma.paths import End, PathOf
+from mooncache.providers.rdma.ports import MTUS
 from mooncache.providers.rdma.queues import QueuePair
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ class Incoming:
         if not isinstance(nic, int) or not 0 <= nic < len(self._provider.nics):
             raise UsageError(f"expected the index of one of {len(self._provider.nics)} NICs, got {nic!r}")
         own = self._provider.ends[nic]
-        if mtu not in (256, 512, 1024, 2048, 4096) or int(str(mtu)) > own.mtu:
+        if not isinstance(mtu, int) or mtu not in MTUS or mtu > own.mtu:
             raise UsageError(f"expected an MTU of at most {own.mtu} bytes for {own.gid}, got {mtu!r}")
         if not isinstance(rd_atomic, int) or not 1 <= rd_atomic <= max(1, own.rd_atomic):
             raise UsageError(f"expected 1 to {own.rd_atomic} reads at once for {own.gid}, got {rd_atomic!r}")
-        return Plan(PathOf(nic, 0), int(str(mtu)), rd_atomic)
+        return Plan(PathOf(nic, 0), mtu, rd_atomic)
 
     def _make(self, entry: Sequence[Any], queues: list[tuple[int, int, QueuePair]], receives: int) -> int:
         """Make and connect the end of one queue pair; returns our first packet's number."""
@@ -118,10 +119,10 @@ class Incoming:
             self._record.raise_rail(index, RECEIVES)
         return {"queues": psns, "notes": note_psns}
 
-    def _renew(self, queue: tuple[int, int, QueuePair], psn: object) -> int:
+    def _renew(self, queue: tuple[int, int, QueuePair], psn: Any) -> int:
         path, number, ours = queue
         ours.reset()
-        return self._connect(path, number, ours, int(str(psn)))
+        return self._connect(path, number, ours, int(psn))
 
     @staticmethod
     def _at(queues: list[tuple[int, int, QueuePair]], index: object) -> tuple[int, int, QueuePair]:

@@ -29,6 +29,8 @@ from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import WORD
 from mooncache.kernels.verbs import (
+    CONTEXT_POST_RECV,
+    CONTEXT_REQ_NOTIFY_CQ,
     CQ_CQ_CONTEXT,
     ENOMEM,
     QP_QP_CONTEXT,
@@ -53,8 +55,8 @@ from mooncache.kernels.verbs import (
 WRITE, WRITE_WITH_IMM = 0, 1  # ibv_wr_opcode
 SEND_SOLICITED = 4  # wakes who sleeps on the other side
 WC_IMM_DATA = 24  # struct ibv_wc
-RECV_WR_BYTES = 32  # struct ibv_recv_wr: wr_id, next, sg_list, num_sge
-CONTEXT_REQ_NOTIFY_CQ, CONTEXT_POST_RECV = 104, 216  # struct ibv_context, ops
+RECV_WR_BYTES = 32  # struct ibv_recv_wr
+RECV_WR_ID, RECV_NEXT, RECV_SG_LIST, RECV_NUM_SGE = 0, 8, 16, 24
 LENGTH_BITS, OUTCOME_BITS = 12, 8
 NUMBERS = 1 << 20  # sequence numbers; 0 is never used
 DELIVERED, FULL = 1, 2  # outcomes
@@ -69,8 +71,8 @@ LOT = 16  # completions taken at once
 # hub's row for each NIC
 N_CQ, N_CHANNEL, N_ARMED, N_DUE, N_EVENTS, NIC_WORDS = 0, 1, 2, 3, 4, 8
 # records: an outbox (a connection of ours) or a mailbox (a peer's); `INCARNATION` 0: not in use
-R_INCARNATION, R_KIND, R_NUMBER, R_BUFFER, R_ANSWER, R_RAILS, R_RAIL, R_LENGTH, R_GONE, R_OUTCOME = range(10)
-R_SENT, R_OWN = 10, 16  # then the rails' rows
+R_INCARNATION, R_NUMBER, R_BUFFER, R_ANSWER, R_RAILS, R_RAIL, R_LENGTH, R_GONE, R_OUTCOME, R_SENT = range(10)
+R_OWN = 16  # then the rails' rows
 RAILS = limits.NICS
 RAIL_QP, RAIL_LKEY, RAIL_ADDRESS, RAIL_RKEY, RAIL_UP, RAIL_BUFFER, RAIL_WORDS = 0, 1, 2, 3, 4, 5, 8
 RECORD_WORDS = R_OWN + RAILS * RAIL_WORDS
@@ -123,8 +125,8 @@ def work_request_id(hub, record, rail, kind):
 
 
 @kernel
-def post_write(hub, record, rail, kind, opcode_and_imm, address, length):
-    """Post one write of the bytes at `address`; whether the NIC took it."""
+def post_write(hub, record, rail, kind, imm, address, length):
+    """Post one write of the bytes at `address`, a note's with immediate data; whether the NIC took it."""
     row, wr, sge = rail_at(record, rail), peek(hub + H_WR * WORD), peek(hub + H_SGE * WORD)
     poke(sge + SGE_ADDR, address)
     poke(sge + SGE_LENGTH, length | peek(row + RAIL_LKEY * WORD) << 32)
@@ -133,7 +135,7 @@ def post_write(hub, record, rail, kind, opcode_and_imm, address, length):
     poke(wr + WR_SG_LIST, sge)
     if kind == Kind.NOTE:
         poke(wr + WR_NUM_SGE, WRITE_WITH_IMM << 32 | 1)
-        poke(wr + WR_SEND_FLAGS, (SEND_SIGNALED | SEND_SOLICITED) | opcode_and_imm << 32)
+        poke(wr + WR_SEND_FLAGS, SEND_SIGNALED | SEND_SOLICITED | imm << 32)
     else:
         poke(wr + WR_NUM_SGE, WRITE << 32 | 1)
         poke(wr + WR_SEND_FLAGS, SEND_SIGNALED)
@@ -217,10 +219,10 @@ def settle_queue(hub, queue, wc):
 def post_receive(hub, record, rail):
     """Post one more receive for a peer's mail; whether the NIC took it."""
     wr, qp = peek(hub + H_RECV * WORD), peek(rail_at(record, rail) + RAIL_QP * WORD)
-    poke(wr, work_request_id(hub, record, rail, np.int64(Kind.MAIL)))
-    poke(wr + 8, 0)
-    poke(wr + 16, 0)
-    poke(wr + 24, 0)
+    poke(wr + RECV_WR_ID, work_request_id(hub, record, rail, np.int64(Kind.MAIL)))
+    poke(wr + RECV_NEXT, 0)
+    poke(wr + RECV_SG_LIST, 0)
+    poke(wr + RECV_NUM_SGE, 0)
     return call_post_send(peek(peek(qp) + CONTEXT_POST_RECV), qp, wr, hub + H_SCRATCH * WORD) == 0
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
+from mooncache.errors import DiscoveryError, MooncacheError, TransportError
 from mooncache.kernels.layout import Order, QueueState
 from mooncache.kernels.state import QueuePair, QueueRow
 from mooncache.kernels.verbs import WcStatus
@@ -98,6 +98,7 @@ class Outgoing:
         self._lanes: list[Lane] = []
         self._note_lanes: list[Lane] = []
         self.socket: socket.socket | None = None
+        self._note = 0, 0.0  # number of the last notification that was seen on its way, and since when
         self._record = provider.hub.record()
         try:
             self._make()
@@ -362,15 +363,14 @@ class Outgoing:
         answer.sock.close()
         return answer.body
 
-    def look_at_note(self, waiting: dict[Outgoing, tuple[int, float]]) -> None:
+    def look_at_note(self) -> None:
         """A notification that was not answered for long goes over another rail: its answer was lost."""
         number, now = self._record.under_way, time.monotonic()
-        if not number or not any(queue.busy for queue in self._notes):
-            waiting.pop(self, None)
-        elif waiting.get(self, (0, 0.0))[0] != number:
-            waiting[self] = number, now
-        elif now - waiting[self][1] > NOTE_S:
-            waiting[self] = number, now
+        seen, since = self._note
+        if number != seen or not any(queue.busy for queue in self._notes):
+            self._note = number, now
+        elif now - since > NOTE_S:
+            self._note = number, now
             self._record.lower_rail(self._record.rail)
 
     def fail_nic(self, nic: int) -> None:
@@ -436,8 +436,3 @@ def ends_of(peer: Descriptor) -> list[End]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise TransportError(f"what peer {peer.name!r} says of its NICs does not hold: {error!r}") from error
-
-
-def unknown(number: object) -> UsageError:
-    """What is said to a peer that speaks of a connection nobody knows here."""
-    return UsageError(f"no connection {number} here: this engine was opened anew, or took its peer for gone")

@@ -22,10 +22,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mooncache.errors import TransportError
-from mooncache.kernels.verbs import CONTEXT_BYTES, CONTEXT_POLL_CQ, CONTEXT_POST_SEND, CQ_BYTES, QP_BYTES
+from mooncache.kernels.verbs import (
+    CONTEXT_BYTES,
+    CONTEXT_POLL_CQ,
+    CONTEXT_POST_RECV,
+    CONTEXT_POST_SEND,
+    CONTEXT_REQ_NOTIFY_CQ,
+    CQ_BYTES,
+    QP_BYTES,
+)
 
-CONTEXT_REQ_NOTIFY_CQ = 104  # struct ibv_context, ops.req_notify_cq
-CONTEXT_POST_RECV = 216  # ops.post_recv
 CONTEXT_CMD_FD, CONTEXT_ASYNC_FD, CONTEXT_NUM_COMP_VECTORS = 264, 268, 272
 PD_HANDLE, PD_BYTES = 8, 16
 CHANNEL_FD, CHANNEL_BYTES = 8, 16  # struct ibv_comp_channel

@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mooncache import limits
+from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.kernels import calls
 from mooncache.kernels.layout import Access, Order
@@ -31,14 +32,11 @@ from mooncache.providers.rdma import gpu
 from mooncache.providers.rdma.hub import NoteHub, NoteQueue
 from mooncache.providers.rdma.incoming import Incoming
 from mooncache.providers.rdma.nic import Nic, Registration, populate
-from mooncache.providers.rdma.outgoing import NOTE_S, VERSION, Outgoing, Plan, unknown
+from mooncache.providers.rdma.outgoing import NOTE_S, VERSION, Outgoing, Plan
 from mooncache.providers.rdma.paths import End
 from mooncache.providers.rdma.ports import choose
 from mooncache.providers.rdma.queues import QueuePair as Verbs
 from mooncache.providers.rdma.queues import Remote
-
-if TYPE_CHECKING:
-    from mooncache.discovery.listener import Reply, Request
 
 log = logging.getLogger("mooncache")
 
@@ -202,8 +200,6 @@ class Rdma(Provider):
 
     def serve(self, request: Request) -> Reply:
         """See `Provider.serve`: a peer connects, or has its queue pairs fenced or connected anew."""
-        from mooncache.discovery.listener import Reply
-
         body = request.body
         if request.purpose == "rdma-connect":
             if body["instance"] != self.instance:
@@ -220,7 +216,8 @@ class Rdma(Provider):
                 self._check_open()
                 known = self._incoming.get(body["connection"])
                 if known is None or known.caller != request.caller:
-                    raise unknown(body["connection"])
+                    why = "this engine was opened anew, or took its peer for gone"
+                    raise UsageError(f"no connection {body['connection']} here: {why}")
                 return Reply(known.fence(body) if request.purpose == "rdma-fence" else known.repair(body))
         raise UsageError(f"expected a purpose of describe or rdma-connect, got {request.purpose!r}")
 
@@ -304,7 +301,6 @@ class Rdma(Provider):
     def _keep(self) -> None:
         """In a thread of its own: whatever happens to NICs, queue pairs and peers."""
         by_descriptor = {nic.async_fd: index for index, nic in enumerate(self.nics)}
-        waiting: dict[Outgoing, tuple[int, float]] = {}
         while not self._closed:
             for descriptor, _ in self._watched.poll(NOTE_S / 2):
                 if descriptor == self.trouble_fd:
@@ -315,7 +311,7 @@ class Rdma(Provider):
                 else:
                     self._hung_up(descriptor)
             for outgoing in list(self._outgoing.values()):
-                outgoing.look_at_note(waiting)
+                outgoing.look_at_note()
                 outgoing.stir()
 
     def _look_at_events(self, index: int) -> None:
