@@ -48,7 +48,8 @@ from mooncache.memory import Segment, allocate, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.frames import set_range
-from mooncache.providers.lanes import PENDING, Route, entry_of, turn_lanes, word_at
+from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
+from mooncache.providers.serving import turn_lanes
 from mooncache.providers.software import (
     CQ_COUNT,
     CQ_QUEUES,
