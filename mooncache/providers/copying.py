@@ -22,11 +22,12 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.providers import lanes
+from mooncache.providers.connections import nudge
 from mooncache.providers.frames import set_range
 from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
 from mooncache.providers.serving import turn_lanes
 from mooncache.providers.software import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
-from mooncache.providers.stream import answer_poll, list_lanes, nudge, post_entry, report_all
+from mooncache.providers.stream import answer_poll, list_lanes, post_entry, report_all
 
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
