@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def until(condition: Callable[[], Any], what: str) -> None:
     """Let other threads run until the condition holds; fails after the limit."""
     end = monotonic() + LIMIT
     while not condition():
-        os.sched_yield()
+        sleep(1e-3)
         assert monotonic() < end, f"never saw: {what}"
 
 

@@ -35,6 +35,8 @@ class Peer:
 
     def ask(self, request: str, limit: float = LIMIT, **arguments: Any) -> Any:
         """Send a request to the agent, and return its answer. `OSError` when there is nobody."""
+        if self.gone:
+            raise ConnectionResetError(f"{request}: the other guest's plug was pulled")
         with socket.create_connection(self._address, timeout=limit) as connection:
             connection.sendall(json.dumps([request, arguments]).encode() + b"\n")
             with connection.makefile() as answers:
