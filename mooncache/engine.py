@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import os
 import secrets
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from time import monotonic_ns
@@ -17,45 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mooncache import opening
 from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, jit, layout, pump, submit
-from mooncache.kernels.layout import Access, Opcode, Policy, Store
+from mooncache.kernels.layout import Access, Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
-from mooncache.kernels.state import Block, Settings, State
+from mooncache.kernels.state import Block, State
 from mooncache.limits import CHUNK_SLICES
 from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import Descriptor, Link, Provider, RemoteRegion
-from mooncache.providers.emulated import Emulated
-from mooncache.providers.loopback import Loopback
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
 
 if TYPE_CHECKING:
     from mooncache.discovery.dial import Answer
 
-
-def _rdma() -> Provider:
-    from mooncache.providers.rdma.provider import Rdma  # only who asks for it needs its libraries
-
-    return Rdma()
-
-
-PROVIDERS: dict[str, Callable[[], Provider]] = {
-    "loopback": Loopback,
-    "emulated": Emulated,
-    "tcp": Tcp,
-    "shm": Shm,
-    "rdma": _rdma,
-    "auto": partial(Shm, elsewhere=True),
-}
 JOIN_SECONDS = 5.0
 
 
@@ -98,15 +77,15 @@ class Engine:
         policy: str = "bulk", listen: str = "127.0.0.1:0", secret: str | bytes | None = None, insecure: bool = False,
         discovery: str | None = None, advertise: str | None = None, **settings: int,
     ) -> None:  # fmt: skip
-        self._settings = _settings(store, policy, settings)
-        self.provider = _provider(provider)
+        self._settings = opening.settings(store, policy, settings)
+        self.provider = opening.provider(provider)
         self.closed = False
         self._lock = threading.RLock()
         self.regions: dict[int, Region] = {}
         self._peers: dict[str, Peer] = {}
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
-        with _system_errors(), ExitStack() as undo:  # if anything below fails, what stands above it is given back
+        with opening.system_errors(), ExitStack() as undo:  # if anything fails, what stands above it is given back
             self.awaiting = Awaiting()
             undo.callback(self.awaiting.close)
             self._state = State(self._settings, event_fd=self.awaiting.event_fd)
@@ -126,7 +105,7 @@ class Engine:
             jit.prewarm()
             self._set_turn()
             networked = bool(self.provider.descriptors)
-            self.name = directory.enter(self, name, _own_prefix() if networked else "engine")
+            self.name = directory.enter(self, name, opening.own_prefix() if networked else "engine")
             undo.callback(directory.leave, self.name)
             self.generation = secrets.randbits(62) + 1
             self._service: Service | None = None
@@ -546,45 +525,6 @@ _abandoned: list[object] = []
 def _close_all() -> None:
     for engine in directory.engines():
         engine.close()
-
-
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """While an engine is opened: what the system refuses is a TransportError."""
-    try:
-        yield
-    except OSError as error:
-        raise TransportError(
-            f"no engine can be opened: {error.strerror}; has this process file descriptors left (`ulimit -n`)?"
-        ) from error
-
-
-def _own_prefix() -> str:
-    """Names that no engine of another process has by chance."""
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def _settings(store: str, policy: str, settings: dict[str, int]) -> Settings:
-    known = Settings.__dataclass_fields__.keys() - {"store", "policy"}
-    for name in settings:
-        if name not in known:
-            raise UsageError(f"unknown setting {name!r}; there are: {', '.join(sorted(known))}")
-    changed: dict[str, Any] = {**settings}
-    try:
-        return replace(Settings(), store=Store[store.upper()], policy=Policy[policy.upper()], **changed)
-    except KeyError as error:
-        raise UsageError(
-            f"expected a store of {[s.name.lower() for s in Store]} and a policy of "
-            f"{[p.name.lower() for p in Policy]}, got {store!r} and {policy!r}"
-        ) from error
-
-
-def _provider(provider: str | Provider) -> Provider:
-    if isinstance(provider, Provider):
-        return provider
-    if provider not in PROVIDERS:
-        raise UsageError(f"expected a Provider or one of {', '.join(map(repr, PROVIDERS))}, got {provider!r}")
-    return PROVIDERS[provider]()
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> list[str]:

@@ -32,6 +32,7 @@ from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
 from mooncache.providers import emulated
 from mooncache.providers.base import HERE, Descriptor
+from mooncache.providers.faults import PS_PER_NS
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
@@ -75,7 +76,7 @@ def nics_of(scenario: Scenario) -> list[emulated.Nic]:
     nic = emulated.Nic(
         bits_per_s=scenario.nic.rate,
         messages_per_s=scenario.nic.message_rate,
-        latency_ns=scenario.nic.latency / emulated.PS_PER_NS,
+        latency_ns=scenario.nic.latency / PS_PER_NS,
         move_bytes=False,
         signal=scenario.nic.signal,
         gathers=scenario.nic.gathers,

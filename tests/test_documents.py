@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mooncache.engine import PROVIDERS
 from mooncache.kernels.layout import Policy
+from mooncache.opening import PROVIDERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

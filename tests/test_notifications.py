@@ -14,7 +14,8 @@ from mooncache import EngineClosed, Failure, Notification, Status, TransferFaile
 from mooncache.errors import REASON
 from mooncache.inbox import MESSAGE_BYTES, pack, unpack
 from mooncache.limits import INBOX_NOTES, NOTE_BYTES
-from mooncache.providers.emulated import Action, Emulated, Fault, Nic, random_faults
+from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.faults import Action, Fault, random_faults
 from mooncache.providers.loopback import Loopback
 from mooncache.providers.shm import Shm
 from mooncache.providers.tcp import Tcp

@@ -17,7 +17,6 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 
@@ -47,6 +46,7 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.providers.base import Provider
+from mooncache.providers.faults import PS_PER_NS, Action, Fault
 from mooncache.providers.mender import Mender
 from mooncache.providers.software import (
     CQ_COUNT,
@@ -73,7 +73,6 @@ from mooncache.providers.software import (
 )
 
 PS_PER_S = 10**12
-PS_PER_NS = 1000
 FRACTION_BITS = 20  # of the picoseconds a byte takes
 NEVER = (1 << 62) - 1
 
@@ -89,49 +88,6 @@ Q_BROKEN = Q_OWN + 1  # 0, or the WcStatus that the next work request ends with;
 SENDING = -1  # status of a notification until its time has come
 # plan entries
 P_AT, P_ACTION, P_VALUE, PLAN_WORDS = 0, 1, 2, 3
-
-
-class Action(IntEnum):
-    """What happens to the n-th work request of a fault plan, and what its value means."""
-
-    DELAY = 0  # ps later; those behind it on the queue wait too
-    FAIL = 1  # WcStatus it ends with; its bytes do not move
-    FLUSH = 2  # the queue breaks: this and all outstanding end as flushed, then it works again
-    REORDER = 3  # its completion changes places with the one this many before it
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault: `at` counts the NIC's work requests from 0."""
-
-    at: int
-    action: Action
-    value: int = 0
-
-
-def random_faults(
-    seed: int, work_requests: int, *, delay: float = 0, fail: float = 0, flush: float = 0, reorder: float = 0,
-    delay_ns: int = 100_000, window: int = 16,
-) -> list[Fault]:  # fmt: skip
-    """A plan drawn from `seed`: each of the first `work_requests` suffers at most one fault, with these chances."""
-    stream = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    chances = np.cumsum([delay, fail, flush, reorder])
-    if chances[-1] > 1 or min(delay, fail, flush, reorder) < 0:
-        raise UsageError(f"chances must be >= 0 and sum to at most 1, got {[delay, fail, flush, reorder]}")
-    drawn, amounts = stream.random(work_requests), stream.integers(1, window + 1, work_requests)
-    causes = [WcStatus.RETRY_EXC_ERR, WcStatus.REM_OP_ERR, WcStatus.LOC_PROT_ERR, WcStatus.REM_ACCESS_ERR]
-    plan = []
-    for at in np.flatnonzero(drawn < chances[-1]):
-        action = Action(int(np.searchsorted(chances, drawn[at], side="right")))
-        amount = int(amounts[at])
-        value = {
-            Action.DELAY: delay_ns * PS_PER_NS,
-            Action.FAIL: int(causes[amount % len(causes)]),
-            Action.FLUSH: 0,
-            Action.REORDER: amount,
-        }[action]
-        plan.append(Fault(int(at), action, value))
-    return plan
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -229,8 +185,9 @@ def post_send(qp, wr, bad_wr):
             poke(bad_wr, wr)
             error = np.int32(EINVAL if ranges > gathers else ENOMEM)
             break
-        sge, length = peek(wr + WR_SG_LIST), np.int64(0)
-        for i in range(ranges):
+        sge = peek(wr + WR_SG_LIST)
+        length = np.int64(u32(sge + SGE_LENGTH)[0]) if ranges > 0 else np.int64(0)
+        for i in range(1, ranges):
             length += np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0])
         remote, rkey = peek(wr + WR_REMOTE_ADDR), peek(wr + WR_RKEY)
         message_free += message_ps

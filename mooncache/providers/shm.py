@@ -7,6 +7,8 @@
 Keys are checked in the peer's own table, which is mapped here, for every slice. A peer that withdraws a range waits
 for the *guards*, words that are odd while a sender copies. Who is handed these mappings has proven to know the
 secret: it is trusted to look at the keys before it writes, as no other kind of peer has to be.
+
+Here is what is mapped and who holds it; the kernels that copy are in `copying`.
 """
 
 from __future__ import annotations
@@ -28,290 +30,21 @@ from mooncache import limits
 from mooncache.discovery.dial import Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels import regions
-from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
-from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode, aligned
-from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
+from mooncache.kernels.layout import LINE, WORD, aligned
+from mooncache.kernels.linux import IOVEC_BYTES
 from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address
-from mooncache.kernels.verbs import (
-    CQ_CQ_CONTEXT,
-    ENOMEM,
-    SGE_LENGTH,
-    WR_NEXT,
-    WR_OPCODE,
-    WR_REMOTE_ADDR,
-    WR_SG_LIST,
-    WcStatus,
-)
 from mooncache.memory import Segment, allocate, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.frames import set_range
-from mooncache.providers.lanes import PENDING, Route, entry_of, turn_lanes, word_at
-from mooncache.providers.software import (
-    CQ_COUNT,
-    CQ_QUEUES,
-    KEY_WORDS,
-    Q_HEAD,
-    Q_KEYS,
-    Q_TAIL,
-    KeyTable,
-    key_status,
-    queue_of,
-)
-from mooncache.providers.stream import (
-    StreamProvider,
-    answer_poll,
-    list_lanes,
-    nudge,
-    post_entry,
-    report_all,
-    wait_until,
-    wait_while_odd,
-)
+from mooncache.providers.copying import LOT, peek_at, poll_cq, post_send
+from mooncache.providers.software import KEY_WORDS, Q_KEYS, KeyTable
+from mooncache.providers.stream import StreamProvider, wait_until, wait_while_odd
 
 log = logging.getLogger("mooncache")
-
-LOT = 32
-"""Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
-
-SHARE_BYTES = 1 << 20
-"""A chain this long is worth waking another worker for: it takes 200 us to copy, waking 30."""
-
-LANES_EVERY = 16
-"""While there is something to copy, connections are looked at every so many lots."""
 
 GUARD_BYTES = limits.WORKERS * LINE
 
 
-# ------------------------------------------------------------------------------ kernels
-@kernel
-def route_of(queue, opcode, remote, length):
-    """How a work request's bytes travel: a Route, or the address at which the range is mapped here."""
-    if opcode == Opcode.SEND:
-        return np.int64(Route.LANE)
-    maps = load(queue + lanes.Q_MAPS * WORD)
-    if maps != 0:
-        at = regions.find(maps, remote, word_at(queue, lanes.Q_MAP_HINT))
-        if at >= 0:
-            poke(queue + lanes.Q_MAP_HINT * WORD, at)
-            base, end = i64(peek(maps + TABLE_BASES * WORD))[at], i64(peek(maps + TABLE_ENDS * WORD))[at]
-            slot = i64(peek(maps + TABLE_SLOTS * WORD))[at]
-            if length <= end - remote:
-                return i64(peek(maps + TABLE_KEYS * WORD))[slot] + (remote - base)
-    return np.int64(Route.LANE if word_at(queue, lanes.Q_PID) == 0 else Route.PROCESS)
-
-
-@callback("int32(int64, int64, int64)")
-def post_send(qp, wr, bad_wr):
-    """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full."""
-    queue, error, size = queue_of(qp), np.int32(0), np.int64(0)
-    step_over(queue)
-    direct, by_lane = np.int64(0), False
-    while wr != 0 and error == 0:
-        length = np.int64(u32(peek(wr + WR_SG_LIST) + SGE_LENGTH)[0])
-        route = route_of(queue, np.int64(u32(wr + WR_OPCODE)[0]), peek(wr + WR_REMOTE_ADDR), length)
-        if post_entry(queue, wr, route):
-            if route == Route.LANE:
-                by_lane = True
-            elif word_at(queue, lanes.Q_BROKEN) == 0:
-                direct += 1
-                size += length
-            wr = peek(wr + WR_NEXT)
-        else:
-            poke(bad_wr, wr)
-            error = np.int32(ENOMEM)
-    if direct > 0:
-        poke(queue + lanes.Q_DIRECT * WORD, word_at(queue, lanes.Q_DIRECT) + direct)
-        if size >= SHARE_BYTES:
-            call_helpers(word_at(queue, lanes.Q_PORT))
-    if by_lane:
-        list_lanes(queue)
-    return error
-
-
-@kernel
-def step_over(queue):
-    """Before entries are posted: claims go on at the oldest that is left, lest helpers take new ones for older."""
-    at, tail = load(queue + lanes.Q_CLAIMED * WORD), word_at(queue, Q_TAIL)
-    if at < tail:
-        cas(queue + lanes.Q_CLAIMED * WORD, at, tail)
-
-
-@kernel
-def call_helpers(port):
-    """Wake the other workers of this engine that sleep: there is enough to copy for them, too."""
-    fence()
-    for i in range(word_at(port, lanes.P_PORT_COUNT)):
-        other = peek(word_at(port, lanes.P_PORTS) + i * WORD)
-        if other != port and load(other + lanes.P_ASLEEP * WORD) != 0:
-            if exchange(other + lanes.P_ASLEEP * WORD, 0) != 0:
-                nudge(other)
-
-
-@kernel
-def claim(queue, own):
-    """Take the next lot of entries to copy: where it starts and how many; 0 when there is none.
-
-    A lot is a run of entries of the direct routes: these stay where they are until they are copied. Entries for the
-    lanes may be gone any moment, so only the queue's own worker steps over them.
-    """
-    at, head = load(queue + lanes.Q_CLAIMED * WORD), load(queue + Q_HEAD * WORD)
-    if own:
-        start = at
-        while start < head and not is_direct(entry_of(queue, start)):
-            start += 1
-        if start != at:
-            cas(queue + lanes.Q_CLAIMED * WORD, at, start)
-            at = load(queue + lanes.Q_CLAIMED * WORD)
-    n = np.int64(0)
-    while n < LOT and at + n < head and is_direct(entry_of(queue, at + n)):
-        n += 1
-    if n == 0 or cas(queue + lanes.Q_CLAIMED * WORD, at, at + n) != at:
-        return at, np.int64(0)
-    return at, n
-
-
-@kernel
-def is_direct(entry):
-    """Whether an entry waits to be copied."""
-    return word_at(entry, lanes.E_ROUTE) != Route.LANE and word_at(entry, lanes.E_STATUS) == PENDING
-
-
-@kernel
-def copy_lot(port, queue, own):
-    """Copy one lot of a queue; returns how many entries. Their keys hold the outcome until all bytes are visible."""
-    at, n = claim(queue, own)
-    if n == 0:
-        return n
-    guard = word_at(queue, lanes.Q_GUARDS) + word_at(port, lanes.P_INDEX) * LINE
-    store(guard, peek(guard) + 1)
-    fence()
-    keys = word_at(queue, Q_KEYS)
-    others = np.int64(0)
-    for i in range(at, at + n):
-        entry = entry_of(queue, i)
-        local, remote = word_at(entry, lanes.E_LOCAL), word_at(entry, lanes.E_REMOTE)
-        length, opcode = word_at(entry, lanes.E_LENGTH), word_at(entry, lanes.E_OPCODE)
-        route = word_at(entry, lanes.E_ROUTE)
-        status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
-        if status == WcStatus.SUCCESS:
-            if route == Route.PROCESS:
-                status = np.int64(PENDING)
-                others += 1
-            elif opcode == Opcode.READ:
-                stream_copy(local, route, length)
-            else:
-                stream_copy(route, local, length)
-        poke(entry + lanes.E_KEY * WORD, status)
-    if others > 0:
-        copy_others(port, queue, at, n)
-    fence()
-    store(guard, peek(guard) + 1)
-    for i in range(at, at + n):
-        entry = entry_of(queue, i)
-        store(entry + lanes.E_STATUS * WORD, word_at(entry, lanes.E_KEY))
-    add(queue + lanes.Q_COPIED * WORD, n)
-    return n
-
-
-@kernel
-def move_others(port, queue, first, n, opcode):
-    """One system call for the `n` iovecs from `first` on; the bytes it moved, or minus an errno."""
-    local = word_at(port, lanes.P_LOCAL) + first * IOVEC_BYTES
-    remote = word_at(port, lanes.P_REMOTE) + first * IOVEC_BYTES
-    syscall, pid = word_at(port, lanes.P_SYSCALL), word_at(queue, lanes.Q_PID)
-    if opcode == Opcode.READ:
-        moved = process_readv(syscall, pid, local, remote, n)
-    else:
-        moved = process_writev(syscall, pid, local, remote, n)
-    return moved if moved >= 0 else -errno(word_at(port, lanes.P_ERRNO))
-
-
-@kernel
-def copy_others(port, queue, at, n):
-    """Copy the lot's entries whose outcome is still PENDING: all at once, or one by one if that fails."""
-    for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
-        count, total = 0, 0
-        for i in range(at, at + n):
-            entry = entry_of(queue, i)
-            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
-                length = word_at(entry, lanes.E_LENGTH)
-                set_range(word_at(port, lanes.P_LOCAL), count, word_at(entry, lanes.E_LOCAL), length)
-                set_range(word_at(port, lanes.P_REMOTE), count, word_at(entry, lanes.E_REMOTE), length)
-                count += 1
-                total += length
-        if count == 0:
-            continue
-        whole = move_others(port, queue, 0, count, opcode) == total
-        k = 0
-        for i in range(at, at + n):
-            entry = entry_of(queue, i)
-            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
-                status = np.int64(WcStatus.SUCCESS)
-                if not whole:
-                    moved = move_others(port, queue, k, 1, opcode)
-                    if moved != word_at(entry, lanes.E_LENGTH):
-                        status = np.int64(WcStatus.REM_OP_ERR)
-                    if moved == -ESRCH:
-                        status = np.int64(WcStatus.REM_ABORT_ERR)
-                poke(entry + lanes.E_KEY * WORD, status)
-                k += 1
-
-
-@kernel
-def copy_own(port):
-    """Copy one lot of each queue of this worker; returns whether there is or was something to copy."""
-    busy = False
-    for i in range(word_at(port, CQ_COUNT)):
-        queue = word_at(port, CQ_QUEUES + i)
-        if word_at(queue, lanes.Q_DIRECT) != load(queue + lanes.Q_COPIED * WORD):
-            copy_lot(port, queue, True)
-            busy = True
-    return busy
-
-
-@kernel
-def help_others(port):
-    """Copy one lot for another worker of this engine; returns whether there was one."""
-    for i in range(word_at(port, lanes.P_PORT_COUNT)):
-        other = peek(word_at(port, lanes.P_PORTS) + i * WORD)
-        if other != port:
-            for k in range(word_at(other, CQ_COUNT)):
-                queue = word_at(other, CQ_QUEUES + k)
-                if queue != 0 and copy_lot(port, queue, False) > 0:
-                    return True
-    return False
-
-
-@callback("int32(int64, int32, int64)")
-def poll_cq(cq, entries, wc):
-    """Copy a lot, look at the lanes now and then, report what is answered."""
-    port = peek(cq + CQ_CQ_CONTEXT)
-    store(port + lanes.P_ASLEEP * WORD, 0)
-    moved = copy_own(port)
-    lots = word_at(port, lanes.P_LOTS)
-    poke(port + lanes.P_LOTS * WORD, lots + 1)
-    if not moved or lots % LANES_EVERY == 0:
-        moved = turn_lanes(port) or moved
-    if not moved and word_at(port, lanes.P_PORT_COUNT) > 1:
-        moved = help_others(port)
-        if not moved:
-            store(port + lanes.P_ASLEEP * WORD, 1)
-            fence()
-            moved = help_others(port)
-    return answer_poll(report_all(port, np.int64(entries), wc), moved)
-
-
-@kernel("int64(int64, int64, int64, int64, int64)")
-def peek_at(syscall, errno_location, pid, local, remote):
-    """Read one word of another process, by iovecs; 8, or minus an errno."""
-    moved = process_readv(syscall, pid, local, remote, 1)
-    return moved if moved >= 0 else -errno(errno_location)
-
-
-# ------------------------------------------------------------------------------ Python
 class Mapping:
     """Memory of a peer, mapped here."""
 

@@ -1,47 +1,33 @@
-"""What providers over connected sockets share: queue pairs whose entries travel in lanes, and the lanes' Python side.
+"""What providers over connected sockets share: queue pairs whose entries travel in lanes.
 
     engine A                                                engine B
     queue pair of worker 0 for B  ==lane==>  a lane of some worker of B   -->  B's pages, under B's keys
     a lane of some worker of A    <==lane==  queue pair of B's worker 0 for A
 
 Each side's queue pairs send requests over lanes of their own; a peer's requests come in over the peer's lanes. Python
-opens and closes, the workers' kernels do the rest (see `lanes`).
+opens and closes (see `connections`), the workers' kernels do the rest (see `lanes`).
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import mmap
 import os
-import secrets
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from mooncache import limits
 from mooncache.discovery.listener import Reply, Request
-from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
-from mooncache.kernels.atomics import add, call_write, fence, load, peek, poke, store, u32
+from mooncache.errors import DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, aligned
-from mooncache.kernels.linux import (
-    EPOLL_EVENT_BYTES,
-    EPOLL_EVENT_DATA,
-    EPOLLET,
-    EPOLLIN,
-    IOVEC_BYTES,
-    MSGHDR_BYTES,
-    epoll_add,
-)
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, function_address
+from mooncache.kernels.layout import WORD
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
     POLL_AGAIN,
     SGE_ADDR,
@@ -56,19 +42,8 @@ from mooncache.kernels.verbs import (
 )
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
-from mooncache.providers.lanes import (
-    ENTRY_WORDS,
-    FLIGHT_WORDS,
-    FLIGHTS,
-    LANE_WORDS,
-    PENDING,
-    LaneState,
-    Reason,
-    enlist,
-    entry_of,
-    word_at,
-)
+from mooncache.providers.connections import LANES_MOST, STALL_S, Lane, Port, StreamQueue, Ticket, cut, set_lane_options
+from mooncache.providers.lanes import ENTRY_WORDS, PENDING, LaneState, Reason, enlist, entry_of, word_at
 from mooncache.providers.software import (
     CQ_COUNT,
     CQ_QUEUES,
@@ -76,8 +51,6 @@ from mooncache.providers.software import (
     Q_HEAD,
     Q_LIMIT,
     Q_TAIL,
-    Device,
-    KeyTable,
     Queue,
     SoftwareProvider,
     write_completion,
@@ -85,18 +58,8 @@ from mooncache.providers.software import (
 
 log = logging.getLogger("mooncache")
 
-STALL_S = 10.0
-"""Seconds without a byte, with something under way, after which a lane counts as broken: a stopped or hung peer."""
-
 SETTLE_S = 5.0
 """Seconds for workers to answer what was on a broken queue pair, before it is connected again."""
-
-BUFFER_BYTES = 4 << 20
-"""Socket buffers, if the system allows: two frames of 64 KiB slices would be more, but loopback gains nothing above."""
-
-ZERO_BYTES = SLICE_BYTES_MAX
-MAP_NORESERVE = 0x4000
-LANES_MOST = 16
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -166,236 +129,7 @@ def answer_poll(taken, moved):
     return np.int32(taken)
 
 
-@kernel("int64(int64, int64)")
-def hand_over(port, lane):
-    """Let the worker of `port` take a lane over."""
-    store(lane + lanes.L_STATE * WORD, LaneState.READY)
-    return stir(port)
-
-
-@kernel("int64(int64, int64)")
-def cut(port, lane):
-    """Let the worker of `port` end a lane."""
-    store(lane + lanes.L_CUT * WORD, 1)
-    return stir(port)
-
-
-@kernel
-def stir(port):
-    """Let the worker of `port` look at all its lanes."""
-    add(port + lanes.P_ADOPT * WORD, 1)
-    fence()
-    return nudge(port)
-
-
-@kernel
-def nudge(port):
-    """Wake the worker of `port`, if it sleeps."""
-    return call_write(word_at(port, lanes.P_WRITE), word_at(port, lanes.P_NUDGE), word_at(port, lanes.P_ONE), WORD)
-
-
-@kernel("int64(int64)")
-def watch_nudge(port):
-    """Let the port's epoll set watch its eventfd, under data 0, which is no lane; 0, or -1."""
-    event = word_at(port, lanes.P_EVENTS)
-    u32(event)[0] = EPOLLIN | EPOLLET
-    poke(event + EPOLL_EVENT_DATA, 0)
-    return epoll_add(word_at(port, lanes.P_SYSCALL), word_at(port, lanes.P_EPOLL), word_at(port, lanes.P_NUDGE), event)
-
-
 # ------------------------------------------------------------------------------ the provider
-@cache
-def _zero_pages() -> np.ndarray:
-    pages = mmap.mmap(-1, ZERO_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    return np.frombuffer(pages, np.uint8)
-
-
-def zeros() -> int:
-    """Address of pages that read as zero, as long as the longest slice; they cost address space only."""
-    return address_of(_zero_pages())
-
-
-class Ticket(NamedTuple):
-    """Which queue pair of a peer a connection belongs to, and how often that had been connected."""
-
-    queue: int  # random, so that nobody can name another's
-    round: int
-
-
-NO_TICKET = Ticket(0, 0)
-
-
-class Lane:
-    """One lane's row and the memory it points to; used again for other connections."""
-
-    def __init__(self, row: np.ndarray, port: int) -> None:
-        self.row, self.peer, self.number = row, "", 0
-        self.told = True  # why its latest connection ended
-        self.ticket = NO_TICKET
-        self.address = address_of(row)
-        iovecs = (FRAME_SLICES + 3) * IOVEC_BYTES // WORD
-        fields = {
-            lanes.L_IN_HEAD: HEAD_BYTES_MAX // WORD,
-            lanes.L_IN_NEXT: HEADER_BYTES // WORD,
-            lanes.L_IN_IOV: iovecs,
-            lanes.L_IN_STATUS: FRAME_SLICES,
-            lanes.L_IN_NOTE: limits.NOTE_BYTES // WORD,
-            lanes.L_OUT_HEAD: HEAD_BYTES_MAX // WORD,
-            lanes.L_OUT_IOV: iovecs,
-            lanes.L_FLIGHTS: FLIGHTS * FLIGHT_WORDS,
-            lanes.L_TRAILER: 1,
-            lanes.L_OUT_TRAILER: 1,
-        }
-        self._memory = {field: aligned(words) for field, words in fields.items()}
-        self._fixed = {field: address_of(words) for field, words in self._memory.items()} | {lanes.L_PORT: port}
-
-    @property
-    def state(self) -> int:
-        """A LaneState."""
-        return int(self.row[lanes.L_STATE])
-
-    @property
-    def free(self) -> bool:
-        """Whether another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
-        if self.state == LaneState.BROKEN:
-            return self.told and not self.row[lanes.L_LISTED]
-        return self.state == LaneState.EMPTY
-
-    def serves(self, queue: Queue) -> bool:
-        """Whether its latest connection is one of this queue pair; once free it may become another's."""
-        return int(self.row[lanes.L_QUEUE]) == address_of(queue.words)
-
-    def prepare(self, sock: socket.socket, queue: Queue | None, peer: str) -> None:
-        """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
-        self.peer, self.number, self.ticket = peer, self.number + 1, NO_TICKET
-        self.row[:] = 0
-        self.told = False
-        for words in self._memory.values():
-            words[:] = 0  # heads are padded with what lies here, and another peer's keys are nobody's business
-        for field, value in self._fixed.items():
-            self.row[field] = value
-        self.row[lanes.L_FD] = sock.detach()
-        self.row[lanes.L_QUEUE] = 0 if queue is None else address_of(queue.words)
-
-    @property
-    def busy(self) -> bool:
-        """Whether something was under way on it: requests not answered, or a frame not complete."""
-        row = self.row
-        open_frames = row[lanes.L_FLIGHT_HEAD] != row[lanes.L_FLIGHT_TAIL] or row[lanes.L_OUT_AT] < row[lanes.L_OUT_END]
-        return bool(open_frames or row[lanes.L_IN_STAGE] != lanes.HEADER or row[lanes.L_IN_GOT])
-
-    def why(self) -> str:
-        """Why it broke."""
-        reason, number = Reason(int(self.row[lanes.L_REASON])), int(self.row[lanes.L_ERRNO])
-        return os.strerror(number) if number else REASONS[reason]
-
-
-REASONS = {
-    Reason.NONE: "it was closed here",
-    Reason.CLOSED: "the peer closed it",
-    Reason.ERROR: "it failed",
-    Reason.BAD_HEADER: "what came is no frame of this version",
-    Reason.BAD_TABLE: "a frame's table does not hold: count, lengths or their sum",
-    Reason.BAD_ANSWER: "an answer matches no request",
-    Reason.STALLED: f"nothing moved for {STALL_S:.0f} s",
-    Reason.SIBLING: "another connection to this peer broke",
-    Reason.NO_EPOLL: "it could not be watched",
-    Reason.CUT: "this engine ended it",
-}
-
-
-class Port:
-    """A worker's side of all its lanes."""
-
-    def __init__(self, words: np.ndarray, index: int, keys: KeyTable, inbox: int, trouble_fd: int) -> None:
-        self.words, self.address = words, address_of(words)
-        self.rows = aligned(limits.LANES * LANE_WORDS).reshape(limits.LANES, LANE_WORDS)
-        self.lanes: list[Lane] = []
-        self.epoll = select.epoll()
-        self.nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        event_words = lanes.EVENTS * EPOLL_EVENT_BYTES // WORD + 1
-        self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 1)]
-        self._hold[-1][0] = 1
-        listed, message, events, timespec, one = (address_of(array) for array in self._hold)
-        for field, value in {
-            lanes.P_EPOLL: self.epoll.fileno(),
-            lanes.P_SYSCALL: function_address("syscall"),
-            lanes.P_ERRNO: function_address("__errno_location"),
-            lanes.P_CLOCK: function_address("clock_gettime"),
-            lanes.P_WRITE: function_address("write"),
-            lanes.P_LANES: address_of(self.rows),
-            lanes.P_LIST: listed,
-            lanes.P_KEYS: keys.address,
-            lanes.P_MSGHDR: message,
-            lanes.P_EVENTS: events,
-            lanes.P_TROUBLE_FD: trouble_fd,
-            lanes.P_TIMESPEC: timespec,
-            lanes.P_STALL: round(STALL_S * 1e9),
-            lanes.P_ZEROS: zeros(),
-            lanes.P_INBOX: inbox,
-            lanes.P_INDEX: index,
-            lanes.P_NUDGE: self.nudge,
-            lanes.P_ONE: one,
-        }.items():
-            words[field] = value
-        watch_nudge(self.address)
-
-    def attach(self, sock: socket.socket, queue: Queue | None, peer: str) -> Lane:
-        """Let the worker serve a connection: one of a queue pair, or (None) one that a peer sends over.
-
-        The worker owns the descriptor from now on. Raises CapacityError, with the socket untouched.
-        """
-        lane = next((lane for lane in self.lanes if lane.free), None)
-        if lane is None:
-            if len(self.lanes) == limits.LANES:
-                raise CapacityError(f"a worker serves {limits.LANES} connections, as many as it may")
-            lane = Lane(self.rows[len(self.lanes)], self.address)
-            self.lanes.append(lane)
-            self.words[lanes.P_LANE_COUNT] = len(self.lanes)
-        lane.prepare(sock, queue, peer)
-        hand_over(self.address, lane.address)
-        return lane
-
-    def close(self) -> None:
-        """Close all descriptors. The worker must have left."""
-        for lane in self.lanes:
-            if lane.state in (LaneState.READY, LaneState.LIVE):
-                os.close(int(lane.row[lanes.L_FD]))
-                lane.row[lanes.L_STATE] = LaneState.BROKEN
-        self.epoll.close()
-        os.close(self.nudge)
-
-
-class StreamQueue(Queue):
-    """A queue pair with its lanes."""
-
-    def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
-        super().__init__(device, keys, depth, entry_words)
-        self.lanes: list[Lane] = []
-        self.ticket = Ticket(secrets.randbits(62), 0)
-        self._table = aligned(LANES_MOST)
-        self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), 1
-
-    @property
-    def broken(self) -> bool:
-        """Whether it has no connection, yet or any more."""
-        return bool(self.words[lanes.Q_BROKEN])
-
-    @property
-    def settled(self) -> bool:
-        """Whether its worker has reported all that was on it, and let its lanes go."""
-        return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
-
-    def take(self, port: Port, socks: Sequence[socket.socket], peer: str) -> None:
-        """Go on over these connections. It must be settled."""
-        self.words[[lanes.Q_SENT, lanes.Q_CLAIMED]] = self.words[Q_HEAD]
-        self.words[lanes.Q_LANE_COUNT] = 0
-        self.words[lanes.Q_BROKEN] = 0
-        self.lanes = [port.attach(sock, self, peer) for sock in socks]
-        self._table[: len(socks)] = [lane.address for lane in self.lanes]
-        self.words[lanes.Q_LANE_COUNT] = len(socks)
-
-
 class StreamProvider(SoftwareProvider):
     """A provider whose peers are reached over connections. Subclasses say how entries travel.
 
@@ -601,17 +335,6 @@ class StreamProvider(SoftwareProvider):
             port.close()
         self._watched.close()
         os.close(self._trouble_fd)
-
-
-def set_lane_options(sock: socket.socket) -> None:
-    """Of a data connection: buffers, and the congestion control that suits loopback."""
-    sock.setblocking(False)
-    with suppress(OSError):  # the system's limit is taken instead
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-    if ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback:
-        with suppress(OSError):  # not in this kernel
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import callback
 from mooncache.kernels.verbs import CQ_CQ_CONTEXT, ENOMEM, WR_NEXT
-from mooncache.providers.lanes import Route, turn_lanes
+from mooncache.providers.lanes import Route
+from mooncache.providers.serving import turn_lanes
 from mooncache.providers.software import queue_of
 from mooncache.providers.stream import StreamProvider, answer_poll, list_lanes, post_entry, report_all
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mooncache import DiscoveryError, MooncacheError, Status, TransferFailed, TransportError
-from mooncache.providers import stream
+from mooncache.providers import connections
 from mooncache.providers.frames import Frame
 from mooncache.providers.lanes import LaneState
 from mooncache.providers.tcp import Tcp
@@ -165,7 +165,7 @@ def test_an_answer_before_the_request_was_sent_is_not_believed(engines):
 
 def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines, monkeypatch):
     """Else the queue pair would never come to rest, and the peer could never be connected to again."""
-    attach, first = stream.Port.attach, queue.Queue[socket.socket]()
+    attach, first = connections.Port.attach, queue.Queue[socket.socket]()
     attached: list[Any] = []
 
     def slowly(port: Any, sock: Any, queue: Any, peer: str) -> Any:
@@ -176,7 +176,7 @@ def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines
             until(lambda: lane.state == LaneState.BROKEN, "the first lane, broken")
         return lane
 
-    monkeypatch.setattr(stream.Port, "attach", slowly)
+    monkeypatch.setattr(connections.Port, "attach", slowly)
     with FakeTarget() as fake:
         here = engines(provider=Tcp(lanes=3))
         local = here.register(random_bytes(1 << 16))

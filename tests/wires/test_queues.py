@@ -10,13 +10,14 @@ import pytest
 from mooncache.kernels.layout import aligned
 from mooncache.kernels.state import RegionTable, address_of
 from mooncache.kernels.verbs import SEND_WR
-from mooncache.providers import lanes, shm
+from mooncache.providers import copying, lanes
+from mooncache.providers.shm import Shm
 from mooncache.providers.software import Q_HEAD, Q_TAIL
 
 
 @pytest.fixture
 def provider():
-    provider = shm.Shm()
+    provider = Shm()
     provider.open(2, 64, aligned(1 << 20))
     yield provider
     provider.close()
@@ -32,7 +33,7 @@ def post(queue, n: int, remote: int) -> None:
     wr["num_sge"] = 1
     wr["remote_addr"] = remote
     bad = np.zeros(1, np.int64)
-    call = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(shm.post_send.address)
+    call = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(copying.post_send.address)
     assert call(address_of(queue.qp), wr.ctypes.data, bad.ctypes.data) == 0
 
 
@@ -47,6 +48,6 @@ def test_a_helper_takes_no_entry_under_the_number_of_an_older_one(provider):
     queue.words[[Q_HEAD, Q_TAIL, lanes.Q_SENT]] = 100  # answered and reported; nobody had a reason to look at claims
     queue.words[lanes.Q_CLAIMED] = 36
     post(queue, 10, there.ctypes.data)
-    at, n = shm.claim(address_of(queue.words), False)
+    at, n = copying.claim(address_of(queue.words), False)
     assert (at, n) == (100, 10)
     assert queue.words[lanes.Q_CLAIMED] == 110

@@ -1,0 +1,169 @@
+"""Serving lanes: what a worker's poll does with all connections of its port, each for a few system calls."""
+
+from mooncache.kernels.atomics import call_clock_gettime, load, peek, poke, u32
+from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import WORD
+from mooncache.kernels.linux import (
+    EPOLL_EVENT_BYTES,
+    EPOLL_EVENT_DATA,
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    epoll_wait,
+)
+from mooncache.providers.frames import H_COUNT, HEADER_BYTES, head_bytes
+from mooncache.providers.lanes import (
+    CALLS,
+    ENDED,
+    EVENTS,
+    HEADER,
+    L_IN_AT,
+    L_IN_END,
+    L_IN_GOT,
+    L_IN_HEAD,
+    L_IN_STAGE,
+    L_LISTED,
+    L_OUT_AT,
+    L_OUT_END,
+    L_QUEUE,
+    L_READABLE,
+    L_STATE,
+    L_WRITABLE,
+    P_ADOPT,
+    P_ADOPTED,
+    P_CLOCK,
+    P_EPOLL,
+    P_EVENTS,
+    P_LIST,
+    P_LISTED,
+    P_NEXT_CHECK,
+    P_NOW,
+    P_SYSCALL,
+    P_TIMESPEC,
+    P_TURNS,
+    TABLE,
+    LaneState,
+    adopt,
+    check_stalls,
+    enlist,
+    has_output,
+    word_at,
+)
+from mooncache.providers.receiving import next_frame, receive
+from mooncache.providers.sending import send
+
+
+@kernel
+def serve(lane):
+    """Move what can be moved on a lane without waiting; returns whether anything was. It may be broken afterwards."""
+    moved, calls = False, 0
+    while calls < CALLS and word_at(lane, L_STATE) == LaneState.LIVE:
+        calls += 1
+        if word_at(lane, L_QUEUE) == 0 and answering(lane):
+            if word_at(lane, L_WRITABLE) == 0 or send(lane) == 0:
+                return moved
+            moved = True
+            if word_at(lane, L_STATE) == LaneState.LIVE and word_at(lane, L_OUT_AT) == word_at(lane, L_OUT_END):
+                poke(lane + L_OUT_END * WORD, 0)
+                poke(lane + L_OUT_AT * WORD, 0)
+                next_frame(lane)
+        elif word_at(lane, L_READABLE) != 0 or has_whole_header(lane):
+            if not receive(lane):
+                break
+            moved = True
+        else:
+            break
+    if word_at(lane, L_STATE) == LaneState.LIVE and word_at(lane, L_QUEUE) != 0 and word_at(lane, L_WRITABLE) != 0:
+        moved = send(lane) > 0 or moved
+    return moved
+
+
+@kernel
+def answering(lane):
+    """Whether an incoming lane has an answer laid out that is not all sent."""
+    return word_at(lane, L_OUT_END) > 0
+
+
+@kernel
+def has_whole_header(lane):
+    """Whether the next step needs no read: a header came along with the body before it, or there is no body to come."""
+    stage = word_at(lane, L_IN_STAGE)
+    if stage == HEADER:
+        return word_at(lane, L_IN_GOT) == HEADER_BYTES
+    if stage == TABLE:
+        return word_at(lane, L_IN_GOT) >= head_bytes(peek(word_at(lane, L_IN_HEAD) + H_COUNT))
+    return word_at(lane, L_IN_AT) == word_at(lane, L_IN_END)
+
+
+@kernel
+def wants_more(lane):
+    """Whether a lane could go on at once, so that no descriptor would tell of it."""
+    if word_at(lane, L_STATE) != LaneState.LIVE:
+        return False
+    if word_at(lane, L_WRITABLE) != 0 and has_output(lane):
+        return True
+    if word_at(lane, L_QUEUE) == 0 and answering(lane):
+        return False
+    return word_at(lane, L_READABLE) != 0 or has_whole_header(lane)
+
+
+# ------------------------------------------------------------------------------ the port
+@kernel
+def gather_events(port):
+    """Ask epoll which lanes have become readable or writable, and list them."""
+    events = word_at(port, P_EVENTS)
+    n = epoll_wait(word_at(port, P_SYSCALL), word_at(port, P_EPOLL), events, EVENTS, 0)
+    for i in range(n):
+        event = events + i * EPOLL_EVENT_BYTES
+        what, lane = u32(event)[0], peek(event + EPOLL_EVENT_DATA)
+        if lane == 0:
+            continue  # a nudge: look at the words it came with
+        if what & EPOLLOUT:
+            poke(lane + L_WRITABLE * WORD, 1)
+        if what & (EPOLLERR | EPOLLHUP | EPOLLRDHUP):
+            poke(lane + L_READABLE * WORD, ENDED)
+        elif what & EPOLLIN:
+            poke(lane + L_READABLE * WORD, 1)
+        enlist(lane)
+
+
+@kernel
+def serve_listed(port):
+    """Serve every listed lane once; those that could go on stay listed. Returns whether anything moved."""
+    lanes, n, kept, moved = word_at(port, P_LIST), word_at(port, P_LISTED), 0, False
+    for i in range(n):
+        lane = peek(lanes + i * WORD)
+        moved = serve(lane) or moved
+        if wants_more(lane):
+            poke(lanes + kept * WORD, lane)
+            kept += 1
+        else:
+            poke(lane + L_LISTED * WORD, 0)
+    poke(port + P_LISTED * WORD, kept)
+    return moved
+
+
+@kernel
+def tell_time(port):
+    """Note the time, ns."""
+    timespec = word_at(port, P_TIMESPEC)
+    call_clock_gettime(word_at(port, P_CLOCK), 1, timespec)
+    poke(port + P_NOW * WORD, peek(timespec) * 1_000_000_000 + peek(timespec + WORD))
+
+
+@kernel
+def turn_lanes(port):
+    """One round over a worker's lanes; returns whether bytes moved or could move at once."""
+    tell_time(port)
+    if load(port + P_ADOPT * WORD) != word_at(port, P_ADOPTED):
+        adopt(port)
+    turns = word_at(port, P_TURNS)
+    poke(port + P_TURNS * WORD, turns + 1)
+    if word_at(port, P_LISTED) == 0 or turns % 8 == 0:
+        gather_events(port)
+    moved = serve_listed(port)
+    if word_at(port, P_NOW) > word_at(port, P_NEXT_CHECK):
+        check_stalls(port)
+    return moved or word_at(port, P_LISTED) > 0
