@@ -87,7 +87,7 @@ def test_what_is_no_figure_is_not_taken_for_one(read, text, says):
 
 # ------------------------------------------------------------------------------ its two processes
 PROGRAM = """
-import os, socket, sys, time
+import os, signal, socket, sys
 port = int(sys.argv[sys.argv.index("-p") + 1])
 if sys.argv[-1] == "127.0.0.1":
     with socket.create_connection(("127.0.0.1", port)) as server:
@@ -95,7 +95,7 @@ if sys.argv[-1] == "127.0.0.1":
     sys.exit({status})
 with socket.create_server(("", port)) as listener:
     listener.accept()[0].sendall(str(os.getpid()).encode())
-    time.sleep(1000)
+    signal.pause()
 """
 
 
@@ -114,7 +114,7 @@ def test_a_client_or_a_server_that_fails_is_quoted():
 def test_a_server_that_never_listens_is_ended(monkeypatch):
     monkeypatch.setattr(perftest, "PATIENCE_S", 0.1)
     with pytest.raises(ProcessError, match=r"server .* did not finish within 0 s"):
-        perftest.run([sys.executable, "-c", "import time; time.sleep(1000)"])
+        perftest.run([sys.executable, "-c", "import signal; signal.pause()"])
 
 
 def test_a_listening_port_is_looked_up_not_tried(tmp_path):
