@@ -42,15 +42,20 @@ class Incoming:
             raise UsageError(f"this engine speaks RDMA of version {VERSION}, the caller {body['version']!r}")
         self._provider, self.caller, self.number = provider, caller, int(body["connection"])
         self.socket: socket.socket | None = None
-        self._plans = [self._plan(*path[:5]) for path in body["paths"]]
-        self._ends = [End(str(path[0]), int(path[1]), 0, 0, 0) for path in body["paths"]]
+        self._plans: list[Plan] = []
+        self._ends: list[End] = []
+        rkeys = []
+        for gid, lid, nic, mtu, rd_atomic, rkey, up in body["paths"]:
+            self._plans.append(self._plan(nic, mtu, rd_atomic, up))
+            self._ends.append(End(str(gid), int(lid), 0, 0, 0))
+            rkeys.append(int(rkey))
         self._queues: list[tuple[int, int, QueuePair]] = []  # path, number of the other end, ours
         self._note_queues: list[tuple[int, int, QueuePair]] = []
         self._record = provider.hub.record()
         try:
             psns = [self._make(entry, self._queues, 1) for entry in body["queues"]]
             note_psns = [self._make(entry, self._note_queues, RECEIVES) for entry in body["notes"]]
-            self._open_mailbox(int(body["answer"]), [int(path[5]) for path in body["paths"]])
+            self._open_mailbox(int(body["answer"]), rkeys)
         except BaseException:
             self.close()
             raise
@@ -62,7 +67,7 @@ class Incoming:
             ],
         }
 
-    def _plan(self, gid: object, lid: object, nic: object, mtu: object, rd_atomic: object) -> Plan:
+    def _plan(self, nic: object, mtu: object, rd_atomic: object, up: object) -> Plan:
         """A path as the peer proposes it, here checked: `nic` is the index of ours."""
         if not isinstance(nic, int) or not 0 <= nic < len(self._provider.nics):
             raise UsageError(f"expected the index of one of {len(self._provider.nics)} NICs, got {nic!r}")
@@ -71,10 +76,10 @@ class Incoming:
             raise UsageError(f"expected an MTU of at most {own.mtu} bytes for {own.gid}, got {mtu!r}")
         if not isinstance(rd_atomic, int) or not 1 <= rd_atomic <= max(1, own.rd_atomic):
             raise UsageError(f"expected 1 to {own.rd_atomic} reads at once for {own.gid}, got {rd_atomic!r}")
-        return Plan(PathOf(nic, 0), mtu, rd_atomic)
+        return Plan(PathOf(nic, 0), mtu, rd_atomic, bool(up) and nic not in self._provider.down)
 
     def _make(self, entry: Sequence[Any], queues: list[tuple[int, int, QueuePair]], receives: int) -> int:
-        """Make and connect the end of one queue pair; returns our first packet's number."""
+        """Make the end of one queue pair, and connect it if its path is up; returns our first packet's number."""
         path, number, psn = (int(value) for value in entry)
         if not 0 <= path < len(self._plans):
             raise UsageError(f"expected the index of one of {len(self._plans)} paths, got {path}")
@@ -82,7 +87,7 @@ class Incoming:
         nic, cq = self._provider.nics[local], self._provider.hub.cqs[local]
         ours = nic.queue_pair(cq, cq, send_depth=NOTE_DEPTH, recv_depth=receives, sges=1, inline=0)
         queues.append((path, number, ours))
-        return self._connect(path, number, ours, psn)
+        return self._connect(path, number, ours, psn) if self._plans[path].up else 0
 
     def _connect(self, path: int, number: int, ours: QueuePair, psn: int) -> int:
         local = self._plans[path].path.local
@@ -98,8 +103,9 @@ class Incoming:
         ]
         self._record.open(rails, address_of(self._provider.never))
         self._record.serve()
-        for i in range(len(rails)):
-            self._record.raise_rail(i, RECEIVES)
+        for i, (path, _, _) in enumerate(self._note_queues):
+            if self._plans[path].up:
+                self._record.raise_rail(i, RECEIVES)
 
     # -------------------------------------------------------------------------- mending
     def fence(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -55,11 +55,12 @@ NOTE_S = 2.0
 
 
 class Plan(NamedTuple):
-    """A path, and what both ends keep to on it."""
+    """A path, what both ends keep to on it, and whether its ports were up at both when the peer was connected to."""
 
     path: PathOf
     mtu: int
     rd_atomic: int
+    up: bool
 
 
 class Lane:
@@ -113,7 +114,8 @@ class Outgoing:
         plans = []
         for path in pair(own, self._ends, self.peer):
             here, there = own[path.local], self._ends[path.remote]
-            plans.append(Plan(path, min(here.mtu, there.mtu), max(1, min(here.rd_atomic, there.rd_atomic))))
+            reads = max(1, min(here.rd_atomic, there.rd_atomic))
+            plans.append(Plan(path, min(here.mtu, there.mtu), reads, here.up and there.up))
         return plans
 
     def _make(self) -> None:
@@ -163,7 +165,7 @@ class Outgoing:
                 "instance": peer.data["instance"],
                 "connection": self.number,
                 "paths": [
-                    [*provider.ends[p.path.local][:2], p.path.remote, p.mtu, p.rd_atomic, hub.rkeys[p.path.local]]
+                    [*provider.ends[p.path.local][:2], p.path.remote, p.mtu, p.rd_atomic, hub.rkeys[p.path.local], p.up]
                     for p in self._plans
                 ],
                 "queues": [lane.described() for lane in self._lanes],
@@ -174,8 +176,8 @@ class Outgoing:
         self.socket = answer.sock
         try:
             mailboxes = [[int(address), int(rkey)] for _, _, address, rkey in answer.body["notes"]]
-            self._connect(self._lanes, answer.body["queues"])
-            self._connect(self._note_lanes, [entry[:2] for entry in answer.body["notes"]])
+            self._join(self._lanes, answer.body["queues"])
+            self._join(self._note_lanes, [entry[:2] for entry in answer.body["notes"]])
         except (KeyError, TypeError, ValueError) as error:
             raise TransportError(
                 f"peer {self.peer!r} answered to rdma-connect what does not hold: {error!r}"
@@ -187,14 +189,20 @@ class Outgoing:
         self._record.open(rails, self._link.gone)
         for queue in self._notes:
             queue.lead_to(self._record)
-        for index in range(len(rails)):
-            self._record.raise_rail(index, 0)
+        for index, lane in enumerate(self._note_lanes):
+            if self._plans[lane.plan].up:
+                self._record.raise_rail(index, 0)
 
-    def _connect(self, lanes: Sequence[Lane], told: Sequence[Sequence[int]]) -> None:
+    def _join(self, lanes: Sequence[Lane], told: Sequence[Sequence[int]]) -> None:
+        """Learn the other ends of new queue pairs, and connect those whose path is up; others are mended later."""
         for lane, (number, psn) in zip(lanes, told, strict=True):
-            plan = self._plans[lane.plan]
             lane.peer = int(number)
-            self._provider.connect_pair(lane.verbs, self._ends[plan.path.remote], int(number), lane.psn, int(psn), plan)
+            if self._plans[lane.plan].up:
+                self._connect(lane, int(psn))
+
+    def _connect(self, lane: Lane, psn: int) -> None:
+        plan = self._plans[lane.plan]
+        self._provider.connect_pair(lane.verbs, self._ends[plan.path.remote], lane.peer, lane.psn, psn, plan)
 
     def start(self, rows: Sequence[QueueRow], order: Callable[[QueueRow, Order], None]) -> None:
         """The workers know the queue pairs: see which of them work. Raises TransportError when none does."""
@@ -202,17 +210,20 @@ class Outgoing:
             return
         self._order = order
         self._rows = [row for row in rows if row.pair.breaks]
+        probed = []
         for lane, row in zip(self._lanes, self._rows, strict=True):
-            lane.ordered = QueueState.CLOSED
-            order(row, Order.PROBE)
+            if self._plans[lane.plan].up:
+                lane.ordered = QueueState.CLOSED
+                order(row, Order.PROBE)
+                probed.append(row)
         deadline = time.monotonic() + PROBE_S
-        while any(row.state in (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN) for row in self._rows):
+        while any(row.state in (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN) for row in probed):
             self._stirred.wait(max(0.0, deadline - time.monotonic()))
             self._stirred.clear()
             if time.monotonic() > deadline or self.gone:
                 break
         if self._count(QueueState.READY) == 0:
-            why = ", ".join(sorted({self.why(row) for row in self._rows}))
+            why = ", ".join(sorted({self.why(row) for row in probed}))
             self.lose("no bytes got through")
             raise TransportError(
                 f"peer {self.peer!r} answers, but no bytes get through to it by RDMA: {why} on {self._wires()}; do the "
@@ -349,8 +360,8 @@ class Outgoing:
         with self._provider.lock:  # as `lose` does: no probe after the order to lose everything
             if self._closed or self.gone:
                 return
-            self._connect(lanes, [[lane.peer, psn] for lane, psn in zip(lanes, told["queues"], strict=True)])
-            self._connect(note_lanes, [[lane.peer, psn] for lane, psn in zip(note_lanes, told["notes"], strict=True)])
+            for lane, psn in zip([*lanes, *note_lanes], [*told["queues"], *told["notes"]], strict=True):
+                self._connect(lane, int(psn))
             for i in fallen:
                 self._postpone(self._note_lanes[i])
                 self._record.raise_rail(i, 0)

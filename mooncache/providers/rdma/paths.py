@@ -44,20 +44,22 @@ class PathOf(NamedTuple):
 def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
     """One path for each NIC here: to the NIC there whose GID has most in common with its own, of several in turn.
 
-    NICs of one rail mostly share a subnet, whatever order each host lists them in. Raises TransportError where no NIC
-    there that is up speaks the same link layer, or an address of the same family.
+    NICs of one rail mostly share a subnet, whatever order each host lists them in. A path whose port is down at either
+    end is one, too: it is used once it is up. Raises TransportError where no NIC there speaks the same link layer, or
+    has an address of the same family, or where none of the paths is up.
     """
     paths = []
     for i, own in enumerate(here):
-        fitting = [j for j, other in enumerate(there) if own.up and other.up and alike(own, other)]
+        fitting = [j for j, other in enumerate(there) if alike(own, other)]
         if fitting:
             turned = fitting[i % len(fitting) :] + fitting[: i % len(fitting)]
             paths.append(PathOf(i, max(turned, key=lambda j: common(own.gid, there[j].gid))))
-    if not paths:
+    if not any(here[path.local].up and there[path.remote].up for path in paths):
+        down = ", ".join(end.gid for end in (*here, *there) if not end.up)
         raise TransportError(
             f"no NIC here can reach one of peer {peer!r}: GIDs {', '.join(e.gid for e in here)} here, "
-            f"{', '.join(e.gid for e in there) or 'none'} there; both ends need RoCE addresses of one family, or "
-            "InfiniBand (Rdma(family=...) or Rdma(gid_index=...) chooses)"
+            f"{', '.join(e.gid for e in there) or 'none'} there{down and f', down: {down}'}; both ends need RoCE "
+            "addresses of one family, or InfiniBand (Rdma(family=...) or Rdma(gid_index=...) chooses)"
         )
     return paths
 

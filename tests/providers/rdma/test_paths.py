@@ -35,6 +35,15 @@ def test_a_nic_without_a_counterpart_is_left_out():
     assert pair([ipv4(10, 0, 1, 5), ipv6(1)], [ipv4(10, 0, 1, 6)], "p") == [PathOf(0, 0)]
 
 
+def test_a_path_that_is_down_at_one_end_is_one_as_long_as_another_is_up():
+    here, there = [ipv4(10, 0, 1, 5), ipv4(10, 0, 2, 5)], [ipv4(10, 0, 1, 9), ipv4(10, 0, 2, 9)]
+    there[0] = there[0]._replace(up=False)
+    assert pair(here, there, "p") == [PathOf(0, 0), PathOf(1, 1)]
+    here[1] = here[1]._replace(up=False)
+    with pytest.raises(TransportError, match=f"down: {here[1].gid}, {there[0].gid}"):
+        pair(here, there, "p")
+
+
 @pytest.mark.parametrize(
     ("here", "there"), [([ipv4(10, 0, 1, 5)], [ipv6(1)]), ([infiniband(1)], [ipv4(1, 2, 3, 4)]), ([ipv6(1)], [])]
 )

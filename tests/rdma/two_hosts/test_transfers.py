@@ -220,6 +220,28 @@ def test_a_rail_that_goes_down_in_the_middle_costs_nothing_and_is_used_again_whe
     assert_at_rest(engine)
 
 
+@pytest.mark.parametrize("end", ["here", "there"])
+def test_a_rail_that_is_down_when_a_peer_is_connected_to_is_used_once_it_is_up(
+    far: Opener, near: Callable[..., Engine], rails: list[Rail], end: str
+) -> None:
+    there, engine = far(7250), near()
+    getattr(rails[1], f"pull_{end}")()
+    if end == "here":
+        until(lambda: bool(engine.provider.down), "the port's event")  # type: ignore[attr-defined]
+    source = source_bytes(8)
+    local, (at_here, at_there, length) = engine.register(source), layer(8)
+    for count in (2, 4):
+        there.ask("clear")
+        with engine.write(there.address, local.address + at_here, there.base + at_there, length, notify=b"x") as batch:
+            batch.wait(WAIT)
+        assert there.ask(f"note {WAIT}") == "x"
+        assert there.ask("sum") == digest(expected(source, at_here, at_there, length))
+        assert ready(engine, there) == count
+        getattr(rails[1], f"plug_in_{end}")()
+        until(lambda: ready(engine, there) == 4, "both rails ready")
+    assert_at_rest(engine)
+
+
 def lose_in_the_middle(there: Far, engine: Engine, seed: int, end: Callable[[], None]) -> None:
     """Write a layer many times over, end the peer meanwhile, and see all that was not done by then fail as gone."""
     local = engine.register(source_bytes(seed))
