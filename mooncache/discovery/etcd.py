@@ -44,7 +44,7 @@ class Etcd(Names):
         """See `Names.close`."""
         self._closing.set()
         if self._watching is not None:
-            with suppress(RuntimeError, ValueError):  # it has just ended by itself
+            with suppress(OSError, RuntimeError, ValueError):  # it has just ended by itself
                 self._watching.raw.shutdown()
         super().close()
 
