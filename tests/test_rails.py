@@ -176,23 +176,24 @@ def test_a_peer_that_is_connected_to_while_a_rail_is_down_is_reached_by_the_othe
     assert_balanced(pair.here)
 
 
-def test_an_engine_can_be_closed_while_all_its_rails_are_down(pairs):
+def stranded(pairs):
+    """A pair all of whose rails are down, and a batch that waits for them."""
     pair = pairs(*rails())
     pair.scattered(1).wait(20)
     for rail in (0, 1):
         pair.here.provider.take_down(rail)
-    batch = write(pair, 300)
+    return pair, write(pair, 300)
+
+
+def test_an_engine_can_be_closed_while_all_its_rails_are_down(pairs):
+    pair, batch = stranded(pairs)
     pair.close()
     assert batch.quiesced
     assert_balanced(pair.here)
 
 
 def test_a_batch_that_is_cancelled_while_all_rails_are_down_ends(pairs):
-    pair = pairs(*rails())
-    pair.scattered(1).wait(20)
-    for rail in (0, 1):
-        pair.here.provider.take_down(rail)
-    batch = write(pair, 300)
+    _, batch = stranded(pairs)
     batch.cancel()
     assert finish(batch) == dict.fromkeys(range(300), Status.CANCELLED)
 
