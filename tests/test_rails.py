@@ -150,12 +150,18 @@ def test_a_rail_that_returns_carries_slices_again(pairs):
     assert_balanced(pair.here)
 
 
-def test_while_all_rails_are_down_batches_wait_and_when_one_returns_they_arrive(pairs):
+def stranded(pairs):
+    """A pair all of whose rails are down, and a batch that waits for them."""
     pair = pairs(*rails())
     pair.scattered(1).wait(20)
     for rail in (0, 1):
         pair.here.provider.take_down(rail)
-    batches = [write(pair, 300) for _ in range(3)]
+    return pair, write(pair, 300)
+
+
+def test_while_all_rails_are_down_batches_wait_and_when_one_returns_they_arrive(pairs):
+    pair, batch = stranded(pairs)
+    batches = [batch, write(pair, 300), write(pair, 300)]
     until(lambda: states(pair, 0) == states(pair, 1) == {QueueState.CLOSED}, "both, closed")
     assert not any(batch.done for batch in batches)
     pair.here.provider.bring_up(1)
@@ -174,15 +180,6 @@ def test_a_peer_that_is_connected_to_while_a_rail_is_down_is_reached_by_the_othe
     until(lambda: states(pair, 0) == {QueueState.READY}, "the queue, ready")
     pair.close()
     assert_balanced(pair.here)
-
-
-def stranded(pairs):
-    """A pair all of whose rails are down, and a batch that waits for them."""
-    pair = pairs(*rails())
-    pair.scattered(1).wait(20)
-    for rail in (0, 1):
-        pair.here.provider.take_down(rail)
-    return pair, write(pair, 300)
 
 
 def test_an_engine_can_be_closed_while_all_its_rails_are_down(pairs):

@@ -90,9 +90,6 @@ class Incoming:
         return self._connect(path, number, ours, psn) if self._plans[path].up else 0
 
     def _connect(self, path: int, number: int, ours: QueuePair, psn: int) -> int:
-        local = self._plans[path].path.local
-        if local in self._provider.down:
-            raise TransportError(f"port {self._provider.nics[local].port.name} is down here")
         own = secrets.randbits(24)
         self._provider.connect_pair(ours, self._ends[path], number, own, psn, self._plans[path])
         return own
@@ -127,6 +124,9 @@ class Incoming:
 
     def _renew(self, queue: tuple[int, int, QueuePair], psn: Any) -> int:
         path, number, ours = queue
+        local = self._plans[path].path.local
+        if local in self._provider.down:
+            raise TransportError(f"port {self._provider.nics[local].port.name} is down here")
         ours.reset()
         return self._connect(path, number, ours, int(psn))
 
