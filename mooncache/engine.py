@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from time import monotonic_ns
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +28,9 @@ from mooncache.limits import CHUNK_SLICES
 from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
-from mooncache.providers.base import Descriptor, Link, Provider, RemoteRegion
+from mooncache.providers.base import HERE, Descriptor, Link, Provider, RemoteRegion
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
-
-if TYPE_CHECKING:
-    from mooncache.discovery.dial import Answer
 
 JOIN_SECONDS = 5.0
 
@@ -106,7 +103,7 @@ class Engine:
             self._set_turn()
             networked = bool(self.provider.descriptors)
             self.name = directory.enter(self, name, opening.own_prefix() if networked else "engine")
-            undo.callback(directory.leave, self.name)
+            undo.callback(directory.leave, self)
             self.generation = secrets.randbits(62) + 1
             self._service: Service | None = None
             if networked:
@@ -319,7 +316,8 @@ class Engine:
             self._learn(peer, self._look_up(peer.name))
 
     def _learn(self, peer: Peer, described: Descriptor) -> None:
-        link = Link(peer.table.gone, partial(self._dial, described.address))
+        dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
+        link = Link(peer.table.gone, dial)  # which providers keep, and their threads: it must not hold the engine
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         with self._lock:
             peer.refresh(described)
@@ -336,11 +334,6 @@ class Engine:
         peer = self._peers.get(name)
         if peer is not None and peer.generation != generation:
             peer.gone = True
-
-    def _dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
-        """What providers ask of the peer at an address, over its Unix socket when they have a name for that."""
-        assert self._service is not None
-        return self._service.dial(f"unix:{unix}" if unix else address, purpose, body)
 
     # ------------------------------------------------------------------------------ transfers
     def write(
@@ -479,7 +472,7 @@ class Engine:
             if self.closed:
                 return
             self.closed = True
-        directory.leave(self.name)
+        directory.leave(self)
         if self._service is not None:
             self._service.close()
         calls.stop(self.ctl)
@@ -515,7 +508,10 @@ class Engine:
 
     def __del__(self) -> None:
         if not getattr(self, "closed", True) and hasattr(self, "_threads"):
-            self.close()
+            # Collected in any thread, an engine's own ones as well, at any moment, with any lock held: so that thread
+            # must not wait for others. Python lets this one live until it is closed, and waits for that at exit.
+            directory.leave(self)
+            threading.Thread(target=self.close, name=f"{self.name}-closing").start()
 
 
 _abandoned: list[object] = []

@@ -64,7 +64,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._engines: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an engine may be collected, and leaves, in the middle of another's entry
 
     def enter(self, engine: Engine, name: str | None, prefix: str) -> str:
         """Enter an engine under its name, or the next free "<prefix>-<n>". Raises UsageError for a name in use."""
@@ -76,10 +76,11 @@ class Directory:
             self._engines[name] = engine
         return name
 
-    def leave(self, name: str) -> None:
-        """Forget an engine that has closed."""
+    def leave(self, engine: Engine) -> None:
+        """Forget an engine that closes. Its name may be another's already."""
         with self._lock:
-            self._engines.pop(name, None)
+            if self._engines.get(engine.name) is engine:
+                del self._engines[engine.name]
 
     def engines(self) -> list[Engine]:
         """All that are open."""

@@ -137,9 +137,10 @@ class Service:
         """Whether the store has told of another engine under this name since it was looked up."""
         return self._latest.get(name, generation) != generation
 
-    def dial(self, address: str, purpose: str, body: dict[str, Any]) -> Answer:
-        """Ask the engine at an address."""
-        return dial(address, purpose, body, caller=self._name, generation=self._generation, secret=self._secret)
+    def dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
+        """Ask the engine at an address; over its Unix socket when a name for that is given."""
+        where = f"unix:{unix}" if unix else address
+        return dial(where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret)
 
     def close(self) -> None:
         """Stop answering, and withdraw the record."""

@@ -281,8 +281,40 @@ def test_an_engine_that_is_forgotten_closes_itself():
     engine = Engine("forgotten", **SMALL)
     threads = list(engine._threads)
     del engine
-    assert not any(thread.is_alive() for thread in threads)
-    Engine("forgotten", **SMALL).close()
+    Engine("forgotten", **SMALL).close()  # its name is free at once
+    until(lambda: not any(thread.is_alive() for thread in threads), "the threads, gone")
+
+
+def test_an_engine_may_be_collected_wherever_its_own_threads_are():
+    """They hold locks that closing takes, and closing waits for them."""
+    script = """
+import gc, threading, weakref
+import numpy as np, mooncache
+from mooncache.providers.emulated import Emulated, Nic
+there = mooncache.Engine(provider="tcp")
+target = there.register(np.zeros(4096, np.uint8))
+def forgotten(k):
+    engine = mooncache.Engine(f"forgotten-{k}", provider="tcp", slices=256, batches=4, peers=2)
+    region = engine.register(np.zeros(4096, np.uint8))  # which refers to the engine: only the collector ends this
+    engine.write(there.address, region.address, target.address, 64).wait(20).close()
+    # Its listener's thread collects it, with a lock of its provider's held.
+    loop, held, reference = engine._service._listener._loop, engine.provider._lock, weakref.ref(engine)
+    def collect():
+        with held:
+            del region_of[k]
+            gc.collect()
+    region_of = {k: region}
+    loop.call_soon_threadsafe(collect)
+    return reference
+gc.disable()
+references = [forgotten(k) for k in range(3)]
+del there, target
+while any(reference() for reference in references):
+    gc.collect()
+print("end")
+"""
+    done = run_python(script)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 def test_an_interpreter_with_running_batches_and_open_engines_ends_by_itself():

@@ -542,10 +542,10 @@ def test_engines_that_connect_to_each_other_at_the_same_time_both_succeed(engine
     meeting = threading.Barrier(2)
 
     def meet(dial: Callable[..., Any]) -> Callable[..., Any]:
-        def call(address: str, purpose: str, *arguments: Any) -> Any:
+        def call(address: str, purpose: str, *arguments: Any, **options: Any) -> Any:
             if purpose == "lane":  # both are within `connect` before either is answered
                 meeting.wait(LIMIT)
-            return dial(address, purpose, *arguments)
+            return dial(address, purpose, *arguments, **options)
 
         return call
 

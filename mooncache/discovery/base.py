@@ -126,16 +126,12 @@ class Names(ABC):
         self._due.set()
 
     def close(self) -> None:
-        """Withdraw, and end threads and connections. A second close does nothing.
-
-        In a callback or `describe`, where the last reference to an engine may end, it does not wait for that thread.
-        """
+        """Withdraw, and end threads and connections; not from a callback. A second close does nothing."""
         self._closing.set()  # before it withdraws, which also wakes a listener of ours
         self._due.set()
         self.withdraw()
         for thread in self._threads.values():
-            if thread is not threading.current_thread():
-                thread.join()
+            thread.join()
         self._disconnect()
 
     def __repr__(self) -> str:

@@ -115,15 +115,14 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Close the sockets and every handshake under way, and wait for the thread. A second close does nothing.
+        """Close the sockets and every handshake under way, and wait for the thread; not from `serve`.
 
-        Called by the listener's own thread (from `serve`), it does not wait.
+        A second close does nothing.
         """
         if not self._closed:
             self._closed = True
             self._loop.call_soon_threadsafe(self._stop.set)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._handshakes)} handshakes under way"

@@ -329,8 +329,7 @@ class StreamProvider(SoftwareProvider):
         with self._lock:
             self._closed = True
         os.eventfd_write(self._trouble_fd, 1)
-        if threading.current_thread() is not self._watcher:  # it may be the one that collects a forgotten engine
-            self._watcher.join()
+        self._watcher.join()
         for port in self.ports:
             port.close()
         self._watched.close()

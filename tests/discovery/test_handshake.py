@@ -619,16 +619,6 @@ def test_closing_ends_handshakes_and_the_thread_and_may_be_repeated(listeners):
     assert "closed" in repr(where)
 
 
-def test_closing_from_within_does_not_wait_for_itself(listeners):
-    made: list[Listener] = []
-    where = listeners(serve=lambda _: (made[0].close(), Reply({}))[1])
-    made.append(where)
-    with suppress(TransportError):  # the answer may be out already
-        asked(where)
-    where.close()
-    assert not where._thread.is_alive()
-
-
 def test_many_handshakes_leave_nothing_behind(listeners):
     fd = os.memfd_create("shared")
     where = listeners(serve=lambda request: Reply({}, fds=[fd] if request.local else ()))

@@ -119,20 +119,6 @@ def test_closing_withdraws_ends_the_threads_and_may_be_repeated(stores):
     assert not known(other, "closes")
 
 
-@pytest.mark.parametrize("role", ["describe", "watch"])
-def test_it_may_be_closed_where_the_last_reference_to_its_engine_ended(stores, role):
-    """That is in its own thread, when a callback held the engine for a moment."""
-    names, other = stores(), stores()
-    own = described("ends-within")
-    names.announce(lambda: (names.close() if names._threads and role == "describe" else None, own)[1])
-    names.changed()
-    if role == "watch":
-        names.watch(lambda *_: names.close())
-    threads = list(names._threads.values())
-    until(lambda: not any(thread.is_alive() for thread in threads), "the end of the threads")
-    assert not known(other, own.name)
-
-
 def test_a_change_is_published_soon_and_many_become_few(stores):
     names, other = stores(LONG), stores()
     current = [described("changes")]

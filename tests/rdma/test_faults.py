@@ -1,5 +1,6 @@
 """What breaks on a verbs device, what is refused, and that the engine goes on."""
 
+import gc
 import os
 import subprocess
 
@@ -216,3 +217,17 @@ def test_engines_that_open_and_close_leave_nothing_behind(rdma):
         cycle()
     assert resources() == before
     assert open_descriptors() == descriptors
+
+
+def test_a_forgotten_engine_closes_itself_though_it_is_connected(rdma):
+    def forget(there, region):
+        here = Engine(provider=rdma(), slices=4096, batches=16)
+        local = here.register(np.zeros(64, np.uint8))
+        here.write(there.name, local.address, region.address, 64).wait(WAIT).close()
+
+    with Engine(provider=rdma(), slices=4096, batches=16) as there:
+        region = there.register(np.zeros(64, np.uint8))
+        before, descriptors = resources(), open_descriptors()
+        forget(there, region)
+        until(lambda: gc.collect() is not None and resources() == before, "as many resources as before")
+        until(lambda: open_descriptors() == descriptors, "as many descriptors as before")

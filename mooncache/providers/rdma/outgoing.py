@@ -420,7 +420,7 @@ class Outgoing:
             self._closed = True
             mending = self._mending
         self._stirred.set()
-        if mending is not None and mending is not threading.current_thread():
+        if mending is not None:
             mending.join()
         self._record.close()
         with self._provider.lock:

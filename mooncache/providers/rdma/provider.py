@@ -351,8 +351,7 @@ class Rdma(Provider):
         with self.lock:
             self._closed = True
         os.eventfd_write(self.trouble_fd, 1)
-        if threading.current_thread() is not self._keeper:
-            self._keeper.join()
+        self._keeper.join()
         for outgoing in self._outgoing.values():
             outgoing.close()
         with self.lock:
