@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import pytest
 
-from tests.helpers import assert_balanced, in_threads
+from mooncache.kernels import layout
+from tests.helpers import assert_balanced, in_threads, run_python
 
 LAYERS, SLICES, WARM = 200, 30_000, 40
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -51,3 +53,37 @@ def fingerprint(pair) -> np.ndarray:
     seen = pair.target[: SLICES * 65].copy().reshape(SLICES, 65)
     seen[:, 64] = pair.source[: SLICES * 65].reshape(SLICES, 65)[:, 64]
     return seen.ravel()
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8])
+@pytest.mark.parametrize("n", [0, 1, layout.MAPPED_BYTES - 1, layout.MAPPED_BYTES, 3 * layout.MAPPED_BYTES + 1])
+def test_arrays_of_an_engine_are_zeros_that_can_be_written_to_whatever_their_size(dtype, n):
+    array = layout.zeros(n, dtype)
+    assert (array.dtype, array.shape) == (dtype, (n,))
+    assert not array.any()
+    array[:] = 1
+    assert array.all()
+
+
+def test_engines_that_were_closed_have_given_their_memory_back():
+    script = """
+import gc, os, mooncache
+import numpy as np
+def resident_bytes():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def once():
+    with mooncache.Engine("here", provider="loopback") as here, mooncache.Engine("there", provider="loopback") as there:
+        source, target = (engine.register(np.ones(1 << 20, np.uint8)) for engine in (here, there))
+        here.write("there", source.address, target.address, 1 << 20).wait(10).close()
+for _ in range(3):
+    once()
+before = resident_bytes()
+for _ in range(20):
+    once()
+print(resident_bytes() - before)
+"""
+    done = run_python(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 64 << 20  # one engine's slots are 160 MB

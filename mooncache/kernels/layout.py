@@ -16,14 +16,18 @@ the actor's, so that no two threads ever write one counter.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import IntEnum
 from itertools import count
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 WORD = 8  # bytes
 LINE = 64  # bytes of a cache line
+MAPPED_BYTES = 1 << 20  # from here on a system call more, and up to a page, are nothing beside the array
 
 
 class Store(IntEnum):
@@ -389,9 +393,24 @@ OBJECT_STRING_LENGTH = 48
 STRING_BYTES = 32  # "hostname:12345@mlx5_0" and its terminator: past the small-string buffer, so on the heap
 
 
+def zeros(n: int, dtype: DTypeLike) -> np.ndarray:
+    """dtype[n] of zeros; pages of its own for a large array, which the system gives when they are first written to.
+
+    They go back to the system with the array. glibc keeps what was freed, up to 32 MiB each, and writes the zeros of
+    the next array itself.
+    """
+    nbytes = n * np.dtype(dtype).itemsize
+    if nbytes < MAPPED_BYTES:
+        return np.zeros(n, dtype)
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # this kernel has no huge pages to give; numpy asks for them, too
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype, n)
+
+
 def aligned(words: int) -> np.ndarray:
     """int64[words] of zeros on a cache line of its own."""
-    raw = np.zeros(words + LINE // WORD, np.int64)
+    raw = zeros(words + LINE // WORD, np.int64)
     skip = (-raw.ctypes.data % LINE) // WORD
     return raw[skip : skip + words]
 

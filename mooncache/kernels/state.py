@@ -12,7 +12,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Kind, Policy, QueueState, Store, aligned, power_of_two
+from mooncache.kernels.layout import WORD, Kind, Policy, QueueState, Store, aligned, power_of_two, zeros
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.ring import new_ring
 from mooncache.kernels.verbs import SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
@@ -285,8 +285,8 @@ class State:
             (layout.SLICE_ATTEMPTS, np.int8),
             (layout.SLICE_NEXT, np.int32),
         ):
-            self._hold(field, np.zeros(slots, dtype))
-        self._hold(layout.SLICE_OBJECT, np.zeros(slots if settings.store == Store.HEAP else 0, np.int64))
+            self._hold(field, zeros(slots, dtype))
+        self._hold(layout.SLICE_OBJECT, zeros(slots if settings.store == Store.HEAP else 0, np.int64))
         self.chunk_next = self._hold(layout.CHUNK_NEXT, np.arange(1, chunks + 1, dtype=np.int64))
         self.chunk_next[-1] = -1
         for field in (
@@ -308,7 +308,7 @@ class State:
         ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
         self.endpoint_rows[:, :, [layout.ENDPOINT_FIRST, layout.ENDPOINT_LAST]] = -1
         self.endpoint_rows[:, :, [layout.ENDPOINT_NOTE_FIRST, layout.ENDPOINT_NOTE_LAST]] = -1
-        self._hold(layout.NOTES, np.zeros(settings.batches * limits.NOTE_BYTES, np.uint8))
+        self._hold(layout.NOTES, zeros(settings.batches * limits.NOTE_BYTES, np.uint8))
         self.worker_rows = self._hold(layout.WORKER_ROWS, aligned(settings.workers * layout.WORKER_WORDS)).reshape(
             settings.workers, layout.WORKER_WORDS
         )
