@@ -288,9 +288,8 @@ def test_an_engine_that_is_forgotten_closes_itself():
 def test_an_engine_may_be_collected_wherever_its_own_threads_are():
     """They hold locks that closing takes, and closing waits for them."""
     script = """
-import gc, threading, weakref
+import gc, weakref
 import numpy as np, mooncache
-from mooncache.providers.emulated import Emulated, Nic
 there = mooncache.Engine(provider="tcp")
 target = there.register(np.zeros(4096, np.uint8))
 def forgotten(k):
