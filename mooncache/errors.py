@@ -62,7 +62,10 @@ REASON: dict[Status, str] = {
 
 
 class MooncacheError(Exception):
-    """Base of every exception this package raises on purpose."""
+    """Base of every exception this package raises on purpose.
+
+    One that was raised in another process arrives whole: `args` are what it is made of, `str` makes the text.
+    """
 
 
 class UsageError(MooncacheError, ValueError):
@@ -98,16 +101,20 @@ class TransferFailed(MooncacheError):
 
     Attributes:
         failures: one `Failure` per failed request, ordered by request index.
+        requests: how many the batch had.
         peer: name of the peer the batch was addressed to.
     """
 
     def __init__(self, failures: Sequence[Failure], requests: int, peer: str) -> None:
-        self.failures = tuple(failures)
-        self.peer = peer
+        super().__init__(tuple(failures), requests, peer)  # what it is made of again when it was pickled or copied
+        self.failures, self.requests, self.peer = tuple(failures), requests, peer
+
+    def __str__(self) -> str:
         first = self.failures[0]
-        if first.request == requests:
-            what = f"the notification to peer {peer!r} failed, all {requests} requests arrived"
+        if first.request == self.requests:
+            what = f"the notification to peer {self.peer!r} failed, all {self.requests} requests arrived"
         else:
-            failed = sum(failure.request < requests for failure in self.failures)
-            what = f"{failed} of {requests} requests to peer {peer!r} failed; the first is request {first.request}"
-        super().__init__(f"{what}: {first.status.name} ({first.reason})")
+            failed = sum(failure.request < self.requests for failure in self.failures)
+            what = f"{failed} of {self.requests} requests to peer {self.peer!r} failed; the first is request "
+            what += str(first.request)
+        return f"{what}: {first.status.name} ({first.reason})"
