@@ -195,7 +195,7 @@ def close_batch(ctl, handle, keep_failed):
         return np.int64(Status.STALE_HANDLE)
     if keep_failed and finished(row) and peek(row + BATCH_FAILED * WORD) > 0:
         return np.int64(Status.HAS_FAILURES)
-    if not bump_generation(row):
+    if not bump_generation(row, handle):
         return np.int64(Status.STALE_HANDLE)
     account(ctl, Kind.BATCHES_CLOSED, 1)
     if move(row, CLOSE) == SEALED:

@@ -11,7 +11,7 @@ from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
 from mooncache.kernels.atomics import add, address_of, call_word, cas, i64, load, peek, poke
 from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
-from mooncache.kernels.handle import handle_of, resolve
+from mooncache.kernels.handle import GENERATION_MASK, handle_of, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CURSOR,
@@ -265,7 +265,9 @@ def request_cancel(ctl, row, handle):
 
 
 @kernel
-def bump_generation(row):
-    """Make the batch's handle stale; False when another thread did so first."""
+def bump_generation(row, handle):
+    """Make the batch's handle stale; False when another thread did so first, even if the row is another batch's now."""
     generation = load(row + BATCH_GENERATION * WORD)
+    if generation & GENERATION_MASK != handle >> 32:
+        return False
     return cas(row + BATCH_GENERATION * WORD, generation, generation + 1) == generation

@@ -26,6 +26,7 @@ from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
+from mooncache.kernels.publication import publish, withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
     CONTEXT_BYTES,
@@ -130,17 +131,21 @@ class KeyTable:
         slot = self._free.pop()
         key = secrets.randbelow(1 << 53) * limits.REGIONS + slot  # 53 random bits above ten of the slot: 63 in all
         self.entries[slot, 1:] = address, address + length, access
-        self.entries[slot, KEY] = key
+        publish(self._entry(slot), key)
         return key
+
+    def _entry(self, slot: int) -> int:
+        return self.address + slot * KEY_WORDS * WORD
 
     def remove(self, key: int) -> None:
         """Refuse the key from now on."""
-        self.entries[key & KEY_SLOT_MASK, KEY] = 0
+        withdraw_key(self._entry(key & KEY_SLOT_MASK))
         self._free.append(key & KEY_SLOT_MASK)
 
     def clear(self) -> None:
         """Refuse all keys from now on."""
-        self.entries[:, KEY] = 0
+        for slot in np.flatnonzero(self.entries[:, KEY]):
+            withdraw_key(self._entry(int(slot)))
 
 
 @dataclass(frozen=True)
