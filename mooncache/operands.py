@@ -45,10 +45,26 @@ def _as_array(operand: Any, n: int) -> np.ndarray:
                 f"expected an int64 array of one contiguous dimension, got {array.dtype} of shape {array.shape}; "
                 "np.ascontiguousarray(x, dtype=np.int64) makes one"
             )
-        return array
+        return array if type(array) is np.ndarray and array.flags.carray else _plain(array)
     if isinstance(operand, int | np.integer) and not isinstance(operand, bool):
         return np.full(min(n, 1), as_words(int(operand))[0], np.int64)
     raise UsageError(f"expected an int64 array or an integer, got {type(operand).__name__}")
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same int64s as kernels take them; copied only where they are not aligned, as behind an odd header."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UsageError("expected an int64 array, got a masked one; x.compressed() has what is not masked")
+    return np.asarray(_Readable(array)) if array.flags.aligned else np.array(array, np.int64)
+
+
+class _Readable:
+    """An array in other words: what NumPy makes of it is not marked read-only, which kernels, who only read, refuse."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # NumPy holds this object, and so the memory
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def deadline_ns(timeout: Any) -> int:

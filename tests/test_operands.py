@@ -8,6 +8,7 @@ import pytest
 from mooncache import (
     UsageError,
 )
+from mooncache.operands import as_arrays
 from tests.helpers import assert_balanced, unchanged
 
 
@@ -30,6 +31,45 @@ def test_unsigned_arrays_are_taken_as_they_are(pair):
     source, target = np.uint64(pair.local.address) + offsets, np.uint64(pair.remote.address) + offsets
     pair.here.write(pair.peer, source, target, np.full(3, 20, np.uint64)).wait(20)
     np.testing.assert_array_equal(pair.target[100:120], pair.source[100:120])
+
+
+def readonly(array):
+    array.setflags(write=False)
+    return array
+
+
+# Ways in which the same addresses come out of a message, a file or a calculation.
+HELD = {
+    "a message": lambda a: np.frombuffer(a.tobytes(), np.int64),
+    "behind an odd header": lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].view(np.int64),
+    "unaligned and writable": lambda a: np.frombuffer(bytearray(b"x" + a.tobytes()), np.uint8)[1:].view(np.int64),
+    "marked read-only": lambda a: readonly(a.copy()),
+    "unsigned, read-only": lambda a: readonly(a.astype(np.uint64)),
+    "a subclass": lambda a: a.view(np.recarray),
+    "one, broadcast": lambda a: np.broadcast_to(a[:1], 1),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("notify", [None, b"note"])
+def test_addresses_are_taken_however_numpy_holds_them(pair, held, notify):
+    offsets = np.arange(1 if held == "one, broadcast" else 3, dtype=np.int64) * 100
+    sources, targets = HELD[held](pair.local.address + offsets), HELD[held](pair.remote.address + offsets)
+    lengths = HELD[held](np.full(len(offsets), 50, np.int64))
+    pair.here.write(pair.peer, sources, targets, lengths, notify=notify).wait(20)
+    for offset in offsets:
+        np.testing.assert_array_equal(pair.target[offset : offset + 50], pair.source[offset : offset + 50])
+
+
+def test_read_only_addresses_are_not_copied():
+    held = readonly(np.arange(1 << 16, dtype=np.int64))
+    (taken,) = as_arrays(held)
+    assert np.shares_memory(taken, held)
+    assert taken.flags.carray
+    address = taken.ctypes.data
+    del held
+    assert taken[-1] == (1 << 16) - 1  # the memory lives as long as what was made of it
+    assert taken.ctypes.data == address
 
 
 def test_the_arrays_may_be_changed_as_soon_as_the_call_is_back(gated):
@@ -64,6 +104,9 @@ BAD_OPERANDS = {
     "two dimensions": (lambda p: (arange(p.local, 4).reshape(2, 2), arange(p.remote, 4), 8), rf"{INT64}.*\(2, 2\)"),
     "no dimension": (lambda p: (np.array(p.local.address), p.remote.address, 8), INT64),
     "strided": (lambda p: (arange(p.local, 6)[::2], arange(p.remote, 3), 8), f"{INT64}.*ascontiguousarray"),
+    "masked": (lambda p: (np.ma.array(arange(p.local, 3)), arange(p.remote, 3), 8), "got a masked one"),
+    "another byte order": (lambda p: (arange(p.local, 3).astype(">i8"), arange(p.remote, 3), 8), f"{INT64}, got >i8"),
+    "objects": (lambda p: (arange(p.local, 3).astype(object), arange(p.remote, 3), 8), f"{INT64}, got object"),
     "a list": (lambda p: ([p.local.address], p.remote.address, 8), "expected an int64 array or an integer, got list"),
     "a float": (lambda p: (p.local.address, p.remote.address, 8.0), "got float"),
     "a bool": (lambda p: (p.local.address, p.remote.address, True), "got bool"),
