@@ -1,9 +1,9 @@
 """What Python writes and workers read without a lock: one word at a time, in an order that every CPU keeps.
 
-An assignment to an array's element is a plain store: a weakly ordered CPU may show it to a worker before what was written
-in front of it, or answer a later load first. So whatever workers read while Python writes is filled in with plain stores
-and then made visible by one `publish`: a table and then its count, a ring and then its address. Taking a key back needs
-more: who withdraws it looks next whether somebody still uses it, and that look must not come before the withdrawal.
+An assignment to an array's element is a plain store: a weakly ordered CPU may show it to a worker before what was
+written in front of it, or answer a later load first. So whatever workers read while Python writes is filled in with
+plain stores and then made visible by one `publish`: a table and then its count, a ring and then its address. Taking a
+key back needs more: who withdraws it looks next whether somebody still uses it, and that look must not come before.
 """
 
 from mooncache.kernels.atomics import fence, store
@@ -19,7 +19,7 @@ def publish(address, value):
 
 @kernel("int64(int64)")
 def withdraw_key(entry):
-    """Write 0 to the key at `entry`. Whoever the caller sees at rest afterwards reads the 0. A store and a full fence."""
+    """Write 0 to the key at `entry`: whoever the caller sees at rest afterwards reads that. A store and a full fence."""
     store(entry, 0)
     fence()
     return 0

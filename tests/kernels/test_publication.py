@@ -21,7 +21,7 @@ def test_what_was_written_before_a_word_was_published_is_seen_by_whoever_sees_th
 
 
 def test_a_withdrawn_key_is_not_used_by_a_copier_that_was_seen_at_rest():
-    """The copier enters, looks, and leaves again and again; after a withdrawal it is seen outside, or with the key gone."""
+    """The copier enters, looks and leaves, again and again; seen outside once, it does not find the key any more."""
     key, guard, late = np.zeros(1, np.int64), np.zeros(16, np.int64), np.zeros(1, np.int64)
     copier = Task(entries.use_many, key.ctypes.data, guard.ctypes.data, late.ctypes.data)
     for n in range(1, N):
