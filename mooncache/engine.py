@@ -447,7 +447,10 @@ class Engine:
         """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
         with self._lock:
             callers = list(self._blocks.values())
-        return collect(self._state, callers, self._workers, self._reaper)
+        trouble = self.provider.background.trouble
+        if self._service is not None:
+            trouble += self._service.trouble
+        return collect(self._state, callers, self._workers, self._reaper, trouble)
 
     def __repr__(self) -> str:
         s = self._settings

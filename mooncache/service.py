@@ -142,6 +142,12 @@ class Service:
         where = f"unix:{unix}" if unix else address
         return dial(where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret)
 
+    @property
+    def trouble(self) -> tuple[str, ...]:
+        """What is wrong with listening, and with the store of names."""
+        names = () if self._names is None else self._names.background.trouble
+        return self._listener.background.trouble + names
+
     def close(self) -> None:
         """Stop answering, and withdraw the record."""
         if self._names is not None:

@@ -27,6 +27,8 @@ class Stats:
         worker_busy_s: seconds each worker had something to do.
         worker_freeing_s: of those, seconds each spent freeing slices.
         caller_freeing_s, reaper_freeing_s: seconds callers and the reaper spent freeing slices.
+        trouble: what is wrong in the background, a sentence each: a thread that failed and was started again, a store
+            of names that cannot be asked or holds what is no record. Empty when all is well. Each was logged once.
     """
 
     counts: dict[str, int]
@@ -38,9 +40,12 @@ class Stats:
     worker_freeing_s: tuple[float, ...]
     caller_freeing_s: float
     reaper_freeing_s: float
+    trouble: tuple[str, ...]
 
 
-def collect(state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block) -> Stats:
+def collect(
+    state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block, trouble: tuple[str, ...]
+) -> Stats:
     """The figures of an engine with these actors."""
     open_batches = int(np.count_nonzero(state.batch_rows[:, layout.BATCH_STATE]))
     blocks = [*callers, *workers, reaper]
@@ -56,6 +61,7 @@ def collect(state: State, callers: Sequence[Block], workers: Sequence[Block], re
         worker_freeing_s=tuple(_seconds(b, layout.TIME_FREEING) for b in workers),
         caller_freeing_s=sum(_seconds(b, layout.TIME_FREEING) for b in callers),
         reaper_freeing_s=_seconds(reaper, layout.TIME_FREEING),
+        trouble=trouble,
     )
 
 

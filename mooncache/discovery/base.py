@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from time import monotonic
 from urllib.parse import SplitResult, urlsplit
 
+from mooncache.background import Background
 from mooncache.discovery.record import decode, encode
 from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, UsageError
 from mooncache.providers.base import Descriptor
@@ -46,6 +47,7 @@ class Names(ABC):
     Attributes:
         where: its address, as messages call it, without passwords.
         lease: seconds that a record lives without being refreshed, which happens every third of it.
+        background: its threads, and what is wrong with them or the store.
     """
 
     def __init__(self, where: str, lease: float) -> None:
@@ -57,7 +59,9 @@ class Names(ABC):
         self._due = threading.Event()
         self._closing = threading.Event()
         self._writing = threading.Lock()  # held while the own record is written or removed
+        self.background = Background()
         self._threads: dict[str, threading.Thread] = {}
+        self._starting = threading.Lock()
         self._down = False
         self._settled = 0.0  # monotonic s; until then, a name that is missing may still come back
 
@@ -130,8 +134,7 @@ class Names(ABC):
         self._closing.set()  # before it withdraws, which also wakes a listener of ours
         self._due.set()
         self.withdraw()
-        for thread in self._threads.values():
-            thread.join()
+        self.background.close()
         self._disconnect()
 
     def __repr__(self) -> str:
@@ -139,9 +142,9 @@ class Names(ABC):
 
     # -------------------------------------------------------------------------- the threads
     def _start(self, role: str, run: Callable[[], None]) -> None:
-        thread = threading.Thread(target=run, name=f"names-{role}", daemon=True)
-        if self._threads.setdefault(role, thread) is thread:
-            thread.start()
+        with self._starting:
+            if role not in self._threads:
+                self._threads[role] = self.background.start(f"names-{role}", run)
 
     def _keep(self) -> None:
         """The keeper: every third of the lease, or when there is reason to, write and look."""
@@ -156,11 +159,13 @@ class Names(ABC):
             except MooncacheError as error:
                 if not self._down:
                     log.warning("names at %s are not kept up to date: %s; trying again", self.where, error)
+                self.background.note(f"names at {self.where}", f"not kept up to date: {error}")
                 self._down = True
             else:
                 if self._down:
                     log.info("%s answers again", self.where)
                     self._settled = monotonic() + self.lease
+                    self.background.settled(f"names at {self.where}")
                 self._down = False
             self._due.wait(self.lease / 3)
             self._due.clear()

@@ -10,13 +10,13 @@ import asyncio
 import logging
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
+from mooncache.background import Background
 from mooncache.discovery import handshake
 from mooncache.discovery.address import join_address, parse_address
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
@@ -86,6 +86,7 @@ class Listener:
     Attributes:
         address: "host:port" for peers to dial. Bound to a wildcard, its host is `advertise` or this machine's name.
         unix: name of the abstract Unix socket, for `dial("unix:" + name)` on this host.
+        background: its thread, and what is wrong with it.
 
     Raises:
         UsageError: a bad `bind`, or no secret where other hosts can come.
@@ -111,8 +112,8 @@ class Listener:
         self._stop = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=f"{name}-listener", daemon=True)
-        self._thread.start()
+        self.background = Background()
+        self.background.start(f"{name}-listener", self._run)
 
     def close(self) -> None:
         """Close the sockets and every handshake under way, and wait for the thread; not from `serve`.
@@ -122,7 +123,7 @@ class Listener:
         if not self._closed:
             self._closed = True
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self.background.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._handshakes)} handshakes under way"
@@ -130,12 +131,18 @@ class Listener:
 
     # -------------------------------------------------------------------------- the thread
     def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._listen())
-        finally:
-            self._loop.close()
-            for sock in self._listening:
-                sock.close()
+        self._loop.set_exception_handler(self._went_wrong)
+        self._loop.run_until_complete(self._listen())
+        self._loop.close()
+        for sock in self._listening:
+            sock.close()
+
+    def _went_wrong(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something in the event loop raised that nobody waits for; the loop goes on."""
+        error = context.get("exception")
+        why = context["message"] if error is None else f"{context['message']}: {type(error).__name__}: {error}"
+        if self.background.note(f"listener of {self._name!r}", why):
+            log.error("listener of engine %r: %s", self._name, context["message"], exc_info=error)
 
     async def _listen(self) -> None:
         for sock in self._listening:

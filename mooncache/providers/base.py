@@ -10,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mooncache.background import Background
 from mooncache.errors import UsageError
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 
@@ -88,6 +90,7 @@ class Provider(ABC):
         region_bytes: longest range that `register` takes; the engine cuts longer ones.
         trouble_fd: eventfd that workers write to when a queue pair's state changes; -1 where none ever does.
         reaches_gpus: `register` takes addresses of a GPU's memory.
+        background: its threads, if it has any, and what is wrong with them.
     """
 
     name: str
@@ -96,6 +99,11 @@ class Provider(ABC):
     region_bytes: int = 1 << 62
     trouble_fd: int = -1
     reaches_gpus: bool = False
+
+    @cached_property
+    def background(self) -> Background:
+        """Made at first use, so that a provider need not call any `__init__` of ours."""
+        return Background()
 
     @abstractmethod
     def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:

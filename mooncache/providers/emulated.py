@@ -390,7 +390,7 @@ class Emulated(InProcessProvider):
         """See `Provider.open`."""
         made = super().open(workers, queue_depth, inbox)
         if any(nic.breaks for nic in self.nics):
-            self._mender = Mender(self._fail, self._renew)
+            self._mender = Mender(self._fail, self._renew, self.background)
             self.trouble_fd = self._mender.descriptor
         return made
 

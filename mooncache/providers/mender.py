@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+from mooncache.background import Background
 from mooncache.kernels import calls
 from mooncache.kernels.layout import Order, QueueState
 from mooncache.kernels.state import QueueRow
@@ -24,21 +25,24 @@ class Mender:
     Args:
         fail: lets the device fail what is in flight on a queue pair, and whatever is posted to it.
         renew: connects a closed queue pair anew; False when that cannot be done now.
+        background: of the provider; runs the thread.
 
     Attributes:
         descriptor: eventfd for workers to write to.
         lock: held while orders are given; whoever changes what `renew` would answer holds it too.
     """
 
-    def __init__(self, fail: Callable[[QueueRow], None], renew: Callable[[QueueRow], bool]) -> None:
-        self._fail, self._renew = fail, renew
+    def __init__(
+        self, fail: Callable[[QueueRow], None], renew: Callable[[QueueRow], bool], background: Background
+    ) -> None:
+        self._fail, self._renew, self._background = fail, renew, background
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC)
         self.lock = threading.Lock()
         self._rows: list[QueueRow] = []
         self._last: dict[int, Order] = {}  # by address of the row
         self._ctl = 0
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="mooncache-mender", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
         """Look after these from now on: probe those that are new. `ctl` is used under the lock."""
@@ -49,8 +53,8 @@ class Mender:
                     self._rows.append(row)
                     self._renew(row)
                     self._give(row, Order.PROBE)
-            if not self._thread.is_alive():
-                self._thread.start()
+            if self._thread is None:
+                self._thread = self._background.start("mooncache-mender", self._run, self._lose)
 
     def break_all(self, chosen: Callable[[QueueRow], bool]) -> None:
         """Order that nothing more is posted to these; their device fails them already. Holds no lock of its own."""
@@ -65,17 +69,25 @@ class Mender:
     def close(self) -> None:
         """End the thread. The workers must have left."""
         self._closing = True
+        self._background.stop()
         self.look_again()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
         os.close(self.descriptor)
 
     def _run(self) -> None:
         while not self._closing:
-            os.eventfd_read(self.descriptor)
             with self.lock:
                 for row in self._rows:
                     self._mend(row)
+            os.eventfd_read(self.descriptor)
+
+    def _lose(self, error: Exception) -> None:
+        """The thread failed: what waits for a queue pair to be mended fails as PEER_GONE instead of waiting on."""
+        with self.lock:
+            for row in self._rows:
+                if row.state in (QueueState.BROKEN, QueueState.DRAINED):
+                    self._give(row, Order.LOSE)
 
     def _mend(self, row: QueueRow) -> None:
         state, last = row.state, self._last[row.address]

@@ -232,7 +232,6 @@ class Shm(StreamProvider):
         with self._lock:
             sock, lease = self._held.pop(descriptor)
             lease.ended = True
-            self._watched.unregister(descriptor)
             sock.close()
 
     # ------------------------------------------------------------------------------ as an initiator

@@ -169,8 +169,7 @@ class StreamProvider(SoftwareProvider):
             port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
         self.descriptors = [[port.epoll.fileno()] for port in self.ports]
         self._watched.register(self._trouble_fd, select.EPOLLIN)
-        self._watcher = threading.Thread(target=self._watch, name="mooncache-lanes", daemon=True)
-        self._watcher.start()
+        self.background.start("mooncache-lanes", self._watch, lambda error: self.hang_up())
         return queues
 
     # ------------------------------------------------------------------------------ as a target
@@ -296,19 +295,21 @@ class StreamProvider(SoftwareProvider):
 
     # ------------------------------------------------------------------------------ the rest
     def _watch(self) -> None:
-        """In a thread of its own: say why lanes broke, once each, and notice peers that hang up."""
+        """In a thread of its own: say why lanes broke, once each, and notice peers that hang up. Should it fail, all
+        connections are cut, since nobody would have noticed their end; submits connect anew."""
         while not self._closed:
             for descriptor, _ in self._watched.poll():
                 if descriptor == self._trouble_fd:
                     os.eventfd_read(descriptor)
-                    for port in self.ports:
-                        for lane in list(port.lanes):
-                            self._tell(lane)
                 else:
+                    self._watched.unregister(descriptor)
                     self.hung_up(descriptor)
+            for port in self.ports:
+                for lane in list(port.lanes):
+                    self._tell(lane)
 
     def hung_up(self, descriptor: int) -> None:
-        """For subclasses: a watched connection has ended."""
+        """For subclasses: a watched connection has ended, and is not watched any more."""
 
     def _tell(self, lane: Lane) -> None:
         """Say why a lane's connection ended, once; until then nobody else gets the lane."""
@@ -329,7 +330,7 @@ class StreamProvider(SoftwareProvider):
         with self._lock:
             self._closed = True
         os.eventfd_write(self._trouble_fd, 1)
-        self._watcher.join()
+        self.background.close()
         for port in self.ports:
             port.close()
         self._watched.close()

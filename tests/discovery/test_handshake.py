@@ -615,7 +615,7 @@ def test_closing_ends_handshakes_and_the_thread_and_may_be_repeated(listeners):
     for raw in slow:
         assert raw.is_hung_up()
         raw.close()
-    assert not where._thread.is_alive()
+    assert not any(thread.is_alive() for thread in where.background._threads)
     assert "closed" in repr(where)
 
 

@@ -257,8 +257,9 @@ class Outgoing:
         with self._lock:
             idle = self._mending is None and self._rows and not self.gone and not self._closed
             if idle and (self._count(QueueState.READY) < len(self._rows) or self._fallen_notes()):
-                self._mending = threading.Thread(target=self._mend, name=f"mooncache-mend-{self.peer}", daemon=True)
-                self._mending.start()
+                self._mending = self._provider.background.start(
+                    f"mooncache-mend-{self.peer}", self._mend, lambda error: self.lose(f"it cannot be mended: {error}")
+                )
 
     def _fallen_notes(self) -> list[int]:
         return [i for i in range(len(self._note_lanes)) if not self._record.is_up(i)]

@@ -125,8 +125,7 @@ class Rdma(Provider):
             self.hub = NoteHub(self.nics, workers, inbox)
             self._open_keeper(workers, undo)
             undo.pop_all()
-        self._keeper = threading.Thread(target=self._keep, name="mooncache-rdma", daemon=True)
-        self._keeper.start()
+        self._keeper = self.background.start("mooncache-rdma", self._keep, self._unwatched)
         return [
             [*(CompletionQueue(cq.address, cq.capacity) for cq in own), self.hub.completion_queue(worker)]
             for worker, own in enumerate(self.cqs)
@@ -314,6 +313,11 @@ class Rdma(Provider):
                 outgoing.look_at_note()
                 outgoing.stir()
 
+    def _unwatched(self, error: Exception) -> None:
+        """The keeper failed: nothing would be mended, and no peer noticed to be gone. So they count as gone now."""
+        for outgoing in list(self._outgoing.values()):
+            outgoing.lose(f"nobody looks after it: {error}")
+
     def _look_at_events(self, index: int) -> None:
         nic = self.nics[index]
         while (event := nic.next_event()) is not None:
@@ -351,6 +355,7 @@ class Rdma(Provider):
         with self.lock:
             self._closed = True
         os.eventfd_write(self.trouble_fd, 1)
+        self.background.stop()
         self._keeper.join()
         for outgoing in self._outgoing.values():
             outgoing.close()
