@@ -49,7 +49,7 @@ from mooncache.kernels.layout import (
     Slice,
     Store,
 )
-from mooncache.kernels.note import settle_note
+from mooncache.kernels.note import NOWHERE, settle_note
 from mooncache.kernels.queue import (
     ANSWERED,
     BLAMED,
@@ -176,19 +176,26 @@ def inbox_full(ctl, slot, wc_status):
 
 
 @kernel
-def refusal_at(ctl, slot):
-    """Address of the word that says whether the peer has refused the key of a slice's remote region."""
+def table_of(ctl, slot):
+    """Address of the region table of a slice's peer."""
     row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
-    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
-    return peek(table + TABLE_REFUSED * WORD) + i16(word(ctl, SLICE_REMOTE))[slot] * WORD
+    return i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+
+
+@kernel
+def region_refused(ctl, slot):
+    """Whether the peer has refused the key of a slice's remote region. A notification goes to none."""
+    region = np.int64(i16(word(ctl, SLICE_REMOTE))[slot])
+    return region != NOWHERE and i64(peek(table_of(ctl, slot) + TABLE_REFUSED * WORD))[region] != 0
 
 
 @kernel
 def refuse_region(ctl, slot):
     """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue."""
-    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
-    poke(refusal_at(ctl, slot), 1)
-    poke(i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)] + TABLE_REFUSALS * WORD, 1)
+    region, table = np.int64(i16(word(ctl, SLICE_REMOTE))[slot]), table_of(ctl, slot)
+    if region != NOWHERE:
+        i64(peek(table + TABLE_REFUSED * WORD))[region] = 1
+        poke(table + TABLE_REFUSALS * WORD, 1)
 
 
 @kernel
@@ -246,7 +253,7 @@ def answer_held(ctl, worker, queue, wc_status):
         entry = peek(entry_at(queue, sequence))
         if entry & ANSWERED == 0:
             status = wc_status
-            if entry >> SLICES_SHIFT & SLICES_MASK > 0 and peek(refusal_at(ctl, entry & SLOT_MASK)) != 0:
+            if entry >> SLICES_SHIFT & SLICES_MASK > 0 and region_refused(ctl, entry & SLOT_MASK):
                 status = np.int64(WcStatus.REM_ACCESS_ERR)
             answer_entry(ctl, worker, entry, status, nobody or entry & BLAMED != 0)
     close_queue(ctl, worker, queue)

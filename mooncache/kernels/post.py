@@ -7,7 +7,7 @@ from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import i16, i32, i64, load, peek, poke
 from mooncache.kernels.batch import append, remove
 from mooncache.kernels.chain import build_chain, build_note, build_plain, ring_doorbell
-from mooncache.kernels.complete import fail_slice, look_drained, post_later, refusal_at, settle
+from mooncache.kernels.complete import fail_slice, look_drained, post_later, region_refused, settle
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -195,7 +195,7 @@ def refuse_unposted(ctl, row):
     table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
     n = np.int64(0)
     while peek(table + TABLE_REFUSALS * WORD) != 0 and peek(row + BATCH_UNPOSTED * WORD) > 0:
-        if peek(refusal_at(ctl, peek(row + BATCH_CURSOR * WORD) * SLOTS + peek(row + BATCH_OFFSET * WORD))) == 0:
+        if not region_refused(ctl, peek(row + BATCH_CURSOR * WORD) * SLOTS + peek(row + BATCH_OFFSET * WORD)):
             break
         answer_unposted(ctl, row, 1, Status.REMOTE_ACCESS)
         n += 1
@@ -283,7 +283,7 @@ def post_retries(ctl, worker, index):
         status = peek(row + BATCH_CANCELLED * WORD)
         if status == 0 and peek(endpoint + ENDPOINT_LOST * WORD) != 0:
             status = np.int64(Status.PEER_GONE)
-        if status == 0 and slot != peek(row + BATCH_NOTE * WORD) and peek(refusal_at(ctl, slot)) != 0:
+        if status == 0 and region_refused(ctl, slot):
             status = np.int64(Status.REMOTE_ACCESS)
         if status == 0 and post_again(ctl, worker, row, endpoint, slot):
             moved += 1
