@@ -7,7 +7,7 @@ import os
 import select
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from time import monotonic_ns
 from typing import NamedTuple
 
@@ -58,13 +58,11 @@ class Inbox:
 
     def __init__(self) -> None:
         self.words = aligned(kernels.INBOX_WORDS)
-        self._buffer = np.zeros(limits.NOTE_BYTES, np.uint8)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.words[[kernels.I_EVENT_FD, kernels.I_ONE]] = self._event_fd, 1
-        self.words[kernels.I_WRITE] = function_address("write")
+        self.words[kernels.I_EVENT_FD] = self._event_fd
+        self.words[[kernels.I_WRITE, kernels.I_READ]] = function_address("write"), function_address("read")
         self._address = address_of(self.words)
         self._lock = threading.Lock()
-        self._waiting = 0
         self._closed = False
 
     def __iter__(self) -> Iterator[Notification]:
@@ -72,8 +70,9 @@ class Inbox:
             yield note
 
     def _fetch(self) -> Notification | None:
-        length = kernels.fetch(self._address, self._buffer)  # holds the GIL, and so do the next two lines' reads
-        return None if length == kernels.EMPTY else unpack(self._buffer[:length].tobytes())
+        buffer = np.empty(limits.NOTE_BYTES, np.uint8)  # of this call alone: others fetch as well
+        length = kernels.fetch(self._address, buffer)
+        return None if length == kernels.EMPTY else unpack(buffer[:length].tobytes())
 
     def get(self, timeout: float | None = None) -> Notification:
         """The oldest one; waits for it.
@@ -85,54 +84,46 @@ class Inbox:
         """
         deadline = deadline_ns(timeout)
         while (note := self._fetch()) is None:
-            left = (deadline - monotonic_ns()) / 1e9 if deadline else 0.5
-            if left <= 0:
+            left = deadline - monotonic_ns() if deadline else None
+            if left is not None and left <= 0:
                 raise TimeoutError(f"no notification came within {timeout} s")
-            with self._watched() as event_fd:
-                select.select([event_fd], [], [], min(left, 0.5))
+            with self._watched() as descriptor:
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                poll.poll(None if left is None else left / 1e6)
         return note
 
     @contextmanager
     def _watched(self) -> Iterator[int]:
-        """The eventfd, to be waited for."""
+        """A descriptor that is readable while something can be fetched, or the inbox is shut.
+
+        Each waiter has one of its own: an event loop knows one reader a descriptor, and it outlives `close`.
+        """
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine was closed; nothing more will come")
-            self._waiting += 1
+            descriptor = os.dup(self._event_fd)
         try:
-            yield self._event_fd
+            yield descriptor
         finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        """Done with the eventfd; whoever is last after `close` closes it."""
-        with self._lock:
-            self._waiting -= 1
-            if not self._closed:
-                with suppress(BlockingIOError):  # another waiter was faster
-                    os.eventfd_read(self._event_fd)
-            elif self._waiting == 0:
-                os.close(self._event_fd)
+            os.close(descriptor)
 
     async def __aiter__(self) -> AsyncIterator[Notification]:
         loop = asyncio.get_running_loop()
         while True:
             for note in self:
                 yield note
-            with self._watched() as event_fd:
+            with self._watched() as descriptor:
                 stirred = asyncio.Event()
-                loop.add_reader(event_fd, stirred.set)
+                loop.add_reader(descriptor, stirred.set)
                 try:
                     await stirred.wait()
                 finally:
-                    loop.remove_reader(event_fd)
+                    loop.remove_reader(descriptor)
 
     def close(self) -> None:
-        """Refuse what still comes."""
-        kernels.shut(self._address)
+        """Refuse what still comes, and let those who wait know."""
         with self._lock:
             self._closed = True
-            if self._waiting:
-                os.eventfd_write(self._event_fd, 1)
-            else:
-                os.close(self._event_fd)
+            kernels.shut(self._address)
+            os.close(self._event_fd)

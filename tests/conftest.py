@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,15 @@ def pairs() -> Iterator[Callable[..., Pair]]:
 def pair(pairs: Callable[..., Pair]) -> Pair:
     """Two engines over loopback."""
     return pairs()
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Python threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 
 from mooncache import EngineClosed, Failure, Notification, Status, TransferFailed, UsageError
 from mooncache.errors import REASON
-from mooncache.inbox import MESSAGE_BYTES, pack, unpack
-from mooncache.limits import INBOX_NOTES, NOTE_BYTES
+from mooncache.inbox import MESSAGE_BYTES, Inbox, pack, unpack
+from mooncache.kernels.verbs import WcStatus
+from mooncache.limits import INBOX_NOTES, NOTE_BYTES, REGIONS
 from mooncache.providers.emulated import Emulated, Nic
 from mooncache.providers.faults import Action, Fault, random_faults
 from mooncache.providers.loopback import Loopback
@@ -221,17 +225,131 @@ def test_async_for_hears_them_as_they_come(wired):
     assert asyncio.run(talk()) == [str(i).encode() for i in range(6)]
 
 
-def test_closing_the_engine_ends_every_wait(pairs):
+def sleepers(monkeypatch: pytest.MonkeyPatch, inbox: Inbox) -> list[int]:
+    """A list that grows whenever somebody is about to sleep on the inbox."""
+    watched, asleep = inbox._watched, list[int]()
+
+    @contextlib.contextmanager
+    def counted() -> Iterator[int]:
+        with watched() as descriptor:
+            asleep.append(descriptor)
+            yield descriptor
+
+    monkeypatch.setattr(inbox, "_watched", counted)
+    return asleep
+
+
+class Consumer:
+    """Takes one notification, in a thread or an event loop of its own."""
+
+    def __init__(self, inbox: Inbox, kind: str) -> None:
+        self.inbox, self.loop, self._going_on = inbox, None, threading.Event()
+        self.task = Task(lambda: inbox.get(60) if kind == "thread" else asyncio.run(self._one()))
+
+    async def _one(self) -> Notification:
+        self.loop = asyncio.get_running_loop()
+        async for note in self.inbox:
+            return note
+        raise AssertionError
+
+    def hold_back(self) -> None:
+        """Keep its event loop busy until `go_on`; a thread cannot be."""
+        if self.loop is not None:
+            held = threading.Event()
+            self.loop.call_soon_threadsafe(lambda: (held.set(), self._going_on.wait(60)))
+            held.wait(60)
+
+    def go_on(self) -> None:
+        self._going_on.set()
+
+
+@pytest.mark.parametrize("held_back", ["thread", "coroutine"])
+@pytest.mark.parametrize("quick", ["thread", "coroutine"])
+def test_no_consumer_sleeps_on_a_message_because_another_was_woken_first(pair, monkeypatch, quick, held_back):
+    inbox = pair.there.notifications()
+    asleep = sleepers(monkeypatch, inbox)
+    for _ in range(20):
+        asleep.clear()
+        first, second = Consumer(inbox, quick), Consumer(inbox, held_back)
+        until(lambda: len(asleep) == 2, "both, asleep")
+        second.hold_back()
+        for i in range(2):
+            pair.here.write(pair.peer, NOTHING, NOTHING, 8, notify=str(i)).wait(20).close()
+        one = first.task.result()  # it leaves with its own, and another is there
+        second.go_on()
+        assert {one.message, second.task.result().message} == {b"0", b"1"}
+
+
+@pytest.mark.usefixtures("switching")
+def test_each_message_is_one_consumers(pair):
+    n, heard = 400, list[int]()
+
+    def listen() -> None:
+        inbox = pair.there.notifications()
+        while (note := inbox.get(20).message) != b"end":
+            heard.append(int(note))
+
+    def talk() -> None:
+        for message in [*map(str, range(n)), *["end"] * 4]:
+            pair.here.write(pair.peer, NOTHING, NOTHING, 8, notify=message).wait(20).close()
+
+    in_threads(talk, *[listen] * 4)
+    assert sorted(heard) == list(range(n))
+
+
+def test_consumers_in_one_event_loop_share_what_comes(pair, monkeypatch):
+    inbox = pair.there.notifications()
+    asleep = sleepers(monkeypatch, inbox)
+
+    async def one() -> bytes:
+        async for note in inbox:
+            return note.message
+        raise AssertionError
+
+    async def main() -> list[bytes]:
+        consumers = [asyncio.create_task(one()) for _ in range(5)]
+        while len(asleep) < 5:
+            await asyncio.sleep(0)
+        batches = [pair.here.write(pair.peer, NOTHING, NOTHING, 8, notify=str(i)) for i in range(5)]
+        return await asyncio.wait_for(asyncio.gather(*consumers, *map(awaited, batches)), 20)
+
+    assert sorted(asyncio.run(main())[:5]) == [str(i).encode() for i in range(5)]
+
+
+@pytest.mark.parametrize("status", [WcStatus.RETRY_EXC_ERR, WcStatus.WR_FLUSH_ERR, WcStatus.REM_ACCESS_ERR])
+@pytest.mark.parametrize("regions", [1, REGIONS])
+def test_a_notification_belongs_to_no_region_however_it_fails(pairs, status, regions):
+    """On a NIC that breaks: the probe, then the data, then the notification, which fails once."""
+    faults = [Fault(2, Action.FAIL, int(status))]
+    pair = pairs(Emulated(Nic(breaks=True, latency_ns=1000, faults=faults)), Emulated(Nic(breaks=True)))
+    memory = np.zeros((regions, 64), np.uint8)
+    for row in memory[1:]:
+        pair.there.register(row[:8])
+    batch = pair.write(0, notify="once")
+    table = pair.here.connect(pair.peer).table
+    before = table.access.copy()
+    if status == WcStatus.REM_ACCESS_ERR:
+        with pytest.raises(TransferFailed, match="failed, all 1 requests arrived: REMOTE_ACCESS"):
+            batch.wait(20)
+    else:
+        batch.wait(20)
+        assert messages(pair) == [b"once"]
+    np.testing.assert_array_equal(table.access, before)
+    assert not table.refused.any()
+
+
+def test_closing_the_engine_ends_every_wait(pairs, monkeypatch):
     pair = pairs()
     inbox = pair.there.notifications()
-    waiting = [Task(inbox.get) for _ in range(3)]
 
     async def listen() -> None:
         async for _ in inbox:
             pass
 
+    asleep = sleepers(monkeypatch, inbox)
+    waiting = [Task(inbox.get) for _ in range(3)]
     waiting.append(Task(lambda: asyncio.run(listen())))
-    until(lambda: inbox._waiting == 4, "four waiters")
+    until(lambda: len(asleep) == 4, "four waiters")
     pair.there.close()
     for task in waiting:
         with pytest.raises(EngineClosed, match="nothing more will come"):

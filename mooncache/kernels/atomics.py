@@ -201,6 +201,12 @@ def call_write(typing: Any, function: Any, descriptor: Any, buffer: Any, length:
 
 
 @intrinsic
+def call_read(typing: Any, function: Any, descriptor: Any, buffer: Any, length: Any) -> Any:
+    """ssize_t read(int, void *, size_t)"""
+    return _call(_I64, [_I32, _I64, _I64], types.int64)
+
+
+@intrinsic
 def call_syscall(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
     """long syscall(long number, ...): number and six operands"""
     return _call(_I64, [_I64] * 7, types.int64)

@@ -1,5 +1,7 @@
 """The inbox against a plain queue; and with two threads delivering while a third fetches."""
 
+import select
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,10 +21,16 @@ def fetch(inbox: Inbox) -> bytes | None:
     return None if length == kernels.EMPTY else buffer[:length].tobytes()
 
 
+def readable(inbox: Inbox) -> bool:
+    """Whether a sleeper would wake."""
+    return bool(select.select([inbox._event_fd], [], [], 0)[0])
+
+
 @given(st.lists(st.integers(0, 3), max_size=300))
 def test_what_goes_in_comes_out_in_order(moves):
     inbox, queue, note = Inbox(), [], np.zeros(NOTE_BYTES // 8, np.int64)
     for i, move in enumerate(moves):
+        assert readable(inbox) == bool(queue)
         if move:
             length = 8 + (i * 37) % (NOTE_BYTES - 8)
             note[1:] = i
@@ -33,7 +41,12 @@ def test_what_goes_in_comes_out_in_order(moves):
     for expected in queue:
         assert fetch(inbox) == expected
     assert fetch(inbox) is None
-    inbox.close()
+    assert not readable(inbox)
+    with inbox._watched() as descriptor:
+        inbox.close()
+        assert select.select([descriptor], [], [], 0)[0], "whoever sleeps is not told of the end"
+        assert fetch(inbox) is None
+        assert select.select([descriptor], [], [], 0)[0]
 
 
 def test_two_threads_deliver_while_another_fetches():
