@@ -69,26 +69,33 @@ class Batch:
         Raises:
             UsageError: the batch is not finished yet, or was closed before it was.
         """
+        status = self._learn()
+        if status == Status.NOT_FINISHED:
+            raise UsageError("this batch is not finished; wait for it before asking for its failures")
         if self._failures is None:
-            status = calls.status(self._engine.ctl, self._handle)
-            if self._closed or status == Status.STALE_HANDLE:
-                raise UsageError("this batch was closed before it finished; its failures were not kept")
-            if status == Status.NOT_FINISHED:
-                raise UsageError("this batch is not finished; wait for it before asking for its failures")
-            self._failures = self._collect()
+            raise UsageError("this batch was closed before it finished; its failures were not kept")
         return self._failures
 
-    def _collect(self) -> tuple[Failure, ...]:
-        if not calls.read_word(self._engine.ctl, self._handle, layout.BATCH_FAILED):
-            return ()
-        request, why = np.zeros((2, self.requests + self._notes), np.int64)
-        count = calls.failures(self._engine.ctl, self._handle, request, why)
-        if Status.REMOTE_ACCESS in why[:count]:
-            self._engine.refresh(self._peer)
-        return tuple(
-            Failure(int(i), Status(int(code)), REASON[Status(int(code))])
-            for i, code in zip(request[:count], why[:count], strict=True)
-        )
+    def _learn(self) -> Status:
+        """Note the outcome in `_failures` if it can be known. Returns what `calls.status` does.
+
+        Another thread may close the batch at any moment, but notes the outcome first.
+        """
+        ctl, handle = self._engine.ctl, self._handle
+        count = calls.failed(ctl, handle)
+        if count == 0:
+            self._failures = ()
+        elif count > 0 and self._failures is None:
+            request, why = np.zeros((2, self.requests + self._notes), np.int64)
+            count = calls.failures(ctl, handle, request, why)
+            if count >= 0:
+                self._failures = tuple(
+                    Failure(int(i), Status(int(code)), REASON[Status(int(code))])
+                    for i, code in zip(request[:count], why[:count], strict=True)
+                )
+                if Status.REMOTE_ACCESS in why[:count]:
+                    self._engine.refresh(self._peer)
+        return Status.OK if count >= 0 else Status(-count)
 
     def wait(self, timeout: float | None = None) -> Batch:
         """Block until the batch is done; spins briefly, then sleeps. Other Python threads run meanwhile.
@@ -99,8 +106,9 @@ class Batch:
         Returns the batch. Raises:
             TimeoutError: not done in time.
             TransferFailed: some requests failed, the others arrived.
-            UsageError: the batch is closed. EngineClosed: the engine is.
+            UsageError: the batch is closed, or was by another thread before it was done. EngineClosed: the engine is.
         """
+        self._check_held()
         deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
         status = calls.status(ctl, handle)
@@ -109,23 +117,33 @@ class Batch:
             if left <= 0:
                 raise TimeoutError(f"{self!r} was not done within {timeout} s")
             status = calls.wait(ctl, handle, left)
-        self._raise_for(status)
+        self._tell()
         return self
 
-    def _raise_for(self, status: int) -> None:
-        if status == Status.STALE_HANDLE:
+    def _check_held(self) -> None:
+        if self._closed:
             if self._engine.closed:
-                raise EngineClosed(f"engine {self._engine.name!r} was closed while {self!r} was open")
+                raise self._engine_closed()
             raise UsageError("this batch is closed; nothing is left to wait for")
-        if self._failures is None:
-            self._failures = self._collect()
+
+    def _engine_closed(self) -> EngineClosed:
+        return EngineClosed(f"engine {self._engine.name!r} was closed while {self!r} was open")
+
+    def _tell(self) -> None:
+        """The batch is done or closed: return if all arrived, else raise."""
+        if self._learn() == Status.STALE_HANDLE and self._failures is None:
+            if self._engine.closed:
+                raise self._engine_closed()
+            raise UsageError("another thread closed this batch before its outcome was known; wait first, then close")
         if self._failures:
             raise TransferFailed(self._failures, self.requests, self._peer)
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """`await batch` does what `wait()` does, without a thread: the engine's eventfd wakes the event loop."""
-        yield from self._engine.awaiting.finished(self._handle).__await__()
-        self._raise_for(calls.status(self._engine.ctl, self._handle))
+        self._check_held()
+        while not self.done:
+            yield from self._engine.awaiting.finished(self._handle).__await__()
+        self._tell()
         return self
 
     def cancel(self) -> None:
@@ -133,8 +151,9 @@ class Batch:
 
         Has no effect on a batch that is done.
         """
-        if calls.cancel(self._engine.ctl, self._handle) == Status.STALE_HANDLE:
-            self._raise_for(Status.STALE_HANDLE)
+        self._check_held()
+        if calls.cancel(self._engine.ctl, self._handle) == Status.STALE_HANDLE and self._engine.closed:
+            raise self._engine_closed()
 
     def close(self) -> None:
         """Give the batch's slices back, as the engine's reclaim policy says. Once; a second close is an error.
@@ -148,13 +167,17 @@ class Batch:
         if self._closed:
             raise UsageError("this batch is closed already")
         ctl = self._engine.ctl
+        if self._failures is None:
+            self._learn()  # before the row goes, for other threads that wait
         status = calls.close(ctl, self._handle, self._failures is None)
-        if status == Status.HAS_FAILURES:
-            self._failures = self._collect()
-            calls.close(ctl, self._handle, False)
+        if status == Status.HAS_FAILURES:  # it has finished in between
+            self._learn()
+            status = calls.close(ctl, self._handle, False)
         elif status == Status.OK and self._failures is None:
             self._failures = ()
         self._closed = True
+        if status == Status.STALE_HANDLE and not self._engine.closed:
+            raise UsageError("another thread has closed this batch already")
 
     def __enter__(self) -> Batch:
         return self

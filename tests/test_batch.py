@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 
 from mooncache import (
+    Batch,
+    EngineClosed,
     Status,
     TransferFailed,
     UsageError,
 )
 from mooncache.kernels import calls, layout
-from tests.helpers import Task, assert_balanced, run_python, until
+from tests.helpers import POLICIES, Task, assert_balanced, awaited, in_threads, run_python, until
 from tests.kernels.entries import Gated
 
 
@@ -160,6 +165,79 @@ def test_two_threads_may_wait_for_one_batch_and_one_may_close_it(gated):
     other.close()
     with pytest.raises(UsageError, match="closed"):
         waiter.result()
+
+
+def told_by(wait: Callable[[], object]) -> str:
+    """What a waiter hears."""
+    try:
+        wait()
+    except (TransferFailed, UsageError, EngineClosed) as error:
+        return type(error).__name__
+    return "all arrived"
+
+
+WAYS: dict[str, Callable[[Batch], object]] = {
+    "wait": lambda batch: batch.wait(20),
+    "await": lambda batch: asyncio.run(awaited(batch)),
+    "failures": lambda batch: check_failures(batch),
+}
+
+
+def check_failures(batch: Batch) -> None:
+    until(lambda: batch.done, "the end")
+    if failures := batch.failures:
+        raise TransferFailed(failures, batch.requests, batch.peer)
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_batch_that_failed_never_counts_as_arrived_whoever_closes_it_meanwhile(pairs, policy, way):
+    pair = pairs(policy=policy, slices=64 * 1024)
+    pair.write(0).wait(20).close()
+    heard = set()
+    for n in (10, 250) * 30:
+        batch = pair.scattered(n, timeout=0)  # every request fails as TIMED_OUT
+        until(lambda batch=batch: batch.done, "the end")
+        told, _ = in_threads(partial(told_by, partial(WAYS[way], batch)), partial(told_by, batch.close))
+        heard.add(told)
+    assert heard <= {"TransferFailed", "UsageError"}, heard
+    pair.close()
+    assert_balanced(pair.here)
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_batch_that_failed_never_counts_as_arrived_when_its_engine_closes_meanwhile(pairs, policy, way):
+    heard = set()
+    for _ in range(5):
+        pair = pairs(policy=policy)
+        pair.write(0).wait(20).close()
+        batch = pair.scattered(10, timeout=0)
+        told, _ = in_threads(partial(told_by, partial(WAYS[way], batch)), pair.here.close)
+        heard.add(told)
+    assert heard <= {"TransferFailed", "UsageError", "EngineClosed"}, heard
+    assert way == "failures" or "UsageError" not in heard
+
+
+def test_who_waits_is_told_the_outcome_that_the_closing_thread_has_seen(gated):
+    gated.here.provider.open_gate()
+    gated.write(0).wait(20).close()
+    gated.remote.unregister()
+    batch = gated.scattered(3)
+    until(lambda: batch.done, "the end")
+    batch.close()
+    with pytest.raises(TransferFailed, match="3 of 3 requests"):
+        batch._tell()  # what a waiter does that was woken only now
+    with pytest.raises(UsageError, match="this batch is closed"):
+        batch.wait()
+
+
+def test_of_two_threads_that_close_a_batch_one_is_told(pair):
+    for _ in range(50):
+        batch = pair.write(0).wait(20)
+        assert sorted(in_threads(*[partial(told_by, batch.close)] * 2)) == ["UsageError", "all arrived"]
 
 
 def test_a_wait_does_not_hold_the_gil(gated):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import array
 import contextlib
 import gc
+import itertools
 import mmap
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +18,10 @@ from mooncache import (
     TransferFailed,
     UsageError,
 )
-from tests.helpers import unchanged, until
+from mooncache.kernels import calls, layout
+from mooncache.providers.emulated import Emulated, Nic
+from tests.helpers import POLICIES, STORES, unchanged, until
+from tests.kernels.entries import Gated
 
 
 class OnlyDlpack:
@@ -187,6 +192,49 @@ def test_a_region_in_use_cannot_be_unregistered_and_goes_on_working(gated):
     batch.wait(20)
     gated.local.unregister()  # finished is enough
     batch.close()
+
+
+@pytest.mark.parametrize(("store", "policy"), list(itertools.product(STORES, POLICIES)))
+def test_a_region_is_in_use_by_as_many_slices_as_have_no_answer(pairs, store, policy):
+    """Whatever the policy has taken out of the batch's chain by then, and whoever else has chunks meanwhile."""
+    pair = pairs(Gated(), Gated(), store=store, policy=policy, slices=16 * 1024, queue_depth=2048)
+    slots = np.array([pair.local._parts[0].slot])
+    provider, n = pair.here.provider, 1500
+    provider.open_gate()
+    pair.scattered(700).wait(20).close()  # so that the free list is not in its first order
+    provider.shut_gate()
+    batch = pair.scattered(n)
+    until(lambda: provider.queues[0][0].outstanding == n, "the slices, posted")
+    remaining = partial(calls.read_word, pair.here.ctl, batch._handle, layout.BATCH_REMAINING)
+    left = n
+    for now in (1, 254, 1, 1, 443, 324, n - 1025):
+        left -= now
+        provider.let(now)
+        until(lambda left=left: remaining() == left, "the answers")
+        assert calls.withdraw(pair.here.ctl, slots) == left
+    batch.close()
+    assert calls.withdraw(pair.here.ctl, slots) == 1
+    provider.open_gate()
+    until(lambda: batch.quiesced, "the end of the detached batch")
+    pair.local.unregister()
+
+
+@pytest.mark.parametrize(("store", "policy"), list(itertools.product(STORES, POLICIES)))
+def test_no_region_is_let_go_beside_a_worker_that_still_uses_it(pairs, store, policy):
+    nic = Nic(move_bytes=False, latency_ns=0, messages_per_s=3_000_000)
+    pair = pairs(Emulated(nic), Emulated(nic), store=store, policy=policy, slices=256 * 1024, arena=1 << 21)
+    at = np.arange(20_000, dtype=np.int64) * 100
+    for _ in range(3):
+        batch = pair.write(at, length=64)
+        while True:
+            try:
+                pair.local.unregister()
+            except UsageError:
+                continue
+            assert batch.done
+            break
+        batch.wait(20).close()
+        pair.local = pair.here.register(pair.source)
 
 
 def test_a_region_of_a_detached_batch_stays_in_use_until_the_nic_has_answered(gated):

@@ -32,8 +32,10 @@ from mooncache.kernels.layout import (
     BATCH_WAITERS,
     BATCH_WORKER,
     BATCHES,
+    CHUNK_BATCH,
     CHUNK_NEXT,
     CHUNK_SLICES,
+    CHUNKS,
     EPOCH_QUIET,
     LOCAL_TABLE,
     REFUSED,
@@ -58,6 +60,7 @@ from mooncache.kernels.layout import (
     WORKER_SPINS,
     WORKERS,
     Kind,
+    Slice,
 )
 from mooncache.kernels.pool import EVERY_THREAD
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, lingers, sleep_on_descriptors, work_waits
@@ -68,7 +71,7 @@ from mooncache.kernels.submit import bump_generation, request_cancel
 from mooncache.kernels.worker import end_turn, ring_bell, sleep_on, try_turn, wake_worker, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
-CANCELLED, TIMED_OUT = int(Status.CANCELLED), int(Status.TIMED_OUT)
+CANCELLED, DONE = int(Status.CANCELLED), int(Slice.DONE)
 
 
 @kernel("int64(int64, int64)")
@@ -234,15 +237,26 @@ def quiesced(ctl, handle):
     return np.int64(state == RECLAIMABLE or state == FREE)
 
 
+@kernel("int64(int64, int64)")
+def failed(ctl, handle):
+    """How many slices of a finished batch failed; 0: all have arrived. Or minus NOT_FINISHED or STALE_HANDLE."""
+    row = resolve(ctl, handle)
+    if row == 0:
+        return np.int64(-Status.STALE_HANDLE)
+    return peek(row + BATCH_FAILED * WORD) if finished(row) else np.int64(-Status.NOT_FINISHED)
+
+
 @kernel("int64(int64, int64, int64[::1], int64[::1])")
 def failures(ctl, handle, request, why):
     """List failed requests: `request` and `why` (Status), each int64[requests], ascending, each request once.
 
-    Returns how many, or minus STALE_HANDLE. The batch must be finished.
+    Returns how many, or minus NOT_FINISHED or STALE_HANDLE.
     """
     row = resolve(ctl, handle)
     if row == 0:
         return np.int64(-Status.STALE_HANDLE)
+    if not finished(row):
+        return np.int64(-Status.NOT_FINISHED)
     state, head, tail = i16(word(ctl, SLICE_STATE)), i32(word(ctl, SLICE_FIRST)), i32(word(ctl, SLICE_LAST))
     next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
     n, listed = 0, np.int64(-1)
@@ -261,20 +275,20 @@ def failures(ctl, handle, request, why):
 
 @kernel
 def region_in_use(ctl, region):
-    """Slices without an answer whose local region is the slot `region`: while there are any it must stay registered."""
+    """Slices without an answer whose local region is the slot `region`: while there are any it must stay registered.
+
+    Looks through all chunks, not along chains: workers, and the reaper, take chunks out of these meanwhile. No chunk
+    becomes another batch's, since submitting takes the GIL that this holds; and what is answered stays so.
+    """
     state, local = i16(word(ctl, SLICE_STATE)), i16(word(ctl, SLICE_LOCAL))
-    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    owner, used = i64(word(ctl, CHUNK_BATCH)), i64(word(ctl, CHUNK_SLICES))
     n = 0
-    for slot in range(word(ctl, BATCHES)):
-        row = batch_row(ctl, slot)
+    for chunk in range(word(ctl, CHUNKS)):
+        row = batch_row(ctl, owner[chunk])
         at = load(row + BATCH_STATE * WORD)
-        if at != SEALED and not (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
-            continue
-        chunk = peek(row + BATCH_FIRST * WORD)
-        while chunk >= 0:
+        if at == SEALED or (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
             for i in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
-                n += local[i] == region and 0 < state[i] < 3
-            chunk = next_[chunk]
+                n += local[i] == region and 0 < state[i] < DONE
     return n
 
 

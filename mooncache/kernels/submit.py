@@ -9,7 +9,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, address_of, call_word, cas, i64, load, peek, poke
+from mooncache.kernels.atomics import add, address_of, call_word, cas, i16, i64, load, peek, poke
 from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
 from mooncache.kernels.handle import GENERATION_MASK, handle_of, resolve
 from mooncache.kernels.jit import kernel
@@ -38,6 +38,7 @@ from mooncache.kernels.layout import (
     SHARED_NEXT_WORKER,
     SHARED_STOP,
     SLICE_BYTES,
+    SLICE_STATE,
     STORE,
     TABLE_GONE,
     TURN,
@@ -49,6 +50,7 @@ from mooncache.kernels.layout import (
     WORKER_SPINS,
     WORKERS,
     Kind,
+    Slice,
     Store,
 )
 from mooncache.kernels.note import fill_note
@@ -60,6 +62,8 @@ from mooncache.limits import CHUNK_SLICES as SLOTS
 
 AT_ONCE_BYTES = 256 * 1024
 """A batch up to this long is posted by its submitter while the worker sleeps: some ten microseconds, GIL held."""
+
+FREE = int(Slice.FREE)
 
 HAND_ROUNDS = 8
 """Take and post, send, fetch an answer that is there already, and see that nothing is left."""
@@ -90,7 +94,13 @@ def allocate_objects(ctl, row):
 
 @kernel
 def give_up(ctl, row):
-    """Undo a batch that was never filled. No bell for its row: refused submitters would keep waking each other."""
+    """Undo a batch that was not wholly filled. No bell for its row: refused submitters would keep waking each other."""
+    next_, used, state = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES)), i16(word(ctl, SLICE_STATE))
+    chunk = peek(row + BATCH_FIRST * WORD)
+    while chunk >= 0:
+        for slot in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
+            state[slot] = FREE  # what waits is what a batch in flight has: see `calls.region_in_use`
+        chunk = next_[chunk]
     release(ctl, row)
     move(row, CLOSE)
     return_row(ctl, row)
