@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from ipaddress import IPv6Address
+import socket
+from ipaddress import IPv6Address, ip_address
 
 from mooncache.errors import UsageError
 
@@ -18,12 +19,24 @@ def parse_address(address: str) -> tuple[str, int]:
         raise UsageError(f"expected an address such as 'prefill-3:7000' or '[::1]:7000', got {address[:300]!r}")
     six, name, port = match.groups()
     try:
-        host = name or str(IPv6Address(six))
+        host = name or _written(six)
     except ValueError as error:
         raise UsageError(f"expected an IPv6 address in the brackets of {address[:300]!r}: {error}") from error
     if int(port) > 65535:
         raise UsageError(f"expected a port of at most 65535, got {address[:300]!r}")
     return host, int(port)
+
+
+def _written(six: str) -> str:
+    """An IPv6 address as the C library writes it; how Python does differs between its releases. Raises ValueError."""
+    _, percent, zone = six.partition("%")
+    return socket.inet_ntop(socket.AF_INET6, IPv6Address(six).packed) + percent + zone
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an IP address, with or without a zone, leads to this host alone; so does an IPv4 one written as IPv6."""
+    address = ip_address(host.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def join_address(host: str, port: int) -> str:

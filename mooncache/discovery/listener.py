@@ -13,12 +13,11 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 
 from mooncache.background import Background
 from mooncache.discovery import handshake
-from mooncache.discovery.address import join_address, parse_address
+from mooncache.discovery.address import is_loopback, join_address, parse_address
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
 
@@ -267,7 +266,7 @@ def _resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise TransportError(f"cannot listen at {bind}: unknown host ({error}); bind to an address") from error
-    outside = [where[0] for *_, where in found if not ip_address(str(where[0]).partition("%")[0]).is_loopback]
+    outside = [where[0] for *_, where in found if not is_loopback(str(where[0]))]
     if outside and loopback_only:
         raise UsageError(
             f"other hosts can reach {bind} ({outside[0]}), and without a secret anybody there could read and write "

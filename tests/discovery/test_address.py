@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncache.discovery.address import join_address, parse_address
+from mooncache.discovery.address import is_loopback, join_address, parse_address
 from mooncache.errors import UsageError
 
 
@@ -15,11 +15,12 @@ from mooncache.errors import UsageError
         ("prefill-3.cluster_a.local:65535", "prefill-3.cluster_a.local", 65535),
         ("[::1]:7000", "::1", 7000),
         ("[fe80::1%eth0]:7000", "fe80::1%eth0", 7000),
-        ("[::ffff:10.0.0.1]:7000", "::ffff:a00:1", 7000),
+        ("[::FFFF:a00:1]:7000", "::ffff:10.0.0.1", 7000),
+        ("[::ffff:10.0.0.1]:7000", "::ffff:10.0.0.1", 7000),
     ],
 )
 def test_addresses_are_parsed_and_joined_again(address, host, port):
-    assert parse_address(address) in [(host, port), ("::ffff:10.0.0.1", port)]
+    assert parse_address(address) == (host, port)
     assert parse_address(join_address(*parse_address(address))) == parse_address(address)
 
 
@@ -34,6 +35,17 @@ def test_addresses_are_parsed_and_joined_again(address, host, port):
 def test_what_is_no_address_is_refused_with_it_and_an_example(address):
     with pytest.raises(UsageError, match="expected"):
         parse_address(address)
+
+
+@pytest.mark.parametrize(
+    ("host", "within"),
+    [
+        ("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("::ffff:127.0.0.1", True), ("10.0.0.1", False),
+        ("0.0.0.0", False), ("::", False), ("fe80::1%lo", False), ("::ffff:10.0.0.1", False),
+    ],
+)  # fmt: skip
+def test_what_leads_to_this_host_alone(host, within):
+    assert is_loopback(host) is within
 
 
 @given(st.text(max_size=40))

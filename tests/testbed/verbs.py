@@ -20,6 +20,8 @@ from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, SendWR
 
+from mooncache.providers.rdma.gids import is_ipv4, parse
+
 BYTES = 64 << 10
 ACCESS = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE
 LIMIT = 60.0  # seconds for one work request: retries give up long before
@@ -47,7 +49,7 @@ class Endpoint:
         """Index and text of the GID made of the interface's IPv4 address."""
         for index in range(self._context.query_port(1).gid_tbl_len):
             gid = str(self._context.query_gid(1, index))
-            if gid.startswith("0000:0000:0000:0000:0000:ffff:"):
+            if is_ipv4(parse(gid)):
                 return index, gid
         raise AssertionError("the port has no GID of an IPv4 address")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv6Address
 from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, Level, check, listed, read, read_if_there
 from mooncache.errors import TransportError, UsageError
+from mooncache.providers.rdma.gids import is_link_local
 from mooncache.providers.rdma.library import Installed, installed
 from mooncache.providers.rdma.ports import ACTIVE, MTUS, ROCE_V2, Port, all_ports, choose
 
@@ -112,7 +112,7 @@ def gids(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
     others = [str(other) for other in port.gids if other != gid]
     more = [f"{len(others) - LISTED} more"] if len(others) > LISTED else []
     text = f"uses {gid}" + (f"; there are also {listed(others[:LISTED] + more)}" if others else "")
-    if port.link_layer == "InfiniBand" or (gid.type == ROCE_V2 and not IPv6Address(gid.gid).is_link_local):
+    if port.link_layer == "InfiniBand" or (gid.type == ROCE_V2 and not is_link_local(gid.gid)):
         yield Finding(name, "ok", text)
     elif gid.type == ROCE_V2:
         yield Finding(name, "warning", f"{text}: it reaches peers on the same link only", address)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.state import address_of
+from mooncache.providers.rdma.gids import parse, text_of
 from mooncache.providers.rdma.hub import Rail
 from mooncache.providers.rdma.notes import RECEIVES
 from mooncache.providers.rdma.outgoing import NOTE_DEPTH, VERSION, Plan
@@ -47,7 +48,7 @@ class Incoming:
         rkeys = []
         for gid, lid, nic, mtu, rd_atomic, rkey, up in body["paths"]:
             self._plans.append(self._plan(nic, mtu, rd_atomic, up))
-            self._ends.append(End(str(gid), int(lid), 0, 0, 0))
+            self._ends.append(End(parse(str(gid)), int(lid), 0, 0, 0))
             rkeys.append(int(rkey))
         self._queues: list[tuple[int, int, QueuePair]] = []  # path, number of the other end, ours
         self._note_queues: list[tuple[int, int, QueuePair]] = []
@@ -73,9 +74,9 @@ class Incoming:
             raise UsageError(f"expected the index of one of {len(self._provider.nics)} NICs, got {nic!r}")
         own = self._provider.ends[nic]
         if not isinstance(mtu, int) or mtu not in MTUS or mtu > own.mtu:
-            raise UsageError(f"expected an MTU of at most {own.mtu} bytes for {own.gid}, got {mtu!r}")
+            raise UsageError(f"expected an MTU of at most {own.mtu} bytes for {text_of(own.gid)}, got {mtu!r}")
         if not isinstance(rd_atomic, int) or not 1 <= rd_atomic <= max(1, own.rd_atomic):
-            raise UsageError(f"expected 1 to {own.rd_atomic} reads at once for {own.gid}, got {rd_atomic!r}")
+            raise UsageError(f"expected 1 to {own.rd_atomic} reads at once for {text_of(own.gid)}, got {rd_atomic!r}")
         return Plan(PathOf(nic, 0), mtu, rd_atomic, bool(up) and nic not in self._provider.down)
 
     def _make(self, entry: Sequence[Any], queues: list[tuple[int, int, QueuePair]], receives: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mooncache.kernels.layout import Access
 from mooncache.providers.rdma.failure import asking, refused
+from mooncache.providers.rdma.gids import text_of
 from mooncache.providers.rdma.library import ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, load
 from mooncache.providers.rdma.pointers import (
     CONTEXT_ASYNC_FD,
@@ -158,7 +159,7 @@ class Nic:
         os.set_blocking(self.async_fd, False)
 
     def __repr__(self) -> str:
-        return f"Nic({self.port.name}, {self.port.link_layer}, GID {self.gid}, {len(self._held)} resources)"
+        return f"Nic({self.port.name}, {self.port.link_layer}, GID {text_of(self.gid)}, {len(self._held)} resources)"
 
     def completion_channel(self) -> Channel:
         """Make a channel that wakes the owners of completion queues. Raises TransportError."""

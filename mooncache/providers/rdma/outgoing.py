@@ -27,6 +27,7 @@ from mooncache.kernels.state import QueuePair, QueueRow
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import SLICES_GATHERED
 from mooncache.providers.base import Descriptor, Link
+from mooncache.providers.rdma.gids import parse, text_of
 from mooncache.providers.rdma.hub import NoteQueue, Rail
 from mooncache.providers.rdma.paths import End, PathOf, pair, weights
 from mooncache.providers.rdma.queues import QueuePair as Verbs
@@ -165,7 +166,14 @@ class Outgoing:
                 "instance": peer.data["instance"],
                 "connection": self.number,
                 "paths": [
-                    [*provider.ends[p.path.local][:2], p.path.remote, p.mtu, p.rd_atomic, hub.rkeys[p.path.local], p.up]
+                    [
+                        *provider.ends[p.path.local].told()[:2],
+                        p.path.remote,
+                        p.mtu,
+                        p.rd_atomic,
+                        hub.rkeys[p.path.local],
+                        p.up,
+                    ]
                     for p in self._plans
                 ],
                 "queues": [lane.described() for lane in self._lanes],
@@ -244,7 +252,9 @@ class Outgoing:
 
     def _wires(self) -> str:
         own = self._provider.nics
-        return ", ".join(f"{own[p.path.local].port.name} -> {self._ends[p.path.remote].gid}" for p in self._plans)
+        return ", ".join(
+            f"{own[p.path.local].port.name} -> {text_of(self._ends[p.path.remote].gid)}" for p in self._plans
+        )
 
     def wire(self) -> str:
         """How bytes travel, in a few words."""
@@ -332,7 +342,7 @@ class Outgoing:
 
     def _lane_name(self, i: int) -> str:
         path = self._plans[self._lanes[i].plan].path
-        return f"{i} ({self._provider.nics[path.local].port.name} -> {self._ends[path.remote].gid})"
+        return f"{i} ({self._provider.nics[path.local].port.name} -> {text_of(self._ends[path.remote].gid)})"
 
     def _try_to_repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
         """Connect queue pairs anew; where that fails and others work, later."""
@@ -443,7 +453,7 @@ def ends_of(peer: Descriptor) -> list[End]:
         )
     try:
         return [
-            End(str(gid), int(lid), int(mtu), int(reads), float(rate), bool(up))
+            End(parse(str(gid)), int(lid), int(mtu), int(reads), float(rate), bool(up))
             for gid, lid, mtu, reads, rate, up in data["nics"]
         ]
     except (KeyError, TypeError, ValueError) as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mooncache.errors import TransportError
 from mooncache.kernels.layout import WEIGHT_ONE
+from mooncache.providers.rdma.gids import common, is_ipv4, text_of
 
 NODES = "/sys/devices/system/node"
 NEAR = 10  # distance of a NUMA node to itself (ACPI)
@@ -18,7 +19,7 @@ class End(NamedTuple):
     """A NIC as peers see it.
 
     Attributes:
-        gid: of its port, eight words of four hexadecimal digits.
+        gid: of its port, 16 bytes.
         lid: of its port on InfiniBand; 0 on Ethernet.
         mtu: bytes of payload in a packet.
         rd_atomic: reads it has under way on one connection.
@@ -26,12 +27,16 @@ class End(NamedTuple):
         up: its port can carry data.
     """
 
-    gid: str
+    gid: bytes
     lid: int
     mtu: int
     rd_atomic: int
     rate: float
     up: bool = True
+
+    def told(self) -> list[Any]:
+        """As peers are told of it."""
+        return [text_of(self.gid), *self[1:]]
 
 
 class PathOf(NamedTuple):
@@ -55,10 +60,10 @@ def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
             turned = fitting[i % len(fitting) :] + fitting[: i % len(fitting)]
             paths.append(PathOf(i, max(turned, key=lambda j: common(own.gid, there[j].gid))))
     if not any(here[path.local].up and there[path.remote].up for path in paths):
-        down = ", ".join(end.gid for end in (*here, *there) if not end.up)
+        down = _listed([end for end in (*here, *there) if not end.up])
         raise TransportError(
-            f"no NIC here can reach one of peer {peer!r}: GIDs {', '.join(e.gid for e in here)} here, "
-            f"{', '.join(e.gid for e in there) or 'none'} there{down and f', down: {down}'}; both ends need RoCE "
+            f"no NIC here can reach one of peer {peer!r}: GIDs {_listed(here)} here, "
+            f"{_listed(there) or 'none'} there{down and f', down: {down}'}; both ends need RoCE "
             "addresses of one family, or InfiniBand (Rdma(family=...) or Rdma(gid_index=...) chooses)"
         )
     return paths
@@ -69,14 +74,8 @@ def alike(own: End, other: End) -> bool:
     return bool(own.lid) == bool(other.lid) and (bool(own.lid) or is_ipv4(own.gid) == is_ipv4(other.gid))
 
 
-def is_ipv4(gid: str) -> bool:
-    """Whether a GID is an IPv4 address in IPv6's clothes."""
-    return gid.startswith("0000:0000:0000:0000:0000:ffff:")
-
-
-def common(a: str, b: str) -> int:
-    """Leading bits that two GIDs have in common."""
-    return 128 - (int(a.replace(":", ""), 16) ^ int(b.replace(":", ""), 16)).bit_length()
+def _listed(ends: Sequence[End]) -> str:
+    return ", ".join(text_of(end.gid) for end in ends)
 
 
 def weights(rates: Sequence[float], nodes: Sequence[int], root: str = NODES) -> list[int]:

@@ -11,11 +11,11 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address
 from pathlib import Path
 from typing import NamedTuple
 
 from mooncache.errors import TransportError, UsageError
+from mooncache.providers.rdma import gids
 
 ROOT = "/sys/class/infiniband"
 ACTIVE = "ACTIVE"
@@ -30,14 +30,14 @@ class Gid:
     """One entry of a port's GID table.
 
     Attributes:
-        gid: eight words of four hexadecimal digits, as the kernel writes it and peers compare it.
+        gid: 16 bytes.
         type: "RoCE v2", "RoCE v1" or "IB".
         netdev: the network interface it belongs to; empty for InfiniBand.
         family: "ipv4", "ipv6" or "ib".
     """
 
     index: int
-    gid: str
+    gid: bytes
     type: str
     netdev: str
     family: str
@@ -45,8 +45,7 @@ class Gid:
     @property
     def address(self) -> str:
         """The GID as people write it: an IPv4 or a shortened IPv6 address."""
-        parsed = IPv6Address(self.gid)
-        return str(parsed.ipv4_mapped or parsed.compressed)
+        return gids.address_of(self.gid)
 
     def __str__(self) -> str:
         return f"{self.index}: {self.address} {self.type}" + (f" on {self.netdev}" if self.netdev else "")
@@ -171,7 +170,7 @@ def _best(port: Port, index: int | None, interface: str | None, family: str | No
 
 
 def _rank(gid: Gid) -> tuple[int, int, int]:
-    reach = 0 if gid.family == "ipv4" else 2 if IPv6Address(gid.gid).is_link_local else 1
+    reach = 0 if gid.family == "ipv4" else 2 if gids.is_link_local(gid.gid) else 1
     return (ROCE_V2, ROCE_V1, IB).index(gid.type), reach if gid.type != IB else 0, gid.index
 
 
@@ -192,8 +191,8 @@ def _gids_of(port: Port) -> str:
 def _port(device: Path, port: Path) -> Port:
     iwarp = _read(device / "node_type").startswith("4")  # "4: RNIC"; InfiniBand and RoCE are "1: CA"
     link_layer = "iWARP" if iwarp else _read(port / "link_layer")
-    gids = tuple(_gids(port, link_layer))
-    netdev = next((gid.netdev for gid in gids if gid.netdev), "")
+    table = tuple(_gids(port, link_layer))
+    netdev = next((gid.netdev for gid in table if gid.netdev), "")
     rate = re.match(r"[\d.]+", _read(port / "rate"))  # "100 Gb/sec (4X EDR)"
     return Port(
         device=device.name,
@@ -205,24 +204,24 @@ def _port(device: Path, port: Path) -> Port:
         numa=int(_read(device / "device" / "numa_node") or -1),
         netdev=netdev,
         firmware=_read(device / "fw_ver"),
-        gids=gids,
+        gids=table,
     )
 
 
 def _gids(port: Path, link_layer: str) -> list[Gid]:
     """Tables have up to 1,024 entries, most of them unused: these cost one plain read each, and nothing else."""
-    found, gids, attributes = [], port / "gids", port / "gid_attrs"
-    for index in sorted(map(int, os.listdir(gids) if gids.is_dir() else ())):
-        gid = _read(f"{gids}/{index}")
-        if gid.strip("0:"):  # an unused entry is all zeros
-            parsed = IPv6Address(gid)
+    found, table, attributes = [], port / "gids", port / "gid_attrs"
+    for index in sorted(map(int, os.listdir(table) if table.is_dir() else ())):
+        text = _read(f"{table}/{index}")
+        if text.strip("0:"):  # an unused entry is all zeros
+            gid = gids.parse(text)
             kind = _read(attributes / "types" / str(index))  # "RoCE v2", or "IB/RoCE v1"
             if link_layer == "InfiniBand":
-                found.append(Gid(index, parsed.exploded, IB, "", "ib"))
+                found.append(Gid(index, gid, IB, "", "ib"))
             else:
                 netdev = _read(attributes / "ndevs" / str(index))
-                family = "ipv4" if parsed.ipv4_mapped else "ipv6"
-                found.append(Gid(index, parsed.exploded, kind if kind == ROCE_V2 else ROCE_V1, netdev, family))
+                family = "ipv4" if gids.is_ipv4(gid) else "ipv6"
+                found.append(Gid(index, gid, kind if kind == ROCE_V2 else ROCE_V1, netdev, family))
     return found
 
 

@@ -195,7 +195,7 @@ class Rdma(Provider):
     # -------------------------------------------------------------------------- as a target
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
-        return {"rdma": VERSION, "instance": self.instance, "nics": [list(end) for end in self.ends_now()]}
+        return {"rdma": VERSION, "instance": self.instance, "nics": [end.told() for end in self.ends_now()]}
 
     def serve(self, request: Request) -> Reply:
         """See `Provider.serve`: a peer connects, or has its queue pairs fenced or connected anew."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mooncache.errors import TransportError
 from mooncache.providers.rdma.failure import UNREACHABLE, asking
+from mooncache.providers.rdma.gids import SUBNET_BYTES, text_of
 from mooncache.providers.rdma.library import (
     ACCESS_LOCAL_WRITE,
     ACCESS_REMOTE_READ,
@@ -36,7 +37,7 @@ class Remote(NamedTuple):
     """
 
     number: int
-    gid: str
+    gid: bytes
     lid: int
 
 
@@ -186,7 +187,7 @@ class QueuePair:
             "If the addresses of its network interface changed, open a new engine",
             errno.ENODEV: UNREACHABLE,  # no network interface leads there
         }
-        what = f"connect GID {self._nic.gid} to queue pair {remote.number} at {remote.gid}"
+        what = f"connect GID {text_of(self._nic.gid)} to queue pair {remote.number} at {text_of(remote.gid)}"
         with asking(self._nic.port.device, what, cures):
             attributes = self._nic.verbs.QPAttr(port_num=self._nic.port.number)
             attributes.path_mtu = mtu.bit_length() - 8  # ibv_mtu: 1 is 256 bytes
@@ -206,9 +207,8 @@ class QueuePair:
     def _way(self, remote: Remote) -> Any:
         """The address of the peer's port. Routed by GID on Ethernet and between InfiniBand subnets, else by LID."""
         nic, verbs = self._nic, self._nic.verbs
-        subnet = len("0000:0000:0000:0000")
-        routed = not nic.lid or nic.gid[:subnet] != remote.gid[:subnet]
-        route = verbs.GlobalRoute(dgid=verbs.GID(remote.gid), sgid_index=nic.gid_index, hop_limit=HOP_LIMIT)
+        routed = not nic.lid or nic.gid[:SUBNET_BYTES] != remote.gid[:SUBNET_BYTES]
+        route = verbs.GlobalRoute(dgid=verbs.GID(text_of(remote.gid)), sgid_index=nic.gid_index, hop_limit=HOP_LIMIT)
         return verbs.AHAttr(port_num=nic.port.number, dlid=remote.lid, is_global=int(routed), gr=route)
 
     def reset(self) -> None:

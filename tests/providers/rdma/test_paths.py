@@ -6,19 +6,20 @@ import pytest
 
 from mooncache.errors import TransportError
 from mooncache.kernels.layout import WEIGHT_ONE
-from mooncache.providers.rdma.paths import NEAR, End, PathOf, common, distance, pair, weights
+from mooncache.providers.rdma.gids import common, parse, text_of
+from mooncache.providers.rdma.paths import NEAR, End, PathOf, distance, pair, weights
 
 
 def ipv4(a, b, c, d, **changes):
-    return End(f"0000:0000:0000:0000:0000:ffff:{a:02x}{b:02x}:{c:02x}{d:02x}", 0, 1024, 16, 100.0)._replace(**changes)
+    return End(parse(f"::ffff:{a}.{b}.{c}.{d}"), 0, 1024, 16, 100.0)._replace(**changes)
 
 
 def ipv6(last):
-    return End(f"fe80:0000:0000:0000:0000:0000:0000:{last:04x}", 0, 1024, 16, 100.0)
+    return End(parse(f"fe80::{last:x}"), 0, 1024, 16, 100.0)
 
 
 def infiniband(lid):
-    return End(f"fe80:0000:0000:0000:0000:0000:0000:{lid:04x}", lid, 4096, 16, 200.0)
+    return End(parse(f"fe80::{lid:x}"), lid, 4096, 16, 200.0)
 
 
 def test_rails_find_each_other_by_their_subnet_whatever_their_order():
@@ -40,7 +41,7 @@ def test_a_path_that_is_down_at_one_end_is_one_as_long_as_another_is_up():
     there[0] = there[0]._replace(up=False)
     assert pair(here, there, "p") == [PathOf(0, 0), PathOf(1, 1)]
     here[1] = here[1]._replace(up=False)
-    with pytest.raises(TransportError, match=f"down: {here[1].gid}, {there[0].gid}"):
+    with pytest.raises(TransportError, match=f"down: {text_of(here[1].gid)}, {text_of(there[0].gid)}"):
         pair(here, there, "p")
 
 
@@ -48,14 +49,14 @@ def test_a_path_that_is_down_at_one_end_is_one_as_long_as_another_is_up():
     ("here", "there"), [([ipv4(10, 0, 1, 5)], [ipv6(1)]), ([infiniband(1)], [ipv4(1, 2, 3, 4)]), ([ipv6(1)], [])]
 )
 def test_networks_that_cannot_meet_are_an_error_that_names_both(here, there):
-    with pytest.raises(TransportError, match=f"(?s)peer 'p'.*{here[0].gid}.*family"):
+    with pytest.raises(TransportError, match=f"(?s)peer 'p'.*{text_of(here[0].gid)}.*family"):
         pair(here, there, "p")
 
 
 def test_common_counts_leading_bits():
     assert common(ipv4(10, 0, 1, 5).gid, ipv4(10, 0, 1, 5).gid) == 128
     assert common(ipv4(10, 0, 1, 5).gid, ipv4(10, 0, 1, 4).gid) == 127
-    assert common("8000:0000:0000:0000:0000:0000:0000:0000", "0000:0000:0000:0000:0000:0000:0000:0000") == 0
+    assert common(parse("8000::"), parse("::")) == 0
 
 
 def nodes(tmp_path, distances, cores):

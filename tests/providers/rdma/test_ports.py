@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mooncache.errors import TransportError, UsageError
+from mooncache.providers.rdma.gids import parse
 from mooncache.providers.rdma.ports import Choice, Gid, Port, all_ports, choose
 
 LINK_LOCAL = "fe80:0000:0000:0000:5054:00ff:fe00:0001"
@@ -97,7 +98,10 @@ def test_a_port_is_read_with_all_that_the_kernel_says(root: str, port: Make) -> 
             numa=1,
             netdev="eth0",
             firmware="22.36.1010",
-            gids=(Gid(0, LINK_LOCAL, "RoCE v1", "eth0", "ipv6"), Gid(2, MAPPED, "RoCE v2", "eth0", "ipv4")),
+            gids=(
+                Gid(0, parse(LINK_LOCAL), "RoCE v1", "eth0", "ipv6"),
+                Gid(2, parse(MAPPED), "RoCE v2", "eth0", "ipv4"),
+            ),
         )
     ]
 
@@ -152,7 +156,7 @@ def test_the_best_gid_of_a_port_is_chosen(
 def test_on_infiniband_it_is_the_first(root: str, port: Make) -> None:
     port("mlx5_0", layer="InfiniBand", gids=((SUBNET, V1, ""), (GLOBAL, V1, "")))
     (choice,) = choose(root=root)
-    assert choice.gid == Gid(0, SUBNET, "IB", "", "ib")
+    assert choice.gid == Gid(0, parse(SUBNET), "IB", "", "ib")
     assert choice.port.mtu == 0
 
 

@@ -1,0 +1,45 @@
+"""The address of a port, a GID: 16 bytes. Its text is made and read here alone.
+
+A value is never compared by its text: how a library prints it differs between releases (Python 3.13 writes the last 32
+bits of an IPv4 address in decimal), and so between two hosts.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address
+
+MAPPED = bytes(10) + b"\xff\xff"
+"""What an IPv4 address in IPv6's clothes begins with (RFC 4291, 2.5.5.2)."""
+
+SUBNET_BYTES = 8
+
+
+def parse(text: str) -> bytes:
+    """The GID that a text means, in any form of an IPv6 address. Raises ValueError."""
+    return IPv6Address(text).packed
+
+
+def text_of(gid: bytes) -> str:
+    """Eight words of four hexadecimal digits, as the kernel writes it, pyverbs reads it and peers are told."""
+    return gid.hex(":", 2)
+
+
+def address_of(gid: bytes) -> str:
+    """As people write it: an IPv4 or a shortened IPv6 address."""
+    parsed = IPv6Address(gid)
+    return str(parsed.ipv4_mapped or parsed)
+
+
+def is_ipv4(gid: bytes) -> bool:
+    """Whether it is an IPv4 address in IPv6's clothes."""
+    return gid.startswith(MAPPED)
+
+
+def is_link_local(gid: bytes) -> bool:
+    """Whether it is an address that only its own link knows."""
+    return IPv6Address(gid).is_link_local
+
+
+def common(a: bytes, b: bytes) -> int:
+    """Leading bits that two GIDs have in common."""
+    return 128 - (int.from_bytes(a, "big") ^ int.from_bytes(b, "big")).bit_length()
