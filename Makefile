@@ -19,8 +19,8 @@ setup: $(STAMP)  ## make .venv with Mooncache in editable form and its developme
 demo: setup  ## reproduce the incident and compare where deletion happens
 	$(BIN)/mooncache compare configs/tp4_layerwise.yaml
 
-test: setup  ## run all tests
-	$(BIN)/pytest
+test: setup  ## run all tests, on all cores (ARGS="-k name")
+	$(BIN)/pytest --numprocesses auto --dist loadgroup $(ARGS)
 
 test-rdma: $(BED)  ## run the RDMA tests in a virtual machine with an RDMA device (ARGS="-k name", LIMIT=seconds)
 	$(BIN)/python -m tests.testbed --limit $(LIMIT) test $(ARGS)

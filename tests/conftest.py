@@ -14,6 +14,7 @@ from mooncache import Engine
 from tests.helpers import SMALL, Pair
 from tests.kernels.entries import Gated
 from tests.servers import Server
+from tests.warm import warm
 
 # Compiling within the first example takes seconds, hence no deadline.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -24,6 +25,12 @@ settings.register_profile(
     "fuzz", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True, suppress_health_check=_SLOW
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Tests are about to be spread over processes: compile once what all of these load."""
+    warm()
 
 
 @pytest.fixture

@@ -91,8 +91,9 @@ class Server:
         self._process.wait()
 
     def freeze(self) -> None:
-        """It still takes connections, and answers nothing."""
+        """It still takes connections, and answers nothing; returns when all its threads have stopped."""
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from tests.helpers import LIMIT, ROOT, until
@@ -49,7 +51,7 @@ class Far:
     def stop(self) -> None:
         """Stop all its threads; returns when they have."""
         os.kill(self.pid, signal.SIGSTOP)
-        until(lambda: self._state() == "T", "the process, stopped")
+        until(lambda: self._states() == {"T"}, "the process, stopped")
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -72,9 +74,13 @@ class Far:
             os.close(self._end)
             assert ended, "another process does not end"
 
-    def _state(self) -> str:
-        with open(f"/proc/{self.pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
+    def _states(self) -> set[str]:
+        """Of its threads; of one that ends meanwhile none."""
+        states = set()
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            with suppress(OSError):
+                states.add((thread / "stat").read_text().rpartition(")")[2].split()[0])
+        return states
 
 
 class Nursery:
