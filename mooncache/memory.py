@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mooncache.errors import CapacityError, UsageError
+from mooncache.errors import CapacityError, TransportError, UsageError
 from mooncache.kernels.layout import Access
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("mooncache")
 
 HUGE_BYTES = 2 << 20
+
+F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has no name for it
+LASTS = fcntl.F_SEAL_SHRINK
+"""What memory of a peer's must have before it is mapped: a file cut short under a mapping kills who touches it."""
+
+SEALS = LASTS | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""Of all memory with a descriptor. The last: nobody who is handed it can forbid its owner to write."""
 
 ACCESS = {"read": int(Access.READ), "write": int(Access.WRITE), "both": int(Access.READ | Access.WRITE)}
 
@@ -99,7 +107,8 @@ class Segment:
     """Memory with a descriptor, which another process can map as well."""
 
     address: int
-    length: int
+    length: int  # whole pages
+    nbytes: int  # that were asked for
     descriptor: int
     number: int
     memory: weakref.ref[np.ndarray]  # while somebody holds this, the descriptor is open
@@ -109,11 +118,14 @@ _segments: dict[int, Segment] = {}
 _numbers = count(1)
 
 
-def allocate(nbytes: Any, *, huge: bool = False) -> np.ndarray:
+def allocate(nbytes: Any, *, huge: bool = False, for_reading: bool = False) -> np.ndarray:
     """Zeroed, page-aligned, shareable memory as uint8[nbytes]; lives as long as the array or a view of it.
+
+    Its size is sealed: whoever is handed the descriptor cannot take pages away from under others.
 
     Args:
         huge: in pages of 2 MiB. Where the system has none to give, ordinary pages are taken, and the log says so.
+        for_reading: whoever is handed the descriptor can only read; this array stays writable.
 
     Raises:
         UsageError: not a positive number of bytes. CapacityError: the system has no memory or descriptor left.
@@ -122,25 +134,26 @@ def allocate(nbytes: Any, *, huge: bool = False) -> np.ndarray:
         raise UsageError(f"expected a number of bytes from 1 on, got {nbytes!r}")
     if huge:
         try:
-            return _allocate(int(nbytes), HUGE_BYTES, os.MFD_HUGETLB)
+            return _allocate(int(nbytes), HUGE_BYTES, os.MFD_HUGETLB, for_reading)
         except OSError as error:
             log.info("no huge pages for %d bytes (%s): taking ordinary ones", nbytes, error.strerror)
     try:
-        return _allocate(int(nbytes), mmap.PAGESIZE, 0)
+        return _allocate(int(nbytes), mmap.PAGESIZE, 0, for_reading)
     except OSError as error:
         raise CapacityError(f"no memory for {nbytes} bytes that can be shared: {error.strerror}") from error
 
 
-def _allocate(nbytes: int, page: int, flags: int) -> np.ndarray:
+def _allocate(nbytes: int, page: int, flags: int, for_reading: bool) -> np.ndarray:
     length = -(-nbytes // page) * page
-    descriptor = os.memfd_create("mooncache", os.MFD_CLOEXEC | flags)
+    descriptor = os.memfd_create("mooncache", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(descriptor, length)
         array = np.frombuffer(mmap.mmap(descriptor, length), np.uint8)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | (F_SEAL_FUTURE_WRITE if for_reading else 0))
     except BaseException:
         os.close(descriptor)
         raise
-    segment = Segment(array.ctypes.data, length, descriptor, next(_numbers), weakref.ref(array))
+    segment = Segment(array.ctypes.data, length, nbytes, descriptor, next(_numbers), weakref.ref(array))
     _segments[segment.address] = segment
     weakref.finalize(array, _forget, segment).atexit = False
     return array[:nbytes]
@@ -158,6 +171,19 @@ def segment_of(address: int, length: int) -> Segment | None:
         if segment.address <= address and address + length <= segment.address + segment.length:
             return segment
     return None
+
+
+def check_foreign(descriptor: int, length: int) -> None:
+    """Raise TransportError unless `length` bytes of a peer's memory are there and stay there however it behaves."""
+    try:
+        seals, size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
+    except OSError:  # no memory file at all
+        seals, size = 0, 0
+    if seals & LASTS != LASTS or not 0 < length <= size:
+        raise TransportError(
+            f"a peer offers {length} bytes of memory in a file of {size} bytes with seals {seals:#x}: expected one "
+            "that is as long and sealed against shrinking; use the same release on both ends"
+        )
 
 
 class Part(NamedTuple):

@@ -12,11 +12,16 @@ from typing import Any
 
 from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
+from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 
 KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportError, DiscoveryError, EngineClosed)}
 """Errors that keep their class on the way to the caller."""
+
+
+class AnotherUser(TransportError):
+    """The engine at a Unix socket runs as another user, and no secret says that it is to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def dial(
         address: "host:port", or "unix:NAME" for the abstract socket `Listener.unix` of an engine of this host.
         purpose, body: see `Request`. `body` is a JSON object; the whole call is limited to handshake.CALL_BYTES.
         caller, generation: of the asking engine.
-        secret: what the other side's `Listener` has.
+        secret: what the other side's `Listener` has. Without one, a Unix socket of another user's is not spoken to.
         timeout: seconds, for everything but looking up the host's name, which the system limits.
 
     Raises:
@@ -46,6 +51,7 @@ def dial(
         DiscoveryError: the host's name is unknown, only one side has a secret, they differ, the versions differ, or
             what answers is no engine.
         TransportError: the connection was refused, broke, or took longer than the timeout.
+        AnotherUser: see `secret`.
         Any of these and EngineClosed: what `serve` over there raised.
     """
     handshake.check_secret(secret)
@@ -53,6 +59,8 @@ def dial(
     try:
         sock = _connect(address, deadline)
         try:
+            if secret is None and sock.family == socket.AF_UNIX:
+                _check_user(process_at(sock), address)
             answer = _ask(sock, address, purpose, body, caller, generation, secret, deadline)
             sock.settimeout(None)
             return answer
@@ -69,6 +77,13 @@ def dial(
         ) from error
     except OSError as error:
         raise TransportError(f"no handshake with {address}: {error.strerror or error}; try again") from error
+
+
+def _check_user(process: Process, address: str) -> None:
+    if not process.ours:
+        raise AnotherUser(
+            f"{address} is an engine of user {process.uid}, this one of user {os.geteuid()}: give both the same secret="
+        )
 
 
 def _ask(

@@ -1,7 +1,8 @@
 """The side of a handshake that answers.
 
 Over TCP, and over an abstract Unix socket, which only processes of the same host (strictly: the same network
-namespace) can reach: over that one file descriptors can be handed out.
+namespace) can reach: over that one file descriptors can be handed out. The kernel says there who calls; without a
+secret only processes of the same user are answered.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from mooncache.background import Background
 from mooncache.discovery import handshake
 from mooncache.discovery.address import is_loopback, join_address, parse_address
+from mooncache.discovery.credentials import process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
 
@@ -166,7 +168,11 @@ class Listener:
             self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listening)
             return
         local = self._listening[listening]
-        source = "a process of this host" if local else join_address(remote[0], remote[1])
+        source = "process {} of user {}".format(*process_at(sock)) if local else join_address(remote[0], remote[1])
+        if local and self._secret is None and not process_at(sock).ours:
+            log.warning("engine %r hung up on %s: another user's, and there is no secret", self._name, source)
+            sock.close()
+            return
         if len(self._handshakes) >= HANDSHAKES:
             log.warning("engine %r hung up on %s: %d handshakes are under way", self._name, source, HANDSHAKES)
             sock.close()

@@ -4,9 +4,14 @@
     PROCESS   any other memory: process_vm_writev and readv, where the system permits them
     LANE      where it does not, and for notifications: a connection, as over TCP
 
-Keys are checked in the peer's own table, which is mapped here, for every slice. A peer that withdraws a range waits
-for the *guards*, words that are odd while a sender copies. Who is handed these mappings has proven to know the
-secret: it is trusted to look at the keys before it writes, as no other kind of peer has to be.
+Keys are checked in the peer's own table, which is mapped here for reading, for every slice. A peer that withdraws a
+range waits for the *guards*, words that are odd while a sender copies. Who is handed these mappings is of the same user
+or has proven to know the secret: it is trusted to look at the keys before it writes, as no other kind of peer has to
+be. So it is handed only segments of which each byte is registered, for reading and for writing: the rest goes the other
+two ways, as nothing can be both a mapping for reading only and a file that its user cannot open for writing.
+
+Nothing that a peer says about itself is believed: its process is what the kernel says of the socket, its memory must
+be as long as it says, and sealed to stay so.
 
 Here is what is mapped and who holds it; the kernels that copy are in `copying`.
 """
@@ -22,18 +27,19 @@ import socket
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mooncache import limits
-from mooncache.discovery.dial import Answer
+from mooncache.discovery.credentials import has_ended, process_at
+from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.layout import LINE, WORD, aligned
+from mooncache.kernels.layout import LINE, WORD, Access, aligned
 from mooncache.kernels.linux import IOVEC_BYTES
 from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address
-from mooncache.memory import Segment, allocate, segment_of
+from mooncache.memory import Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.copying import LOT, peek_at, poll_cq, post_send
@@ -44,11 +50,14 @@ log = logging.getLogger("mooncache")
 
 GUARD_BYTES = limits.WORKERS * LINE
 
+_BOTH = Access.READ | Access.WRITE
+
 
 class Mapping:
-    """Memory of a peer, mapped here."""
+    """Memory of a peer, mapped here. Raises TransportError for what could vanish under the mapping."""
 
     def __init__(self, descriptor: int, length: int, *, writable: bool) -> None:
+        check_foreign(descriptor, length)
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, prot)
         self.address, self.length = int(np.frombuffer(self._map, np.uint8).ctypes.data), length
@@ -91,7 +100,7 @@ class Share:
             undo.callback(self.keys.close)
             self.guards = Mapping(answer.fds[1], GUARD_BYTES, writable=True)
             undo.callback(self.guards.close)
-            self.pid, self.why = reachable(int(body["pid"]), int(body["word"]), int(body["nonce"]))
+            self.pid, self.why = reachable(self.sock, int(body["word"]), int(body["nonce"]))
             self.learn(answer, there, 2)
             undo.pop_all()
 
@@ -121,11 +130,15 @@ class Share:
         self.sock.close()
 
 
-def reachable(pid: int, address: int, nonce: int) -> tuple[int, str]:
-    """A process that holds `nonce` at `address`, if this one may read and write its memory: its pid, or 0 and why.
+def reachable(sock: socket.socket, address: int, nonce: int) -> tuple[int, str]:
+    """The process at the other end, if this one may read and write its memory: its pid, or 0 and why.
 
-    Reading the nonce also tells it from one of the same number in another namespace.
+    The kernel says which process that is. Reading `nonce` at `address` there shows that its memory can be reached, and
+    that it still is the process that answers.
     """
+    pid = process_at(sock).pid
+    if pid == 0:
+        return 0, "it is in another process namespace"
     seen = np.zeros(1, np.int64)
     local, remote = np.array([address_of(seen), WORD], np.int64), np.array([address, WORD], np.int64)
     moved = peek_at(
@@ -133,7 +146,18 @@ def reachable(pid: int, address: int, nonce: int) -> tuple[int, str]:
     )
     if moved != WORD:
         return 0, os.strerror(-moved)
-    return (pid, "") if seen[0] == nonce else (0, "it is in another process namespace")
+    if seen[0] != nonce or has_ended(sock):
+        return 0, "the process that listened there is another one"
+    return pid, ""
+
+
+class Shared(NamedTuple):
+    """A registered range in allocated memory."""
+
+    segment: Segment
+    address: int
+    length: int
+    access: int
 
 
 class Shm(StreamProvider):
@@ -151,10 +175,10 @@ class Shm(StreamProvider):
     def __init__(self, *, elsewhere: bool = False, lanes: int = 1) -> None:
         super().__init__(lanes)
         self.elsewhere = elsewhere
-        self._table = allocate(limits.REGIONS * KEY_WORDS * WORD)
+        self._table = allocate(limits.REGIONS * KEY_WORDS * WORD, for_reading=True)
         self.keys = KeyTable(self._table.view(np.int64))
         self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
-        self._segments: dict[int, Segment] = {}  # by rkey
+        self._shared: dict[int, Shared] = {}  # by rkey
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # from before a peer has it until its connection ends
         self._held: dict[int, tuple[socket.socket, Lease]] = {}  # by descriptor: connections to those who have one
         self._shares: dict[str, Share | None] = {}
@@ -174,14 +198,25 @@ class Shm(StreamProvider):
         keys = super().register(address, length, access)
         segment = segment_of(address, length)
         if segment is not None:
-            self._segments[keys.rkeys[0]] = segment
+            self._shared[keys.rkeys[0]] = Shared(segment, address, length, access)
         return keys
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         super().unregister(keys)
         self._wait_for_guards()
-        self._segments.pop(keys.rkeys[0], None)
+        self._shared.pop(keys.rkeys[0], None)
+
+    def _offered(self) -> dict[int, Segment]:
+        """Segments that peers may map, by number: who maps one can read and write all of it."""
+        open_bytes: dict[int, int] = {}
+        segments: dict[int, Segment] = {}
+        for segment, address, length, access in list(self._shared.values()):
+            segments[segment.number] = segment
+            if access & _BOTH == _BOTH:
+                end = min(address + length, segment.address + segment.nbytes)  # behind that is nothing of anybody's
+                open_bytes[segment.number] = open_bytes.get(segment.number, 0) + max(0, end - address)
+        return {number: s for number, s in segments.items() if open_bytes.get(number) == s.nbytes}
 
     def _wait_for_guards(self) -> None:
         """Return when every copy of a peer that may have looked at its key before this call has ended."""
@@ -193,8 +228,7 @@ class Shm(StreamProvider):
 
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
-        numbers = sorted({segment.number for segment in list(self._segments.values())})
-        return {**super().describe(), "unix": unix, "segments": numbers}
+        return {**super().describe(), "unix": unix, "segments": sorted(self._offered())}
 
     def serve(self, request: Request) -> Reply:
         """See `Provider.serve`: a peer on this host asks for descriptors of our memory."""
@@ -203,7 +237,7 @@ class Shm(StreamProvider):
         if not request.local:
             raise UsageError(f"{request.purpose!r} is answered over the Unix socket only")
         known = set(request.body["have"])
-        wanted = {s.number: s for s in list(self._segments.values()) if s.number not in known}
+        wanted = {number: s for number, s in self._offered().items() if number not in known}
         held = {number: memory for number, s in wanted.items() if (memory := s.memory()) is not None}
         body: dict[str, Any] = {"segments": [[n, wanted[n].address, wanted[n].length] for n in held]}
         fds = [wanted[n].descriptor for n in held]
@@ -213,7 +247,7 @@ class Shm(StreamProvider):
         with self._lock:
             self._leases.add(lease)  # the peer may copy before `_hold` is called
         own = [segment_of(address_of(array), array.nbytes) for array in (self._table, lease.guards)]
-        body |= {"pid": os.getpid(), "word": address_of(self._nonce), "nonce": int(self._nonce[0])}
+        body |= {"word": address_of(self._nonce), "nonce": int(self._nonce[0])}
         return Reply(
             body, [s.descriptor for s in own if s] + fds,
             then=lambda sock, held=held: self._hold(sock, lease),  # type: ignore[misc]
@@ -264,6 +298,9 @@ class Shm(StreamProvider):
         segments = peer.data["segments"]
         try:
             answer = link.dial("share", {"have": []}, unix=unix)
+        except AnotherUser as error:
+            self._go_without(peer, str(error))
+            return None
         except TransportError as error:
             if not isinstance(error.__cause__, ConnectionRefusedError):
                 raise

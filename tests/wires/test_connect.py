@@ -120,10 +120,11 @@ def test_an_engine_of_the_other_wire_is_reached_by_what_both_have(engines, far):
 @pytest.mark.parametrize("provider", ["shm", "auto"])
 def test_memory_of_a_process_that_may_not_be_touched_goes_by_connection(engines, far, provider):
     """The other process has no privileges, so the system really refuses; allocated memory is mapped all the same."""
-    here = engines(provider=provider)
+    secret = "of two users alike"
+    here = engines(provider=provider, secret=secret)
     ordinary, mapped = np.zeros(MiB, np.uint8), here.allocate(MiB)
     regions = [here.register(ordinary), here.register(mapped)]
-    far(there.open_engine, provider=provider)
+    far(there.open_engine, provider=provider, secret=secret)
     if not far(there.drop_privileges):
         pytest.skip("needs to be root, else all processes of a test are of one user")
     far(there.hold, MiB, seed=5)

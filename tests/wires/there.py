@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import resource
+import socket
 import threading
 import traceback
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ engines: dict[str, Engine] = {}
 memory: dict[str, np.ndarray] = {}
 regions: dict[str, Region] = {}
 lines: list[str] = []
+listening: list[socket.socket] = []
 
 
 class Log(logging.Handler):
@@ -171,6 +173,30 @@ def drop_privileges() -> bool:
     os.setgid(65534)
     os.setuid(65534)
     return True
+
+
+def unix() -> str:
+    """Name of the engine's Unix socket."""
+    return engines["it"]._service.unix
+
+
+def listen_unix() -> str:
+    """A Unix socket of nobody's engine; its name."""
+    listening.append(socket.socket(socket.AF_UNIX))
+    listening[-1].bind("")
+    listening[-1].listen()
+    return listening[-1].getsockname()[1:].decode()
+
+
+def received_from(unix: str) -> bytes:
+    """What comes first over a Unix socket, until its other end waits or hangs up."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(60)
+        sock.connect("\0" + unix)
+        try:
+            return sock.recv(1000)
+        except ConnectionError:
+            return b""
 
 
 def limit_descriptors(most: int | None) -> None:
