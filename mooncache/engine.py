@@ -49,8 +49,9 @@ class Engine:
         store: "pool" (struct of arrays) or "heap" (one malloc'ed object a slice, for comparison).
         policy: where finished slices are deleted: leak, inline, on_close, thread_cache, deferred, epoch or bulk.
         listen: "host:port" where peers reach this engine, for tcp, shm and auto; port 0 takes a free one.
-        secret: shared by all engines that may talk to each other. Without one, listening beyond this host is refused.
-        insecure: listen beyond this host without a secret all the same.
+        secret: shared by all engines that may talk to each other: text or bytes, at least 6, better 16 random ones.
+            Without one, engines of the same user on this host know each other, and listening beyond it is refused.
+        insecure: without a secret answer everybody, also beyond this host.
         discovery: "redis://host:port" or "etcd://host:port", where names are announced and looked up. Without it,
             peers are called by "host:port".
         advertise: host that peers are told, if it is not that of `listen`.

@@ -457,7 +457,8 @@ def transfers(source: Engine, target: Engine, called: str) -> None:
         ({"listen": "0.0.0.0:0"}, UsageError, "without a secret anybody"),
         ({"listen": "0.0.0.0:0", "discovery": "etcd://127.0.0.1:1"}, UsageError, "without a secret anybody"),
         ({"listen": "no-such-host.invalid:0"}, TransportError, "unknown host"),
-        ({"secret": ""}, UsageError, "expected the secret to be None or bytes, at least one"),
+        ({"secret": ""}, UsageError, "expected a secret of at least 6 bytes, got 0"),
+        ({"secret": 5}, UsageError, "expected the secret to be None, text or bytes, got int"),
         ({"name": "host:port"}, UsageError, "printable characters without ':'"),
         ({"name": ""}, UsageError, "1 to 255 printable characters"),
     ],
@@ -520,7 +521,7 @@ def test_a_secret_is_the_same_as_text_and_as_bytes(engines):
     ("secret", "says"), [(b"another", "did not prove|do not know|differ"), (None, "has a secret and")]
 )  # fmt: skip
 def test_another_secret_or_none_is_refused_and_nothing_is_connected(engines, secret, says):
-    a, b = engines(provider="tcp", secret=secret), engines(provider="tcp", secret="right")
+    a, b = engines(provider="tcp", secret=secret), engines(provider="tcp", secret="the right one")
     with pytest.raises(DiscoveryError, match=says):
         a.connect(b.address)
     assert a.describe()["peers"] == {}

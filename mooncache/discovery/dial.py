@@ -14,6 +14,7 @@ from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
+from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 
 KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportError, DiscoveryError, EngineClosed)}
@@ -43,7 +44,8 @@ def dial(
         address: "host:port", or "unix:NAME" for the abstract socket `Listener.unix` of an engine of this host.
         purpose, body: see `Request`. `body` is a JSON object; the whole call is limited to handshake.CALL_BYTES.
         caller, generation: of the asking engine.
-        secret: what the other side's `Listener` has. Without one, a Unix socket of another user's is not spoken to.
+        secret: what the other side's `Listener` has. Without one, the user's own serves where that is asked for, and a
+            Unix socket of another user's is not spoken to.
         timeout: seconds, for everything but looking up the host's name, which the system limits.
 
     Raises:
@@ -54,7 +56,7 @@ def dial(
         AnotherUser: see `secret`.
         Any of these and EngineClosed: what `serve` over there raised.
     """
-    handshake.check_secret(secret)
+    check_secret(secret)
     deadline = monotonic() + timeout
     try:
         sock = _connect(address, deadline)
@@ -91,17 +93,26 @@ def _ask(
     secret: bytes | None, deadline: float,
 ) -> Answer:  # fmt: skip
     hello = Hello.read(_receive_text(sock, handshake.HELLO_BYTES, address, deadline), address)
-    if hello.secured != (secret is not None):
-        who, other = ("it", "this engine") if hello.secured else ("this engine", "it")
-        raise DiscoveryError(f"{address}: {who} has a secret and {other} has none; start both with the same one")
+    key = _key_for(hello, secret, address)
     call = Call(hello, handshake.new_nonce(), purpose, caller, generation, body)
     sock.settimeout(_left(deadline))
-    sock.sendall(handshake.frame(call.message(secret), handshake.CALL_BYTES))
+    sock.sendall(handshake.frame(call.message(key), handshake.CALL_BYTES))
     text = _receive_text(sock, handshake.ANSWER_BYTES, address, deadline)
-    answer = call.read_answer(text, secret, address)
+    answer = call.read_answer(text, key, address)
     if isinstance(answer, Refused):
         raise KINDS.get(answer.kind, DiscoveryError)(f"{address} answers: {answer.message}")
     return Answer(answer.body, sock, _receive_fds(sock, answer.fds, address, deadline))
+
+
+def _key_for(hello: Hello, secret: bytes | None, address: str) -> bytes | None:
+    """What to prove with: the secret given to both sides, the user's own if neither was given one, or nothing."""
+    given = hello.secured and not hello.user
+    if given != (secret is not None):
+        who, other = ("it", "this engine") if given else ("this engine", "it")
+        raise DiscoveryError(f"{address}: {who} has a secret and {other} has none; start both with the same one")
+    if secret is not None:
+        return key_of(secret)
+    return of_user() if hello.user else None
 
 
 def _connect(address: str, deadline: float) -> socket.socket:

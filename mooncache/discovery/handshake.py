@@ -7,7 +7,9 @@
       or      error (kind, message), proof
 
 A proof is an HMAC-SHA256 over who says it and everything both have said. Both nonces are in it, so nothing that was
-recorded can be said again. Without a secret proofs are empty, and nobody is asked for one.
+recorded can be said again. Its key is made of the secret (see `secret`). The caller proves first: one who cannot gets
+an error with an empty proof, and nothing that was made with the secret. Where everybody is answered proofs are empty,
+and nobody is asked for one.
 
 `listener` is the server, `dial` the client. After the answer the connection may go on as something else.
 """
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, parse
 from mooncache.discovery.record import RECORD_BYTES
-from mooncache.errors import CapacityError, DiscoveryError, UsageError
+from mooncache.errors import CapacityError, DiscoveryError
 from mooncache.limits import REGIONS, KiB
 
 MAGIC = b"MOON"
@@ -83,12 +85,6 @@ def text_bytes(header: bytes, limit: int, source: str) -> int:
     return int(length)
 
 
-def check_secret(secret: object) -> None:
-    """Raise UsageError unless it is None or bytes, at least one."""
-    if secret is not None and not (isinstance(secret, bytes) and secret):
-        raise UsageError(f"expected the secret to be None or bytes, at least one; got {type(secret).__name__}")
-
-
 def new_nonce() -> str:
     """32 bytes nobody has seen before, in hex."""
     return secrets.token_hex(NONCE_BYTES)
@@ -101,22 +97,31 @@ def set_options(sock: socket.socket) -> None:
 
 
 class Hello(NamedTuple):
-    """The server's first message."""
+    """The server's first message.
+
+    Attributes:
+        secured: callers have to prove that they know a secret.
+        user: that is the one of the user as whom the server runs.
+    """
 
     nonce: str
     secured: bool
+    user: bool = False
 
     def message(self) -> dict[str, Any]:
         """As it travels."""
-        return {"version": VERSION, "nonce": self.nonce, "secured": self.secured}
+        said = {"version": VERSION, "nonce": self.nonce, "secured": self.secured}
+        return {**said, "user": True} if self.user else said
 
     @classmethod
     def read(cls, text: bytes, source: str) -> Hello:
         """Raises DiscoveryError for another version or anything that is no hello."""
         value = parse(text, source)
         check_version(value, source)
-        fields = Fields(value, source, ("version", "nonce", "secured"))
-        return cls(fields.name("nonce"), fields.get("secured", bool))
+        whose = ("user",) if "user" in value else ()
+        fields = Fields(value, source, ("version", "nonce", "secured", *whose))
+        secured = fields.get("secured", bool)
+        return cls(fields.name("nonce"), secured, secured and bool(whose) and fields.get("user", bool))
 
 
 class Answered(NamedTuple):
@@ -152,15 +157,15 @@ class Call:
     generation: int
     body: dict[str, Any]
 
-    def message(self, secret: bytes | None) -> dict[str, Any]:
+    def message(self, key: bytes | None) -> dict[str, Any]:
         """As it travels."""
         return {
             "version": VERSION, "nonce": self.nonce, "purpose": self.purpose, "caller": self.caller,
-            "generation": self.generation, "body": self.body, "proof": self._proof(secret, "client", None),
+            "generation": self.generation, "body": self.body, "proof": self._proof(key, "client", None),
         }  # fmt: skip
 
     @classmethod
-    def read(cls, text: bytes, hello: Hello, secret: bytes | None, source: str) -> tuple[Call, bool]:
+    def read(cls, text: bytes, hello: Hello, key: bytes | None, source: str) -> tuple[Call, bool]:
         """The call, and whether it proves that the caller knows the secret.
 
         Raises DiscoveryError for another version or anything that is no call.
@@ -173,20 +178,25 @@ class Call:
             hello, fields.name("nonce"), fields.name("purpose"), fields.name("caller"),
             fields.integer("generation", 1, WORD), fields.get("body", dict),
         )  # fmt: skip
-        return call, _same(fields.get("proof", str), call._proof(secret, "client", None))
+        return call, _same(fields.get("proof", str), call._proof(key, "client", None))
 
-    def answer(self, said: Answered | Refused, secret: bytes | None) -> dict[str, Any]:
-        """The server's answer, as it travels."""
+    def answer(self, said: Answered | Refused, key: bytes | None) -> dict[str, Any]:
+        """The server's answer, as it travels. `key` is None for a caller who has proven nothing."""
         content = said.content()
-        return {**content, "proof": self._proof(secret, "server", content)}
+        return {**content, "proof": self._proof(key, "server", content)}
 
-    def read_answer(self, text: bytes, secret: bytes | None, source: str) -> Answered | Refused:
+    def read_answer(self, text: bytes, key: bytes | None, source: str) -> Answered | Refused:
         """What the server answered. Raises DiscoveryError when that is no answer, or not proven."""
         value = parse(text, source)
         keys = ("error", "proof") if isinstance(value, dict) and "error" in value else ("body", "fds", "proof")
         fields = Fields(value, source, keys)
-        content = {key: fields.get(key, object) for key in keys[:-1]}
-        if not _same(fields.get("proof", str), self._proof(secret, "server", content)):
+        content = {name: fields.get(name, object) for name in keys[:-1]}
+        if not _same(fields.get("proof", str), self._proof(key, "server", content)):
+            if self.hello.user:
+                raise DiscoveryError(
+                    f"{source} did not prove that it knows the secret of this engine's user: it is another user's, or "
+                    "in another container; start both engines with the same one, by secret="
+                )
             raise DiscoveryError(
                 f"{source} did not prove that it knows this engine's secret; start both engines with the same one"
             )
@@ -195,13 +205,13 @@ class Call:
             return Refused(error.name("kind"), error.get("message", str))
         return Answered(fields.get("body", dict), fields.integer("fds", 0, REGIONS + 1))
 
-    def _proof(self, secret: bytes | None, role: str, content: object) -> str:
-        if secret is None:
+    def _proof(self, key: bytes | None, role: str, content: object) -> str:
+        if key is None:
             return ""
         said = [
             role, VERSION, self.hello.nonce, self.nonce, self.purpose, self.caller, self.generation, self.body, content
         ]  # fmt: skip
-        return hmac.digest(secret, dump(said), "sha256").hex()
+        return hmac.digest(key, dump(said), "sha256").hex()
 
 
 def _same(proof: str, expected: str) -> bool:

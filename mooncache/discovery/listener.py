@@ -21,6 +21,7 @@ from mooncache.discovery import handshake
 from mooncache.discovery.address import is_loopback, join_address, parse_address
 from mooncache.discovery.credentials import process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
+from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
 
 log = logging.getLogger("mooncache")
@@ -76,8 +77,9 @@ class Listener:
 
     Args:
         bind: "host:port"; port 0 takes a free one.
-        secret: shared by all engines that may talk to each other; None: anybody may ask.
-        insecure: listening without a secret where other hosts can reach it is what is wanted.
+        secret: shared by all engines that may talk to each other; None: the user's own (see `secret`).
+        insecure: without a secret anybody may ask, also where other hosts can reach it; but over the Unix socket only
+            processes of the same user.
         name: of the engine, for logs.
         serve: answers a request, in the listener's thread, which waits for it; must not block. A MooncacheError it
             raises is raised by the caller's `dial`.
@@ -90,16 +92,18 @@ class Listener:
         background: its thread, and what is wrong with it.
 
     Raises:
-        UsageError: a bad `bind`, or no secret where other hosts can come.
-        TransportError: the host is unknown or not here, or the port is in use.
+        UsageError: a bad `bind` or secret, or no secret where other hosts can come.
+        TransportError: the host is unknown or not here, the port is in use, or there is no place for the user's secret.
     """
 
     def __init__(
         self, bind: str, *, secret: bytes | None, insecure: bool, name: str, serve: Callable[[Request], Reply],
         advertise: str | None = None, limit_s: float = handshake.HANDSHAKE_S,
     ) -> None:  # fmt: skip
-        handshake.check_secret(secret)
-        self._secret, self._name, self._serve, self._limit_s = secret, name, serve, limit_s
+        check_secret(secret)
+        self._secret, self._open = secret, secret is None and insecure
+        self._key()  # which may take a moment, or fail
+        self._name, self._serve, self._limit_s = name, serve, limit_s
         host, _ = parse_address(bind)
         family, where = _resolve_own(bind, secret is None and not insecure)
         with ExitStack() as undo:
@@ -125,6 +129,12 @@ class Listener:
             self._closed = True
             self._loop.call_soon_threadsafe(self._stop.set)
         self.background.close()
+
+    def _key(self) -> bytes | None:
+        """What callers have to prove that they know."""
+        if self._open:
+            return None
+        return of_user() if self._secret is None else key_of(self._secret)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._handshakes)} handshakes under way"
@@ -209,37 +219,41 @@ class Listener:
                 sock.close()
 
     async def _converse(self, sock: socket.socket, source: str, local: bool) -> Callable[[socket.socket], None] | None:
-        hello = Hello(handshake.new_nonce(), self._secret is not None)
+        hello = Hello(handshake.new_nonce(), not self._open, not self._open and self._secret is None)
         await self._loop.sock_sendall(sock, handshake.frame(hello.message(), handshake.HELLO_BYTES))
         header = await self._receive(sock, handshake.HEADER.size)
         text = await self._receive(sock, handshake.text_bytes(header, handshake.CALL_BYTES, source))
-        call, proven = Call.read(text, hello, self._secret, source)
-        if not proven:
+        key = self._key()
+        call, proven = Call.read(text, hello, key, source)
+        if proven:
+            answer, reply = self._answer(call, key, local)
+        else:
             log.warning(
                 "engine %r refused %s (%r): it did not prove that it knows the secret", self._name, source, call.caller
             )
-        answer, reply = self._answer(call, proven, local)
+            why = Refused(
+                "DiscoveryError", "you did not prove that you know the secret; give both engines the same one"
+            )
+            answer, reply = handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES), Reply({})
         await self._loop.sock_sendall(sock, answer)
         for first in range(0, len(reply.fds), FDS_A_MESSAGE):
             await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
         return reply.then
 
-    def _answer(self, call: Call, proven: bool, local: bool) -> tuple[bytes, Reply]:
+    def _answer(self, call: Call, key: bytes | None, local: bool) -> tuple[bytes, Reply]:
         """The frame that answers a call, and what is to follow it."""
         try:
-            if not proven:
-                raise DiscoveryError("you did not prove that you know the secret; give both engines the same one")
             reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, local))
             if reply.fds and not local:
                 raise ValueError(f"file descriptors cannot be sent to another host: {reply!r}")
             said = Answered(reply.body, len(reply.fds))
-            return handshake.frame(call.answer(said, self._secret), handshake.ANSWER_BYTES), reply
+            return handshake.frame(call.answer(said, key), handshake.ANSWER_BYTES), reply
         except MooncacheError as error:
             refused = Refused(type(error).__name__, str(error))
         except Exception:
             log.exception("engine %r could not answer %r from %r", self._name, call.purpose, call.caller)
             refused = Refused("InternalError", "internal error; the log of that engine says more")
-        return handshake.frame(call.answer(refused, self._secret), handshake.ANSWER_BYTES), Reply({})
+        return handshake.frame(call.answer(refused, key), handshake.ANSWER_BYTES), Reply({})
 
     async def _receive(self, sock: socket.socket, n: int) -> bytes:
         """Exactly n bytes: what comes after the call is not the listener's."""

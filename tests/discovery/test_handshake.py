@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mooncache.discovery import dial as dialling
 from mooncache.discovery import handshake, listener
 from mooncache.discovery.dial import Answer, dial
 from mooncache.discovery.handshake import Answered, Call, Hello, frame
 from mooncache.discovery.listener import Listener, Reply, Request
+from mooncache.discovery.secret import key_of, of_user
 from mooncache.errors import (
     CapacityError,
     DiscoveryError,
@@ -40,13 +42,12 @@ def echo(request: Request) -> Reply:
 
 @pytest.fixture
 def listeners() -> Iterator[Callable[..., Listener]]:
-    """Makes listeners and closes them all."""
+    """Makes listeners, that answer anybody unless told otherwise, and closes them all."""
     made: list[Listener] = []
 
     def make(bind: str = "127.0.0.1:0", **options: Any) -> Listener:
-        made.append(
-            Listener(bind, **{"secret": None, "insecure": False, "name": "answering", "serve": echo, **options})
-        )
+        usual = {"secret": None, "insecure": "secret" not in options, "name": "answering", "serve": echo}
+        made.append(Listener(bind, **{**usual, **options}))
         return made[-1]
 
     yield make
@@ -86,7 +87,8 @@ class Raw:
         return data
 
     def call(self, secret: bytes | None = None, **changes: Any) -> bytes:
-        message = Call(self.hello, handshake.new_nonce(), "echo", "asking", 7, {}).message(secret)
+        key = None if secret is None else key_of(secret)
+        message = Call(self.hello, handshake.new_nonce(), "echo", "asking", 7, {}).message(key)
         return json.dumps({**message, **changes}).encode()
 
     def send(self, text: bytes, magic: bytes = handshake.MAGIC, length: int | None = None) -> None:
@@ -204,9 +206,11 @@ def test_different_secrets_are_refused_on_both_sides_without_saying_more(listene
     assert asked(where, secret=SECRET) == {}
 
 
-@pytest.mark.parametrize(("here", "there"), [(None, SECRET), (SECRET, None)])
+@pytest.mark.parametrize(
+    ("here", "there"), [(None, {"secret": SECRET}), (SECRET, {"secret": None}), (SECRET, {"insecure": True})]
+)
 def test_a_secret_on_one_side_only_is_refused_saying_which(listeners, caplog, here, there):
-    where = listeners(secret=there)
+    where = listeners(**there)
     who = "this engine has a secret and it has none" if here else "it has a secret and this engine has none"
     with pytest.raises(DiscoveryError, match=rf"{where.address}: {who}; start both with the same one"):
         ask(where, secret=here)
@@ -219,7 +223,9 @@ def test_a_caller_that_ignores_the_hello_gets_nothing_without_the_secret(listene
     for proof in ("", "0" * 64, "ü" * 10, " "):
         with closing(Raw(where)) as raw:
             raw.send(raw.call(proof=proof))
-            assert b"did not prove" in raw.receive()
+            answer = json.loads(raw.receive())
+            assert "did not prove" in answer["error"]["message"]
+            assert answer["proof"] == ""  # nothing that was made with the secret, and so nothing to guess it from
             assert raw.is_hung_up()
     assert not served
 
@@ -252,7 +258,53 @@ def test_errors_are_proven_too(listeners):
         ask(where, secret=SECRET)
 
 
-@pytest.mark.parametrize("secret", [b"", "text"])
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_client_tells_a_server_nothing_that_was_made_with_the_secret_itself(listeners, secret):
+    """What it proves with is slow to compute from a guess, or 32 random bytes."""
+    heard = []
+
+    def answer(text: bytes) -> bytes:
+        heard.append(json.loads(text))
+        return b""
+
+    hello = Hello("0" * 64, True, user=secret is None)
+    with closing(Impostor(said(hello.message()), answer)) as impostor, suppress(TransportError):
+        ask(impostor.address, secret=secret)
+    (call,) = heard
+    parts = Call(hello, call["nonce"], "echo", "asking", 7, {})
+    assert call["proof"] == parts.message(key_of(SECRET) if secret else of_user())["proof"]
+    assert call["proof"] != parts.message(SECRET)["proof"]
+
+
+def test_without_a_secret_the_user_is_the_one_who_is_asked_for(listeners):
+    where = listeners(secret=None)
+    assert asked(where)["caller"] == "asking"
+    assert asked("unix:" + where.unix)["caller"] == "asking"
+    with closing(Raw(where)) as raw:
+        assert raw.hello.secured
+        assert raw.hello.user
+        raw.send(raw.call())
+        assert b"did not prove" in raw.receive()
+
+
+def test_engines_without_a_secret_talk_to_those_that_answer_anybody(listeners):
+    assert asked(listeners())["caller"] == "asking"
+
+
+def test_engines_of_different_users_are_told_to_have_a_secret(listeners, monkeypatch):
+    where = listeners(secret=None)
+    monkeypatch.setattr(dialling, "of_user", lambda: b"of another user" + b" " * 17)
+    with pytest.raises(DiscoveryError, match=r"another user's, or in another container; .*the same one, by secret="):
+        ask(where)
+
+
+def test_a_users_secret_that_was_removed_keeps_nobody_out(listeners, monkeypatch, tmp_path):
+    where = listeners(secret=None)
+    monkeypatch.setattr("mooncache.discovery.secret.PLACES", (str(tmp_path),))  # as if both had lost the file
+    assert asked(where)["caller"] == "asking"
+
+
+@pytest.mark.parametrize("secret", [b"", b"short", "text"])
 def test_a_secret_that_is_none_is_refused(listeners, secret):
     with pytest.raises(UsageError, match="secret"):
         listeners(secret=secret)
@@ -579,7 +631,7 @@ def test_a_peer_that_never_answers_costs_the_timeout():
 @pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0"])
 def test_without_a_secret_other_hosts_are_not_let_in_by_accident(listeners, bind):
     with pytest.raises(UsageError, match=r"set a secret, bind to 127\.0\.0\.1, or say insecure=True"):
-        listeners(bind)
+        listeners(bind, secret=None)
 
 
 def test_a_wildcard_is_advertised_as_this_machine_or_what_it_is_told(listeners):

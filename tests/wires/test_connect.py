@@ -33,7 +33,9 @@ def test_engines_that_share_a_secret_transfer_both_ways(engines, far, provider):
 
 
 @pytest.mark.parametrize("provider", ["tcp", "shm", "auto"])
-@pytest.mark.parametrize(("ours", "theirs"), [("right", "wrong"), ("right", None), (None, "right")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("the right one", "a wrong one"), ("the right one", None), (None, "the right one")]
+)
 def test_another_secret_or_none_is_a_discovery_error_that_names_peer_and_cure(engines, far, provider, ours, theirs):
     here = engines(provider=provider, secret=ours)
     address = far(there.open_engine, provider=provider, secret=theirs)
@@ -50,7 +52,7 @@ def test_an_open_port_needs_a_secret_or_to_be_meant(engines):
     with pytest.raises(UsageError, match=r"set a secret, bind to 127\.0\.0\.1, or say insecure=True"):
         engines(provider="tcp", listen="0.0.0.0:0")
     engines(provider="tcp", listen="0.0.0.0:0", insecure=True)
-    engines(provider="tcp", listen="0.0.0.0:0", secret="s")
+    engines(provider="tcp", listen="0.0.0.0:0", secret="long enough")
 
 
 def test_a_port_in_use_is_a_transport_error_and_leaves_nothing(engines, far):
