@@ -5,78 +5,54 @@ alone makes a *part*: compiled into the entry points that call it, and only when
 `@callback("int32(int64, int32, int64)")` makes a C function pointer.
 
 Numba's own cache does not notice a change in a function that lives in another file, so the cache directory is keyed
-by a hash of all sources that kernels are made of. A cache file that cannot be read is deleted and built anew.
+by a hash of all sources that kernels are made of (`cache.py`). Processes that start together compile each kernel once.
+A file of the cache that cannot be read is made anew, and no other with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import shutil
 import sys
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numba
+from numba.core.caching import CompileResultCacheImpl
+
+from mooncache.kernels import cache
 
 log = logging.getLogger("mooncache")
 
 _numba_config: Any = numba.config  # it makes its attributes at run time
-_ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = ("kernels", "providers", "errors.py", "limits.py")
 _lock = threading.RLock()
 _entries: list[Entry] = []
+_place: list[cache.Place | None] = []  # empty until somebody asks; None where nothing can be written
 
 
-@cache
-def source_hash() -> str:
-    """Hash of every source file that machine code is made from, and of Numba's version.
-
-    Of the providers those are the files that declare kernels: resources in Python change without compiling anything.
-    """
-    digest = hashlib.blake2b(numba.__version__.encode(), digest_size=8)
-    for name in _SOURCES:
-        path = _ROOT / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            text = file.read_bytes()
-            if name != "providers" or b"mooncache.kernels.jit import" in text:
-                digest.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + text)
-    return digest.hexdigest()
-
-
-@cache
-def cache_dir() -> Path:
-    """Where this version's machine code lies: `$MOONCACHE_CACHE_DIR`, else `$XDG_CACHE_HOME/mooncache`.
-
-    Falls back to a private temporary directory where neither can be written.
-    """
-    base = os.environ.get("MOONCACHE_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "mooncache"
-    )
-    path = Path(base) / f"kernels-{source_hash()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        path = Path(tempfile.mkdtemp(prefix="mooncache-kernels-"))
-        log.warning("kernel cache %s cannot be written (%s); using %s for this process", base, error, path)
-    return path
+def place() -> cache.Place | None:
+    """Where this version's machine code lies; None where neither that nor the temporary folder can be written."""
+    with _lock:
+        if not _place:
+            try:
+                _place.append(cache.find_place())
+            except OSError as error:
+                log.warning("no place for the kernel cache (%s): compiling for this process alone", error)
+                _place.append(None)
+        return _place[0]
 
 
 @contextmanager
 def _keyed_cache() -> Iterator[None]:
     """Numba reads `config.CACHE_DIR` while a function is decorated; lend it ours and give it back."""
     with _lock:
-        before = _numba_config.CACHE_DIR
-        _numba_config.CACHE_DIR = str(cache_dir())
+        before, where = _numba_config.CACHE_DIR, place()
+        if where is not None:
+            _numba_config.CACHE_DIR = str(where.path)
         try:
             yield
         finally:
@@ -97,25 +73,60 @@ class Entry(ABC):
         _entries.append(self)
 
     @abstractmethod
-    def build(self) -> Any:
+    def build(self, cached: bool) -> Any:
         """Compile, or load from the cache."""
 
+    @cached_property
+    def files(self) -> list[Path]:
+        """Its index and its machine code in the cache: of one signature, one CPU and one Python there is one each."""
+        with _keyed_cache():
+            where = CompileResultCacheImpl(self.function)
+        base = Path(where.locator.get_cache_path()) / where.filename_base
+        return [base.with_name(f"{base.name}.nbi"), base.with_name(f"{base.name}.1.nbc")]
+
+    def missing(self) -> bool:
+        """Whether it has yet to be compiled on this machine."""
+        return self.compiled is None and (place() is None or not all(file.exists() for file in self.files))
+
     def ready(self) -> Any:
-        """The compiled thing; compiles or loads it at the first call. Thread safe."""
+        """The compiled thing; compiles or loads it at the first call. Thread safe.
+
+        Waits for another process that compiles the same into the same cache (see `cache.alone`).
+        """
         if self.compiled is None:
-            with _lock:
-                if self.compiled is None:
-                    self.compiled = self._build_or_rebuild()
+            self._make(wait=True)
         return self.compiled
 
-    def _build_or_rebuild(self) -> Any:
+    def _make(self, wait: bool) -> None:
+        with _lock:
+            if self.compiled is None:
+                self.compiled = self._load_or_compile(wait)
+
+    def _load_or_compile(self, wait: bool) -> Any:
+        """None where another process is at it, and we do not wait."""
+        if place() is None:
+            return self.build(cached=False)
+        if not self.missing():
+            with suppress(Exception):  # whatever a damaged file raises: once more below, with no other process at it
+                return self.build(cached=True)
         try:
-            return self.build()
-        except Exception as error:  # whatever a damaged cache file raises; a real error is raised again below
-            log.warning("kernel cache unreadable (%s: %s); rebuilding it", type(error).__name__, error)
-            shutil.rmtree(cache_dir(), ignore_errors=True)
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            return self.build()
+            with cache.alone(self.files[0], wait) as mine:
+                return self._compile_alone() if mine else None
+        except OSError as error:  # a full disk, a quota, a directory that is read-only by now
+            log.warning("kernel %s cannot be cached (%s); compiling it for this process alone", self.__name__, error)
+            return self.build(cached=False)
+
+    def _compile_alone(self) -> Any:
+        there = not self.missing()
+        try:
+            return self.build(cached=True)
+        except Exception as error:
+            if not there or isinstance(error, OSError):
+                raise
+            log.warning("kernel cache unreadable (%s: %s); rebuilding %s", type(error).__name__, error, self.__name__)
+            for file in self.files:
+                file.unlink(missing_ok=True)
+            return self.build(cached=True)
 
 
 class Kernel(Entry):
@@ -125,10 +136,10 @@ class Kernel(Entry):
         super().__init__(function, signature)
         self.nogil = nogil
 
-    def build(self) -> Any:
+    def build(self, cached: bool) -> Any:
         """Compile for the one signature."""
         with _keyed_cache():
-            dispatcher = numba.njit(nogil=self.nogil, cache=True, error_model="numpy")(self.function)
+            dispatcher = numba.njit(nogil=self.nogil, cache=cached, error_model="numpy")(self.function)
             dispatcher.compile(self.signature)
         dispatcher.disable_compile()
         return dispatcher
@@ -141,10 +152,10 @@ class Kernel(Entry):
 class Callback(Entry):
     """A C function written in Python; `address` is what goes into a provider's table of operations."""
 
-    def build(self) -> Any:
+    def build(self, cached: bool) -> Any:
         """Compile with the C calling convention."""
         with _keyed_cache():
-            return numba.cfunc(self.signature, cache=True, error_model="numpy")(self.function)
+            return numba.cfunc(self.signature, cache=cached, error_model="numpy")(self.function)
 
     @property
     def address(self) -> int:
@@ -173,19 +184,36 @@ def callback(signature: str) -> Callable[[Callable[..., Any]], Callback]:
 
 
 def cold() -> bool:
-    """Whether machine code for these sources has yet to be compiled on this machine."""
-    return not any(cache_dir().rglob("*.nbi"))
+    """Whether machine code of any entry point, among the modules imported so far, has yet to be compiled here."""
+    return any(entry.missing() for entry in list(_entries))
 
 
 def prewarm() -> None:
-    """Make every entry point ready; one line on stderr when that means compiling for the first time."""
-    missing = cold()
-    told = missing and sys.stderr is not None and sys.stderr.isatty()
+    """Make every entry point ready; one line on stderr when that means compiling for the first time.
+
+    Processes that start together on a new machine share the work: each kernel is compiled by one of them.
+    """
+    missing = [entry for entry in list(_entries) if entry.missing()]
     if missing:
-        log.info("compiling kernels into %s: once, about half a minute", cache_dir())
-    for done, entry in enumerate(list(_entries)):
+        _compile(missing)
+    for entry in list(_entries):
+        entry.ready()
+
+
+def _compile(missing: list[Entry]) -> None:
+    """Compile what no other process does, then wait for those; say how far it is at a terminal, else in the log."""
+    where = place()
+    into = f"into {where.path}" if where is not None else "for this process"
+    told = sys.stderr is not None and sys.stderr.isatty()
+    log.info("compiling %d kernels %s: once, up to a minute or two", len(missing), into)
+    for done, entry in enumerate(missing):
         if told:
-            print(f"\rmooncache: compiling kernels, once: {done}/{len(_entries)} ", end="", file=sys.stderr)
+            print(f"\rmooncache: compiling kernels, once: {done}/{len(missing)} ", end="", file=sys.stderr)
+        entry._make(wait=False)
+    left = [entry for entry in missing if entry.compiled is None]
+    if left:
+        log.info("other processes compile %d of the kernels; waiting for them", len(left))
+    for entry in left:
         entry.ready()
     if told:
-        print(f"\rmooncache: compiled {len(_entries)} kernels into {cache_dir()}", file=sys.stderr)
+        print(f"\rmooncache: compiled {len(missing)} kernels {into}", file=sys.stderr)

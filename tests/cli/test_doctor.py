@@ -15,7 +15,7 @@ from mooncache.cli import checks
 from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, system
 from mooncache.cli.checks.base import Finding, attempt, check, listed
 from mooncache.cli.doctor import PROVIDERS, STYLES, summary
-from mooncache.kernels import jit
+from mooncache.kernels.cache import Place
 from mooncache.providers.rdma.library import Installed
 from tests.helpers import ROOT
 
@@ -266,19 +266,20 @@ def test_bounds_of_python_that_cannot_be_understood_are_told():
 
 
 def test_a_cold_and_a_warm_cache_of_kernels(tmp_path):
-    place = tmp_path / f"kernels-{jit.source_hash()}"
+    place = Place(tmp_path / "kernels-now", lasting=True)
     cold = only(cache.cache(place, cold=True))
     assert (cold.level, cold.cure) == ("warning", cache.COMPILE)
-    write(tmp_path, {f"{place.name}/a/one.nbi": "x" * 99_999, f"{place.name}/a/one.nbc": "y" * 99_999})
-    assert only(cache.cache(place, cold=False)).text == f"warm: 1 kernels, 0.2 MB in {place}"
+    write(tmp_path, {"kernels-now/a/one.nbi": "x" * 99_999, "kernels-now/a/one.nbc": "y" * 99_999})
+    assert only(cache.cache(place, cold=False)).text == f"warm: 1 kernels, 0.2 MB in {place.path}"
     write(tmp_path, {"kernels-before/a/one.nbc": "z" * 299_999})
     assert only(cache.cache(place, cold=False)).text.endswith("beside it those of 1 other versions, 0.3 MB")
 
 
 def test_a_cache_elsewhere_than_asked_for_is_a_warning(tmp_path):
-    elsewhere = only(cache.cache(tmp_path, cold=True))
-    assert elsewhere.level == "warning"
-    assert "MOONCACHE_CACHE_DIR" in elsewhere.cure
+    for place in (Place(tmp_path, lasting=False), None):
+        elsewhere = only(cache.cache(place, cold=True))
+        assert elsewhere.level == "warning"
+        assert "MOONCACHE_CACHE_DIR" in elsewhere.cure
 
 
 # ------------------------------------------------------------------ cores, nodes, clock

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, system
 from mooncache.cli.checks.base import ROOT, Finding, attempt
+from mooncache.kernels import jit
 
 
 def examine(need: str, root: Path = ROOT) -> list[Finding]:
@@ -24,7 +25,7 @@ def examine(need: str, root: Path = ROOT) -> list[Finding]:
     return [
         *system.system(root),
         *system.python(),
-        *cache.cache(),
+        *cache.cache(jit.place(), jit.cold()),
         *cpu.cores(allowed, root),
         *cpu.frequency(allowed, root),
         *numa.numa(allowed, {port.device: port.numa for port in ports}, {each.name: each.node for each in gpus}, root),

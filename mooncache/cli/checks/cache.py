@@ -7,34 +7,30 @@ from contextlib import suppress
 from pathlib import Path
 
 from mooncache.cli.checks.base import Finding, check
-from mooncache.kernels import jit
+from mooncache.kernels.cache import Place
 
 COMPILE = "python -c \"from mooncache import Engine; Engine(provider='loopback').close()\""
 
 
 @check("kernel cache")
-def cache(directory: Path | None = None, cold: bool | None = None) -> Iterator[Finding]:
+def cache(place: Place | None, cold: bool) -> Iterator[Finding]:
     """Whether the machine code of these sources is there, and stays there.
 
     Args:
-        directory: where it lies; by default where this process would put it, which is made.
-        cold: whether it has yet to be compiled; by default it is looked up.
+        place: where it lies, `jit.place()`.
+        cold: whether some of it has yet to be compiled, `jit.cold()`.
     """
-    place = jit.cache_dir() if directory is None else directory
-    missing = jit.cold() if cold is None else cold
-    if place.name != f"kernels-{jit.source_hash()}":
-        yield Finding(
-            "kernel cache", "warning",
-            f"the usual directory cannot be written, so that every process compiles for half a minute, into {place}",
-            "export MOONCACHE_CACHE_DIR=/a/directory/that/can/be/written",
-        )  # fmt: skip
-    elif missing:
-        text = f"cold: the first engine compiles for about half a minute, into {place}"
+    if place is None or not place.lasting:
+        where = "for itself alone" if place is None else f"unless others still use {place.path}"
+        text = f"the usual directory cannot be written: each process compiles for half a minute, {where}"
+        yield Finding("kernel cache", "warning", text, "export MOONCACHE_CACHE_DIR=/a/directory/that/can/be/written")
+    elif cold:
+        text = f"cold: the first engine compiles for about half a minute, into {place.path}"
         yield Finding("kernel cache", "warning", text, COMPILE)
     else:
-        kernels = sum(1 for _ in place.rglob("*.nbi"))
-        text = f"warm: {kernels} kernels, {mb_of(place)} in {place}"
-        former = [other for other in place.parent.glob("kernels-*") if other != place]
+        kernels = sum(1 for _ in place.path.rglob("*.nbi"))
+        text = f"warm: {kernels} kernels, {mb_of(place.path)} in {place.path}"
+        former = [other for other in place.path.parent.glob("kernels-*") if other != place.path]
         if former:
             text += f"; beside it those of {len(former)} other versions, {mb_of(*former)}"
         yield Finding("kernel cache", "ok", text)
