@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import secrets
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from time import monotonic_ns
+from time import monotonic, monotonic_ns, sleep
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,7 @@ from mooncache.service import Service
 from mooncache.stats import Stats, collect
 
 JOIN_SECONDS = 5.0
+REST_SECONDS = 5.0
 
 
 class Engine:
@@ -81,6 +83,7 @@ class Engine:
         self._lock = threading.RLock()
         self.regions: dict[int, Region] = {}
         self._peers: dict[str, Peer] = {}
+        self._vacant = list(range(self._settings.peers - 1, -1, -1))  # rows that no peer has
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
         with opening.system_errors(), ExitStack() as undo:  # if anything fails, what stands above it is given back
@@ -93,7 +96,8 @@ class Engine:
             self.awaiting.ctl = self._reaper.ctl
             self._inbox = Inbox()
             undo.callback(self._inbox.close)
-            queues = self.provider.open(self._settings.workers, self._settings.queue_depth, self._inbox.words)
+            s = self._settings
+            queues = self.provider.open(s.workers, s.queue_depth, self._inbox.words, s.peers)
             undo.callback(self.provider.close)
             for worker, polled in enumerate(queues):
                 self._state.poll_from(worker, polled)
@@ -268,16 +272,24 @@ class Engine:
 
         Raises:
             DiscoveryError: nobody has that name, or it did not prove to know the secret.
-            TransportError: it cannot be reached, or uses another provider. CapacityError: too many peers.
+            TransportError: it cannot be reached, or uses another provider.
+            CapacityError: as many peers as the setting `peers` are connected. Those that are gone make room, the one
+            connected to longest ago first; `forget` others.
         """
-        self._check_open()
-        peer = self._peers.get(name)
-        described = None
-        if peer is None or (peer.name != name and peer.gone):  # two names of one engine may be of two later on
-            described = self._look_up(name)  # asks the peer, so never while holding one's own lock: it may ask us
-            peer = self._enter(name, described)
-        self._reconnect(peer, described)
-        return peer
+        while True:
+            self._check_open()
+            peer = self._peers.get(name)
+            described = None
+            if peer is None or (peer.name != name and peer.gone):  # two names of one engine may be of two later on
+                described = self._look_up(name)  # asks the peer, so never while holding one's own lock: it may ask us
+                peer = self._enter(name, described)
+            try:
+                if self._reconnect(peer, described):
+                    return peer
+            except BaseException:
+                if not peer.connecting.locked():  # or another thread has it yet to find out
+                    self._give_back(peer, lambda peer: not peer.met)
+                raise
 
     def _look_up(self, name: str) -> Descriptor:
         if self._service is None:
@@ -286,49 +298,142 @@ class Engine:
 
     def _enter(self, name: str, described: Descriptor) -> Peer:
         """A peer not connected to yet, or one known by another name."""
-        with self._lock:
-            known = [p for p in self._peers.values() if p.name == name or p.generation == described.generation]
-            if known:
-                self._peers[name] = known[0]
-                return known[0]
-            peer = Peer(len(set(self._peers.values())), name)
-            peer.generation = described.generation
-            if peer.index >= self._settings.peers:
-                raise CapacityError(f"engine {self.name!r} has {self._settings.peers} peers, as many as it may")
-            self._state.connect(peer.index, peer.table, [])
-            self._peers[name] = peer
-            return peer
+        while True:
+            with self._lock:
+                known = [p for p in self._peers.values() if p.name == name or p.generation == described.generation]
+                if known:
+                    self._peers[name] = known[0]
+                    return known[0]
+                if self._vacant:
+                    peer = Peer(self._vacant.pop(), name)
+                    peer.generation = described.generation
+                    self._state.connect(peer.index, peer.table, [])
+                    peer.handle = self._state.handle(peer.index)
+                    self._peers[name] = peer
+                    return peer
+                gone = sorted(filter(self._is_gone, set(self._peers.values())), key=lambda peer: peer.met)
+            if not any(self._give_back(peer, self._is_gone) for peer in gone):
+                raise CapacityError(
+                    f"engine {self.name!r} is connected to {self._settings.peers} peers, as many as it may: forget() "
+                    "those that are not needed, or open it with more `peers`"
+                )
+
+    def _is_gone(self, peer: Peer) -> bool:
+        """Whether a peer has to be connected to anew, and nobody is at it."""
+        gone = peer.gone or (peer.met > 0 and not self.provider.connected(peer.name))
+        return gone and not (peer.connecting.locked() and not peer.met)
 
     def refresh(self, name: str) -> None:
         """Look at a peer again, since it refused what this engine believed it had. No error if it is gone."""
-        with suppress(TransportError, DiscoveryError):
-            self._look_again(self._peers[name])
+        peer = self._peers.get(name)
+        if peer is not None:
+            with suppress(TransportError, DiscoveryError):
+                self._look_again(peer)
 
-    def _reconnect(self, peer: Peer, described: Descriptor | None = None) -> None:
-        """Connect to a peer, unless it is connected or another thread does it."""
+    def _reconnect(self, peer: Peer, described: Descriptor | None = None) -> bool:
+        """Connect to a peer, unless it is connected or another thread does it; False when it has been forgotten."""
         if peer.gone:
             with peer.connecting:
-                if peer.gone:
+                if not peer.forgotten and peer.gone:
                     self._learn(peer, described or self._look_up(peer.name))
+        return not peer.forgotten
 
     def _look_again(self, peer: Peer) -> None:
         """Learn what a peer has registered by now; it may even be another engine, opened under the same name."""
         with peer.connecting:
-            self._learn(peer, self._look_up(peer.name))
+            if not peer.forgotten:
+                self._learn(peer, self._look_up(peer.name))
 
     def _learn(self, peer: Peer, described: Descriptor) -> None:
         dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
         link = Link(peer.table.gone, dial)  # which providers keep, and their threads: it must not hold the engine
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
+        if not self._state.fits(peer.index, queue_pairs):
+            peer.gone = True  # nothing is submitted meanwhile
+            self._await_rest(peer, lambda: True)
+            self._take_rows(peer, self._state.take_rows)
         with self._lock:
-            peer.refresh(described)
+            peer.refresh(described, calls.oldest_submit(self.ctl, peer.index))
             queues = self._state.connect(peer.index, peer.table, queue_pairs)
+            peer.handle = self._state.handle(peer.index)
         self.provider.start(peer.name, queues, self._orders.ctl)
         with self._lock:
-            peer.gone = False
+            peer.gone, peer.met = False, monotonic()
             superseded = self._service is not None and self._service.superseded(peer.name, peer.generation)
             if superseded or not self.provider.connected(peer.name):  # it broke meanwhile
                 peer.gone = True
+
+    def forget(self, peer: str | Peer) -> None:
+        """Give back all that belongs to a peer: connections, mapped memory, descriptors, its place among the `peers`.
+
+        What is under way to it fails as PEER_GONE, or ends as it would have: blocks until then, 5 s at most. Batches to
+        it stay as they are. Connecting to it again makes a new `Peer`; this one is refused from now on.
+
+        Raises:
+            UsageError: there is no such peer. EngineClosed: the engine is closed.
+            TransportError: something under way did not come back in time. The connection has ended; forget it later.
+        """
+        self._check_open()
+        known = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer)
+        if known is None:
+            raise UsageError(f"engine {self.name!r} is not connected to {peer!r}; its peers: {sorted(self._peers)}")
+        self._forget(known, lambda peer: True)
+
+    def _give_back(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
+        """`_forget`, where it is no matter if that cannot be done now."""
+        try:
+            return self._forget(peer, still)
+        except TransportError:
+            return False
+
+    def _forget(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
+        """Forget a peer; False if another thread has, or `still` does not hold."""
+        with peer.connecting:
+            if peer.forgotten or not still(peer):
+                return False
+            peer.gone = True  # nothing is submitted from here on
+            self.provider.disconnect(peer.name)
+            self._await_rest(peer, lambda: self.provider.quiet(peer.name))
+            self._take_rows(peer, self._state.disconnect)
+            self.provider.forget(peer.name)
+            with self._lock:
+                peer.forgotten = True
+                self._peers = {name: known for name, known in self._peers.items() if known is not peer}
+                self._vacant.append(peer.index)
+        if self._service is not None:
+            self._service.forget(peer.name)
+        return True
+
+    def _await_rest(self, peer: Peer, quiet: Callable[[], bool]) -> None:
+        """Return when no batch to a peer is under way, its queue pairs rest, and so says `quiet`."""
+        deadline = monotonic() + REST_SECONDS
+        while not (
+            calls.oldest_submit(self.ctl, peer.index) == calls.NEVER
+            and all(row.at_rest for row in self._state.rows_of(peer.index))
+            and quiet()
+        ):
+            if monotonic() > deadline:
+                raise TransportError(
+                    f"what is under way to peer {peer.name!r} did not come back within {REST_SECONDS:.0f} s; try again"
+                )
+            sleep(1e-3)
+        self._let_workers_turn(deadline)
+
+    def _take_rows(self, peer: Peer, take: Callable[[int], object]) -> None:
+        """Take a peer's rows, which rest, from the workers."""
+        with self._lock:
+            self.provider.stop(peer.name, self._state.rows_of(peer.index))
+            peer.kept.append(take(peer.index))
+        self._let_workers_turn(monotonic() + REST_SECONDS)
+        peer.kept.clear()
+
+    def _let_workers_turn(self, deadline: float) -> None:
+        """Return when every worker has begun a new round: what was withdrawn before is in nobody's hands."""
+        epoch = calls.grace(self.ctl)
+        while not calls.graced(self.ctl, epoch):
+            if monotonic() > deadline:
+                raise TransportError(f"workers of engine {self.name!r} do not get on; try again")
+            sleep(1e-4)
 
     def supersede(self, name: str, generation: int) -> None:
         """A peer's name is another engine's now: the next submit connects anew. What is under way goes on."""
@@ -393,9 +498,9 @@ class Engine:
             operands, kernel, requests = arrays, submit.submit, max(a.size for a in arrays)
             if notify is not None:
                 operands, kernel = (*arrays, pack(self.name, notify)), submit.submit_noted
-        handle = kernel(ctl, to.index, opcode.value, deadline, *operands)
+        handle = kernel(ctl, to.handle, opcode.value, deadline, *operands)
         if handle < 0:
-            handle = self._try_again(kernel, ctl, to, opcode, deadline, operands)
+            handle = self._try_again(kernel, ctl, to, peer is to, opcode, deadline, operands)
         return Batch(self, handle, to.name, requests, notify is not None)
 
     def _called(self, name: str) -> Peer:
@@ -403,17 +508,21 @@ class Engine:
         return self.connect(name) if peer is None or (peer.name != name and peer.gone) else peer
 
     def _own(self, peer: Peer) -> Peer:
+        if peer.forgotten:
+            raise UsageError(f"{peer!r} was forgotten; give its name, or connect() again")
         if self._peers.get(peer.name) is not peer:
             raise UsageError(f"{peer!r} belongs to another engine; give its name, or what this one's connect() returns")
         return peer
 
-    def _try_again(self, kernel: jit.Kernel, ctl: int, peer: Peer, opcode: Opcode, deadline: int, operands: Any) -> int:
+    def _try_again(
+        self, kernel: jit.Kernel, ctl: int, peer: Peer, as_object: bool, opcode: Opcode, deadline: int, operands: Any
+    ) -> int:
         """A submit was refused: wait for capacity, look at the peer's regions once more, or say what is wrong."""
         refreshed = reconnected = False
         while True:
             self._check_open()
             bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
-            handle = int(kernel(ctl, peer.index, opcode.value, deadline, *operands))
+            handle = int(kernel(ctl, peer.handle, opcode.value, deadline, *operands))
             if handle >= 0:
                 return handle
             status = Status(-handle)
@@ -422,9 +531,10 @@ class Engine:
             elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not refreshed:
                 refreshed = True
                 self._look_again(peer)
-            elif status == Status.PEER_GONE and not reconnected:
-                reconnected = True
-                self._reconnect(peer)
+            elif status == Status.STALE_PEER or (status == Status.PEER_GONE and not reconnected):
+                reconnected = status == Status.PEER_GONE
+                if not self._reconnect(peer):
+                    peer = self._own(peer) if as_object else self.connect(peer.name)
             else:
                 raise refusal(
                     status, opcode, calls.refused_request(ctl), operands[:3], self._state.regions, peer.table,

@@ -35,6 +35,7 @@ class Status(IntEnum):
     TOO_LARGE = 206
     READ_ONLY = 207
     OPERANDS_CHANGED = 208
+    STALE_PEER = 209
     CANCELLED = 301
     TIMED_OUT = 302
     LOCAL_ERROR = 303

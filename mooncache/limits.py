@@ -80,8 +80,8 @@ INBOX_NOTES = 1024
 """Notifications an engine keeps until they are fetched: four from each of 256 peers."""
 
 LANES = (
-    256  # one from each peer to this worker
-    + 256  # one to each
+    PEERS * WORKERS  # one from each worker of each peer, if this engine has no other worker
+    + PEERS  # one to each
     + 512  # while old ones of restarted peers have not been noticed yet, or peers open several
 )
 """Connections of one worker."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from itertools import count
+from itertools import count, pairwise
+from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-from mooncache.errors import TransportError, UsageError
+from mooncache import limits
+from mooncache.errors import CapacityError, TransportError, UsageError
 from mooncache.kernels import layout
 from mooncache.kernels.state import RegionTable
 from mooncache.providers.base import Descriptor, RemoteRegion
@@ -22,13 +24,19 @@ class Peer:
     Attributes:
         name: what it was called when it was connected to: its name, or "host:port".
         generation: another one than last time means that it has restarted.
+        forgotten: by `Engine.forget`, or for want of room when it was gone; it is of no use any more.
     """
 
     def __init__(self, index: int, name: str) -> None:
         self.index, self.name, self.generation = index, name, 0
+        self.handle = index  # how submits name it: its row, and how often that had been another's
         self.table = RegionTable(f"peer {name!r}")
-        self.connecting = threading.Lock()  # held while the network is waited for
+        self.connecting = threading.Lock()  # held while the network is waited for, and while it is forgotten
+        self.met = 0.0  # when it was last connected to; 0: never
+        self.forgotten = False
+        self.kept: list[object] = []  # what workers may still look at, of a row that is given back
         self._known: dict[RemoteRegion, int] = {}
+        self._retired: list[tuple[int, int]] = []  # (when, slot) of regions that are no longer there
         self.gone = True
 
     @property
@@ -45,14 +53,39 @@ class Peer:
     def gone(self, gone: bool) -> None:
         self.table.header[layout.TABLE_GONE] = gone
 
-    def refresh(self, described: Descriptor) -> None:
-        """Bring the table up to date with what the peer says of itself."""
-        self.generation = described.generation
+    def refresh(self, described: Descriptor, oldest: int) -> None:
+        """Bring the table up to date with what the peer says of itself.
+
+        Slices that are not posted yet name a region by its slot: so another region gets a slot only when every batch
+        that was submitted before its former region went has ended.
+
+        Args:
+            oldest: when the oldest batch to this peer that is under way was submitted, ns.
+
+        Raises, with nothing changed:
+            TransportError: what it says does not hold. CapacityError: more regions than slots.
+        """
         now = set(described.regions)
+        ordered = sorted(now)
+        for before, after in pairwise(ordered):
+            if before.address + before.length > after.address:
+                raise TransportError(f"peer {self.name!r} says that it has registered {after.address:#x} twice")
+        for when, slot in [entry for entry in self._retired if entry[0] < oldest]:
+            self._retired.remove((when, slot))
+            self.table.recycle(slot)
+        new = sorted(now - self._known.keys())
+        if len(new) > self.table.room:
+            raise CapacityError(
+                f"peer {self.name!r} has {len(now)} regions registered, and of {limits.REGIONS} this engine can know "
+                f"{len(self._retired)} are still used by batches under way: wait for those, or register fewer"
+            )
+        self.generation = described.generation
         for gone in [region for region in self._known if region not in now]:
-            self.table.remove(self._known.pop(gone))
+            slot = self._known.pop(gone)
+            self.table.take_out(slot)
+            self._retired.append((monotonic_ns(), slot))
         self.table.forgive()
-        for region in now - self._known.keys():
+        for region in new:
             self._known[region] = self.table.add(*region)
 
     def __repr__(self) -> str:

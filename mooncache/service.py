@@ -137,6 +137,11 @@ class Service:
         """Whether the store has told of another engine under this name since it was looked up."""
         return self._latest.get(name, generation) != generation
 
+    def forget(self, name: str) -> None:
+        """A peer was forgotten: nothing that the store has told of it is of use."""
+        self._latest.pop(name, None)
+        self._addresses.pop(name, None)
+
     def dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
         """Ask the engine at an address; over its Unix socket when a name for that is given."""
         where = f"unix:{unix}" if unix else address

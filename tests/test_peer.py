@@ -38,7 +38,7 @@ def test_more_peers_than_an_engine_may_have_are_refused(engines):
         engines(f"there-{i}")
     first = here.connect("there-0")
     here.connect("there-1")
-    with pytest.raises(CapacityError, match="has 2 peers, as many as it may"):
+    with pytest.raises(CapacityError, match=r"is connected to 2 peers, as many as it may: forget\(\)"):
         here.connect("there-2")
     assert here.connect("there-0") is first
 

@@ -65,11 +65,18 @@ class Reply:
             until `then` is called; without `then`, as long as the listener.
         then: takes over the connection once all is sent: a connected, non-blocking socket, which is its own from
             now on unless it raises. Called in the listener's thread. Without it the connection is closed.
+        undo: gives back what was made for the caller, when the answer cannot be sent, or `then` raises.
     """
 
     body: dict[str, Any]
     fds: Sequence[int] = ()
     then: Callable[[socket.socket], None] | None = None
+    undo: Callable[[], None] | None = None
+
+    def give_up(self) -> None:
+        """What was made for the caller is not taken over by anybody."""
+        if self.undo is not None:
+            self.undo()
 
 
 class Listener:
@@ -202,9 +209,13 @@ class Listener:
         """One connection to its end, whatever that is."""
         handed_over = False
         try:
-            then = await asyncio.wait_for(self._converse(sock, source, local), self._limit_s)
-            if then is not None:
-                then(sock)
+            reply = await asyncio.wait_for(self._converse(sock, source, local), self._limit_s)
+            if reply.then is not None:
+                try:
+                    reply.then(sock)
+                except BaseException:
+                    reply.give_up()
+                    raise
                 handed_over = True
         except asyncio.TimeoutError:
             log.warning("engine %r hung up on %s: no handshake within %s s", self._name, source, self._limit_s)
@@ -218,7 +229,7 @@ class Listener:
             if not handed_over:
                 sock.close()
 
-    async def _converse(self, sock: socket.socket, source: str, local: bool) -> Callable[[socket.socket], None] | None:
+    async def _converse(self, sock: socket.socket, source: str, local: bool) -> Reply:
         hello = Hello(handshake.new_nonce(), not self._open, not self._open and self._secret is None)
         await self._loop.sock_sendall(sock, handshake.frame(hello.message(), handshake.HELLO_BYTES))
         header = await self._receive(sock, handshake.HEADER.size)
@@ -235,19 +246,27 @@ class Listener:
                 "DiscoveryError", "you did not prove that you know the secret; give both engines the same one"
             )
             answer, reply = handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES), Reply({})
-        await self._loop.sock_sendall(sock, answer)
-        for first in range(0, len(reply.fds), FDS_A_MESSAGE):
-            await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
-        return reply.then
+        try:
+            await self._loop.sock_sendall(sock, answer)
+            for first in range(0, len(reply.fds), FDS_A_MESSAGE):
+                await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
+        except BaseException:  # it hung up, or took too long
+            reply.give_up()
+            raise
+        return reply
 
     def _answer(self, call: Call, key: bytes | None, local: bool) -> tuple[bytes, Reply]:
         """The frame that answers a call, and what is to follow it."""
         try:
             reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, local))
-            if reply.fds and not local:
-                raise ValueError(f"file descriptors cannot be sent to another host: {reply!r}")
-            said = Answered(reply.body, len(reply.fds))
-            return handshake.frame(call.answer(said, key), handshake.ANSWER_BYTES), reply
+            try:
+                if reply.fds and not local:
+                    raise ValueError(f"file descriptors cannot be sent to another host: {reply!r}")
+                said = Answered(reply.body, len(reply.fds))
+                return handshake.frame(call.answer(said, key), handshake.ANSWER_BYTES), reply
+            except BaseException:
+                reply.give_up()
+                raise
         except MooncacheError as error:
             refused = Refused(type(error).__name__, str(error))
         except Exception:

@@ -27,8 +27,10 @@ from mooncache.kernels.layout import (
     BATCH_FAILED,
     BATCH_FIRST,
     BATCH_GENERATION,
+    BATCH_PEER,
     BATCH_REMAINING,
     BATCH_STATE,
+    BATCH_SUBMITTED_AT,
     BATCH_WAITERS,
     BATCH_WORKER,
     BATCHES,
@@ -41,6 +43,7 @@ from mooncache.kernels.layout import (
     REFUSED,
     SHARED,
     SHARED_BELL,
+    SHARED_EPOCH,
     SHARED_REAPER_BELL,
     SHARED_REAPER_STOP,
     SHARED_STOP,
@@ -66,12 +69,14 @@ from mooncache.kernels.pool import EVERY_THREAD
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, lingers, sleep_on_descriptors, work_waits
 from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
+from mooncache.kernels.reclaim.epoch import oldest_epoch
 from mooncache.kernels.regions import take_out
 from mooncache.kernels.submit import bump_generation, request_cancel
 from mooncache.kernels.worker import end_turn, ring_bell, sleep_on, try_turn, wake_worker, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 CANCELLED, DONE = int(Status.CANCELLED), int(Slice.DONE)
+NEVER = (1 << 63) - 1
 
 
 @kernel("int64(int64, int64)")
@@ -290,6 +295,33 @@ def region_in_use(ctl, region):
             for i in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
                 n += local[i] == region and 0 < state[i] < DONE
     return n
+
+
+@kernel("int64(int64, int64)")
+def oldest_submit(ctl, peer):
+    """When the oldest batch to the peer in row `peer` that has slices without an answer was submitted; NEVER: none."""
+    oldest = np.int64(NEVER)
+    for slot in range(word(ctl, BATCHES)):
+        row = batch_row(ctl, slot)
+        at = load(row + BATCH_STATE * WORD)
+        if at == SEALED or at == OPEN or (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
+            if peek(row + BATCH_PEER * WORD) == peer:
+                oldest = min(oldest, peek(row + BATCH_SUBMITTED_AT * WORD))
+    return oldest
+
+
+@kernel("int64(int64)")
+def grace(ctl):
+    """What was withdrawn before this call is out of every worker's hands once `graced` says so of the result."""
+    fence()
+    return add(word(ctl, SHARED) + SHARED_EPOCH * WORD, 1) + 1
+
+
+@kernel("int64(int64, int64)")
+def graced(ctl, epoch):
+    """1 when every worker has begun a new round since `grace` returned `epoch`, or rests."""
+    fence()
+    return np.int64(oldest_epoch(ctl) >= epoch)
 
 
 @kernel("int64(int64, int64[::1])")

@@ -150,7 +150,7 @@ CHUNK_LIVE = _next()  # int64[chunks]     of those, not yet freed one by one
 # Everything else.
 BATCH_ROWS = _next()  # int64[batches, BATCH_WORDS]
 BATCH_LINK = _next()  # int64[batches]    free list
-PEER_TABLES = _next()  # int64[peers]      address of the peer's region table
+PEER_TABLES = _next()  # int64[peers]      address of the peer's region table; of one that no submit names, if none
 ENDPOINT_ROWS = _next()  # int64[workers, peers, ENDPOINT_WORDS]
 WORKER_ROWS = _next()  # int64[workers, WORKER_WORDS]
 RETIRED_RING = _next()  # ring of batch slots that the reaper or an epoch frees
@@ -354,6 +354,7 @@ WORKER_WORDS = 32
 EPOCH_QUIET = (1 << 62) - 1
 
 # ------------------------------------------------------------------ region tables
+PEER_BITS = 16
 TABLE_COUNT = 0
 TABLE_BASES = 1  # address of int64[REGIONS], ascending
 TABLE_ENDS = 2  # address of int64[REGIONS]
@@ -363,6 +364,7 @@ TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
 TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
 TABLE_REFUSED = 7  # address of int64[REGIONS], by slot: 1 when the peer's NIC has refused its key; set by workers
 TABLE_REFUSALS = 8  # 1 when there are any
+TABLE_PEER = 9  # how submits name the peer: its row, and above PEER_BITS how often that had been another's
 TABLE_WORDS = 16
 
 

@@ -304,6 +304,7 @@ def idle_real(ctl, worker):
         return
     since = clock(ctl)
     while first(peek(worker + WORKER_RING * WORD)) == RING_EMPTY:
+        announce_epoch(ctl, worker)  # it looks at nothing meanwhile
         for _ in range(PAUSES):
             pause()
         if busy(ctl, worker) or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:

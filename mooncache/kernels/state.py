@@ -12,7 +12,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Kind, Policy, QueueState, Store, aligned, power_of_two, zeros
+from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, zeros
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.ring import new_ring
 from mooncache.kernels.verbs import SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
@@ -149,9 +149,18 @@ class RegionTable:
         """Where in the table the range with this slot stands."""
         return int(np.flatnonzero(self.slots[: len(self)] == slot)[0])
 
+    @property
+    def room(self) -> int:
+        """How many more ranges it can take."""
+        return len(self._free)
+
+    def take_out(self, slot: int) -> None:
+        """Forget a range. No other gets its slot until `recycle`."""
+        regions.remove(address_of(self.header), self.position(slot))
+
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""
-        regions.remove(address_of(self.header), self.position(slot))
+        self.take_out(slot)
         self.recycle(slot)
 
     def recycle(self, slot: int) -> None:
@@ -193,7 +202,7 @@ class QueuePair(NamedTuple):
 class QueueRow:
     """A queue pair as a worker sees it; see `layout` and kernels/queue.py for who writes what."""
 
-    def __init__(self, state: State, worker: int, index: int, pair: QueuePair, endpoint: int) -> None:
+    def __init__(self, state: State, worker: int, tag: int, pair: QueuePair, endpoint: int) -> None:
         self.worker, self.pair = worker, pair
         self.words = aligned(layout.QUEUE_WORDS)
         self.address = address_of(self.words)
@@ -204,7 +213,7 @@ class QueueRow:
             (layout.QUEUE_ENTRIES, address_of(self._entries)),
             (layout.QUEUE_MASK, len(self._entries) - 1),
             (layout.QUEUE_DEPTH, pair.depth),
-            (layout.QUEUE_TAG, index << INDEX_SHIFT | INCARNATION),
+            (layout.QUEUE_TAG, tag),
             (layout.QUEUE_CQ, cqs + pair.cq * layout.CQ_WORDS * WORD),
             (layout.QUEUE_LKEYS, pair.lkeys * KEYS_BYTES),
             (layout.QUEUE_RKEYS, pair.rkeys * KEYS_BYTES),
@@ -222,6 +231,18 @@ class QueueRow:
     def state(self) -> QueueState:
         """Where in its life it is, a moment ago."""
         return QueueState(int(self.words[layout.QUEUE_STATE]))
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is in flight on it, and its worker has nothing to decide."""
+        words = self.words
+        still = self.state in (QueueState.READY, QueueState.CLOSED) and words[layout.QUEUE_ORDER] == Order.NONE
+        return bool(still and words[layout.QUEUE_HEAD] == words[layout.QUEUE_TAIL])
+
+    def leads_to(self, pair: QueuePair) -> bool:
+        """Whether it describes this queue pair, or once closed can be made to: all but the address is the same."""
+        same = self.pair._replace(address=pair.address) == pair
+        return same and (self.pair == pair or self.state == QueueState.CLOSED)
 
     @property
     def cause(self) -> int:
@@ -302,7 +323,10 @@ class State:
         )
         link = self._hold(layout.BATCH_LINK, np.arange(1, settings.batches + 1, dtype=np.int64))
         link[-1] = -1
-        self.peer_tables = self._hold(layout.PEER_TABLES, np.zeros(settings.peers, np.int64))
+        self._nobody = aligned(layout.TABLE_WORDS)  # header of a table that no submit names
+        self._nobody[[layout.TABLE_GONE, layout.TABLE_PEER]] = 1, -1
+        self.peer_tables = self._hold(layout.PEER_TABLES, np.full(settings.peers, address_of(self._nobody), np.int64))
+        self.peer_turns = [0] * settings.peers  # how many peers each row has been given back by
         self.endpoint_rows = self._hold(
             layout.ENDPOINT_ROWS, aligned(settings.workers * settings.peers * layout.ENDPOINT_WORDS)
         ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
@@ -316,6 +340,10 @@ class State:
         self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD, layout.WORKER_TROUBLE_FD]] = -1
         self.worker_rows[:, layout.WORKER_SPINS] = 1
         self.queues: dict[tuple[int, int], list[QueueRow]] = {}  # by worker and peer
+        self._data: dict[tuple[int, int], np.ndarray] = {}  # likewise: addresses of the rows of those for data
+        self._vacant = aligned(layout.QUEUE_WORDS)  # stands where a row was: closed, and named by nothing
+        self._vacant[layout.QUEUE_TAG] = -1
+        self._vacancies: list[list[int]] = [[] for _ in range(settings.workers)]  # tags for the next rows there
         self.rings: list[np.ndarray] = []
         self.queue_tables: list[np.ndarray] = []
         for row in self.worker_rows:
@@ -382,9 +410,14 @@ class State:
     def connect(self, peer: int, table: RegionTable, queue_pairs: Sequence[Sequence[QueuePair]]) -> list[QueueRow]:
         """Enter a peer: its region table, and the queue pairs that each worker has to it; returns their rows.
 
-        A peer that is entered again keeps its rows; those that are closed lead to the new queue pairs. The table and
-        what the addresses point to must outlive the engine.
+        A peer that is entered again keeps its rows, which those queue pairs must fit (`fits`); those that are closed
+        lead to them from now on. The table and what the addresses point to must live until `disconnect`.
+        Raises CapacityError, with nothing changed.
         """
+        new = [(worker, peer) for worker in range(len(queue_pairs)) if (worker, peer) not in self.queues]
+        for worker, _ in new:
+            self._check_room(worker, len(queue_pairs[worker]))
+        table.header[layout.TABLE_PEER] = self.handle(peer)
         self.peer_tables[peer] = address_of(table.header)
         rows = []
         for worker, pairs in enumerate(queue_pairs):
@@ -392,25 +425,67 @@ class State:
             if known is None:
                 known = self._enter_queues(worker, peer, pairs)
             for row, pair in zip(known, pairs, strict=True):
-                if row.state == QueueState.CLOSED:
-                    row.words[[layout.QUEUE_QP, layout.QUEUE_RKEYS]] = pair.address, pair.rkeys * KEYS_BYTES
+                row.pair = pair
+                row.words[layout.QUEUE_QP] = pair.address
             rows += known
         return rows
 
+    def handle(self, peer: int) -> int:
+        """How submits name the peer that has a row now."""
+        return self.peer_turns[peer] << layout.PEER_BITS | peer
+
+    def fits(self, peer: int, queue_pairs: Sequence[Sequence[QueuePair]]) -> bool:
+        """Whether a peer's rows, if it has any, can lead to these queue pairs."""
+        known = self.rows_of(peer)
+        pairs = [pair for own in queue_pairs for pair in own]
+        return not known or (len(known) == len(pairs) and all(map(QueueRow.leads_to, known, pairs)))
+
+    def rows_of(self, peer: int) -> list[QueueRow]:
+        """The rows of a peer's queue pairs, worker by worker."""
+        return [row for worker in range(self.settings.workers) for row in self.queues.get((worker, peer), ())]
+
+    def take_rows(self, peer: int) -> object:
+        """Take a peer's queue pairs from the workers; nothing may be under way on them.
+
+        Returns what workers may look at until their next round: keep it until then.
+        """
+        kept: list[object] = []
+        for worker in range(self.settings.workers):
+            rows = self.queues.pop((worker, peer), [])
+            for row in rows:
+                tag = int(row.words[layout.QUEUE_TAG])
+                index, incarnation = tag >> INDEX_SHIFT, (tag + INCARNATION) & (0xFFFF << 32)
+                self.queue_tables[worker][index] = address_of(self._vacant)
+                self._vacancies[worker].append(index << INDEX_SHIFT | incarnation)
+            kept += [rows, self._data.pop((worker, peer), None)]
+        return kept
+
+    def disconnect(self, peer: int) -> object:
+        """`take_rows`, and whoever names the peer is refused from now on: the row may be another's by then."""
+        self.peer_tables[peer] = address_of(self._nobody)
+        self.peer_turns[peer] += 1
+        return self.take_rows(peer)
+
+    def _check_room(self, worker: int, n: int) -> None:
+        table, vacant = self.queue_tables[worker], self._vacancies[worker]
+        used = int(self.worker_rows[worker, layout.WORKER_QUEUE_COUNT]) - len(vacant)
+        if used + n > len(table):
+            raise CapacityError(f"a worker has at most {len(table)} queue pairs, and {used} are in use")
+
     def _enter_queues(self, worker: int, peer: int, pairs: Sequence[QueuePair]) -> list[QueueRow]:
         row, table, endpoint = self.worker_rows[worker], self.queue_tables[worker], self.endpoint_rows[worker, peer]
-        first = int(row[layout.WORKER_QUEUE_COUNT])
-        if first + len(pairs) > len(table):
-            raise CapacityError(f"a worker has at most {len(table)} queue pairs, and {first} are in use")
-        rows = [QueueRow(self, worker, first + i, pair, address_of(endpoint)) for i, pair in enumerate(pairs)]
-        table[first : first + len(pairs)] = [queue.address for queue in rows]
+        vacant, count = self._vacancies[worker], int(row[layout.WORKER_QUEUE_COUNT])
+        tags = [vacant.pop() for _ in pairs[: len(vacant)]]
+        tags += [index << INDEX_SHIFT | INCARNATION for index in range(count, count + len(pairs) - len(tags))]
+        rows = [QueueRow(self, worker, tag, pair, address_of(endpoint)) for tag, pair in zip(tags, pairs, strict=True)]
         data = np.array([queue.address for queue in rows if not queue.pair.notes], np.int64)
-        self.arrays.append(data)
         notes = [queue.address for queue in rows if queue.pair.notes]
+        self._data[worker, peer], self.queues[worker, peer] = data, rows
         endpoint[[layout.ENDPOINT_QUEUES, layout.ENDPOINT_COUNT]] = address_of(data), len(data)
-        endpoint[layout.ENDPOINT_NOTES] = notes[0] if notes else data[0]
-        row[layout.WORKER_QUEUE_COUNT] = first + len(pairs)
-        self.queues[worker, peer] = rows
+        endpoint[[layout.ENDPOINT_NOTES, layout.ENDPOINT_LOST]] = notes[0] if notes else data[0], 0
+        for tag, queue in zip(tags, rows, strict=True):
+            table[tag >> INDEX_SHIFT] = queue.address
+        row[layout.WORKER_QUEUE_COUNT] = max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags))
         return rows
 
     @property

@@ -32,6 +32,7 @@ from mooncache.kernels.layout import (
     CAPACITY,
     CHUNK_NEXT,
     CHUNK_SLICES,
+    PEER_BITS,
     PEER_TABLES,
     SCRATCH,
     SHARED,
@@ -41,6 +42,7 @@ from mooncache.kernels.layout import (
     SLICE_STATE,
     STORE,
     TABLE_GONE,
+    TABLE_PEER,
     TURN,
     WORD,
     WORKER_CTL,
@@ -64,6 +66,7 @@ AT_ONCE_BYTES = 256 * 1024
 """A batch up to this long is posted by its submitter while the worker sleeps: some ten microseconds, GIL held."""
 
 FREE = int(Slice.FREE)
+PEER_MASK = (1 << PEER_BITS) - 1
 
 HAND_ROUNDS = 8
 """Take and post, send, fetch an answer that is there already, and see that nothing is left."""
@@ -112,12 +115,17 @@ def prepare_words(
 ):
     """Check, cut, acquire, fill. Returns a handle to an open batch, or minus a Status with nothing changed.
 
+    `peer`: as the header of its table names it, so that a row which is another's by now is not taken for it.
     `note`: address of `note_length` bytes that follow the data as a notification; none when that is 0.
     """
     if load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
         return np.int64(-Status.CLOSED)  # no worker would take it
-    if peek(i64(word(ctl, PEER_TABLES))[peer] + TABLE_GONE * WORD) != 0:
+    table, named = i64(word(ctl, PEER_TABLES))[peer & PEER_MASK], peer
+    if peek(table + TABLE_PEER * WORD) != named:
+        return np.int64(-Status.STALE_PEER)
+    if peek(table + TABLE_GONE * WORD) != 0:
         return np.int64(-Status.PEER_GONE)
+    peer = named & PEER_MASK
     if n > REQUESTS:
         return np.int64(-Status.TOO_LARGE)
     slices = walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengths, length_step, COUNT_ONLY)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mooncache import limits
 from mooncache.background import Background
 from mooncache.errors import UsageError
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
@@ -106,12 +107,15 @@ class Provider(ABC):
         return Background()
 
     @abstractmethod
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """Make the device; returns the completion queues of each worker. Raises TransportError.
 
         Args:
             queue_depth: work requests that are to be in flight on one queue pair.
             inbox: int64 words of the engine's inbox (`kernels/inbox.py`), for what peers SEND.
+            peers: connected to at once, at most.
         """
 
     @abstractmethod
@@ -140,6 +144,22 @@ class Provider(ABC):
 
         `ctl`: control block for that, used by one thread at a time. Raises TransportError where no bytes get through.
         """
+
+    def stop(self, peer: str, queues: Sequence[QueueRow]) -> None:  # noqa: B027  (most have nothing to do)
+        """The opposite of `start`: these rows of a peer are about to be taken from the workers."""
+
+    def disconnect(self, peer: str) -> None:  # noqa: B027  (where nothing takes long, it ends by itself)
+        """End the connection to a peer: what is under way to it fails as PEER_GONE, or ends by itself. Returns at once.
+
+        No batch to it can be submitted any more. It may be connected to again, or forgotten.
+        """
+
+    def quiet(self, peer: str) -> bool:
+        """Whether nothing is under way to a peer whose connection has ended, so that it can be forgotten."""
+        return True
+
+    def forget(self, peer: str) -> None:  # noqa: B027  (providers of tests need none)
+        """Give back all that belongs to a peer, if anything does: disconnected, quiet, and seen by no worker."""
 
     def serve(self, request: Request) -> Reply:
         """Answer a peer's `Link.dial`. Raises UsageError for a purpose it does not know."""

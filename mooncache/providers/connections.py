@@ -115,6 +115,7 @@ class Lane:
     def __init__(self, row: np.ndarray, port: int) -> None:
         self.row, self.peer, self.number = row, "", 0
         self.told = True  # why its latest connection ended
+        self.reserved = False  # for a connection that is about to be attached
         self.ticket = NO_TICKET
         self.address = address_of(row)
         iovecs = (FRAME_SLICES + 3) * IOVEC_BYTES // WORD
@@ -141,6 +142,8 @@ class Lane:
     @property
     def free(self) -> bool:
         """Whether another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
+        if self.reserved:
+            return False
         if self.state == LaneState.BROKEN:
             return self.told and not self.row[lanes.L_LISTED]
         return self.state == LaneState.EMPTY
@@ -151,7 +154,7 @@ class Lane:
 
     def prepare(self, sock: socket.socket, queue: Queue | None, peer: str) -> None:
         """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
-        self.peer, self.number, self.ticket = peer, self.number + 1, NO_TICKET
+        self.peer, self.number, self.ticket, self.reserved = peer, self.number + 1, NO_TICKET, False
         self.row[:] = 0
         self.told = False
         for words in self._memory.values():
@@ -224,21 +227,43 @@ class Port:
             words[field] = value
         watch_nudge(self.address)
 
-    def attach(self, sock: socket.socket, queue: Queue | None, peer: str) -> Lane:
+    @property
+    def load(self) -> int:
+        """Lanes that serve connections, or are about to."""
+        states = self.rows[: len(self.lanes), lanes.L_STATE]
+        live = np.count_nonzero((states == LaneState.READY) | (states == LaneState.LIVE))
+        return int(live) + sum(lane.reserved for lane in self.lanes)
+
+    def reserve(self, n: int) -> list[Lane]:
+        """Lanes for `n` connections: `attach` them, or `release` them. Raises CapacityError, with none reserved."""
+        rows = self.rows[: len(self.lanes)]
+        ended = (rows[:, lanes.L_STATE] == LaneState.EMPTY) | (rows[:, lanes.L_STATE] == LaneState.BROKEN)
+        found = [self.lanes[i] for i in np.flatnonzero(ended) if self.lanes[i].free][:n]
+        if len(self.lanes) + n - len(found) > len(self.rows):
+            raise CapacityError(
+                f"a worker serves at most {len(self.rows)} connections, and all are in use: give the engine more "
+                "workers, or its peers fewer workers or lanes"
+            )
+        made = [Lane(self.rows[len(self.lanes) + i], self.address) for i in range(n - len(found))]
+        for lane in [*found, *made]:
+            lane.reserved = True
+        self.lanes += made
+        self.words[lanes.P_LANE_COUNT] = len(self.lanes)
+        return found + made
+
+    @staticmethod
+    def release(reserved: Sequence[Lane]) -> None:
+        """Give lanes back that were reserved and not attached."""
+        for lane in reserved:
+            lane.reserved = False
+
+    def attach(self, lane: Lane, sock: socket.socket, queue: Queue | None, peer: str) -> None:
         """Let the worker serve a connection: one of a queue pair, or (None) one that a peer sends over.
 
-        The worker owns the descriptor from now on. Raises CapacityError, with the socket untouched.
+        The worker owns the descriptor from now on. `lane` was reserved.
         """
-        lane = next((lane for lane in self.lanes if lane.free), None)
-        if lane is None:
-            if len(self.lanes) == limits.LANES:
-                raise CapacityError(f"a worker serves {limits.LANES} connections, as many as it may")
-            lane = Lane(self.rows[len(self.lanes)], self.address)
-            self.lanes.append(lane)
-            self.words[lanes.P_LANE_COUNT] = len(self.lanes)
         lane.prepare(sock, queue, peer)
         hand_over(self.address, lane.address)
-        return lane
 
     def close(self) -> None:
         """Close all descriptors. The worker must have left."""
@@ -254,9 +279,8 @@ class StreamQueue(Queue):
     """A queue pair with its lanes."""
 
     def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
-        super().__init__(device, keys, depth, entry_words)
         self.lanes: list[Lane] = []
-        self.ticket = Ticket(secrets.randbits(62), 0)
+        super().__init__(device, keys, depth, entry_words)
         self._table = aligned(LANES_MOST)
         self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), 1
 
@@ -270,12 +294,19 @@ class StreamQueue(Queue):
         """Whether its worker has reported all that was on it, and let its lanes go."""
         return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
 
+    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None) -> None:
+        """See `Queue.lead_to`. It is another peer's from now on, who has heard of no connection of it."""
+        super().lead_to(keys, inbox)
+        self.ticket = Ticket(secrets.randbits(62), 0)
+
     def take(self, port: Port, socks: Sequence[socket.socket], peer: str) -> None:
-        """Go on over these connections. It must be settled."""
+        """Go on over these connections. It must be settled. Raises CapacityError, with nothing changed."""
+        self.lanes = port.reserve(len(socks))
         self.words[[lanes.Q_SENT, lanes.Q_CLAIMED]] = self.words[Q_HEAD]
         self.words[lanes.Q_LANE_COUNT] = 0
-        self.words[lanes.Q_BROKEN] = 0
-        self.lanes = [port.attach(sock, self, peer) for sock in socks]
+        self.words[lanes.Q_BROKEN] = 0  # before its worker sees a lane, which it would end as that of a broken one
+        for lane, sock in zip(self.lanes, socks, strict=True):
+            port.attach(lane, sock, self, peer)
         self._table[: len(socks)] = [lane.address for lane in self.lanes]
         self.words[lanes.Q_LANE_COUNT] = len(socks)
 

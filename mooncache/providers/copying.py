@@ -58,8 +58,14 @@ def route_of(queue, opcode, remote, length):
 
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
-    """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full."""
+    """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full.
+
+    Q_POSTING is odd meanwhile, for `lead`.
+    """
     queue, error, size = queue_of(qp), np.int32(0), np.int64(0)
+    posting = word_at(queue, lanes.Q_POSTING)
+    store(queue + lanes.Q_POSTING * WORD, posting + 1)
+    fence()
     step_over(queue)
     direct, by_lane = np.int64(0), False
     while wr != 0 and error == 0:
@@ -77,6 +83,8 @@ def post_send(qp, wr, bad_wr):
             error = np.int32(ENOMEM)
     if direct > 0:
         poke(queue + lanes.Q_DIRECT * WORD, word_at(queue, lanes.Q_DIRECT) + direct)
+    store(queue + lanes.Q_POSTING * WORD, posting + 2)
+    if direct > 0:
         if size >= SHARE_BYTES:
             call_helpers(word_at(queue, lanes.Q_PORT))
     if by_lane:
@@ -255,6 +263,17 @@ def poll_cq(cq, entries, wc):
             fence()
             moved = help_others(port)
     return answer_poll(report_all(port, np.int64(entries), wc), moved)
+
+
+@kernel("int64(int64, int64)")
+def lead(queue, maps):
+    """From now on entries go by these maps; 0: by none. Returns the former ones.
+
+    A `post_send` under way may still go by them: wait until Q_POSTING, looked at after this, is even or changes.
+    """
+    former = exchange(queue + lanes.Q_MAPS * WORD, maps)
+    fence()
+    return former
 
 
 @kernel("int64(int64, int64, int64, int64, int64)")

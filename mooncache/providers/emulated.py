@@ -386,9 +386,11 @@ class Emulated(InProcessProvider):
         self._mender: Mender | None = None
         self._by_pair: dict[int, Queue] = {}
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
-        made = super().open(workers, queue_depth, inbox)
+        made = super().open(workers, queue_depth, inbox, peers)
         if any(nic.breaks for nic in self.nics):
             self._mender = Mender(self._fail, self._renew, self.background)
             self.trouble_fd = self._mender.descriptor
@@ -420,6 +422,17 @@ class Emulated(InProcessProvider):
         """See `Provider.start`."""
         if self._mender is not None:
             self._mender.watch([row for row in queues if row.pair.breaks], ctl)
+
+    def stop(self, peer: str, queues: Sequence[QueueRow]) -> None:
+        """See `Provider.stop`."""
+        if self._mender is not None:
+            self._mender.drop(queues)
+
+    def disconnect(self, peer: str) -> None:
+        """See `Provider.disconnect`: queue pairs that break are mended no more."""
+        if self._mender is not None and peer in self.peers:
+            pairs = {queue.pair.address for queue in self._queues_of(peer)}
+            self._mender.lose(lambda row: row.pair.address in pairs)
 
     def close(self) -> None:
         """See `Provider.close`."""

@@ -31,15 +31,14 @@ from mooncache.kernels.linux import (
     errno,
 )
 from mooncache.kernels.verbs import WcStatus
-from mooncache.limits import PEERS
-from mooncache.providers.software import CQ_QUEUES, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
+from mooncache.providers.software import CQ_OWN, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
 
-# Port words, one set a worker, behind its completion queue's list of queues
+# Port words, one set a worker, in front of its completion queue's list of queues
 (
     P_EPOLL, P_SYSCALL, P_ERRNO, P_CLOCK, P_WRITE, P_LANES, P_LANE_COUNT, P_ADOPT, P_ADOPTED, P_LISTED, P_LIST, P_KEYS,
     P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
     P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_LOCAL, P_REMOTE,
-) = range(CQ_QUEUES + PEERS, CQ_QUEUES + PEERS + 31)  # fmt: skip
+) = range(CQ_OWN, CQ_OWN + 31)  # fmt: skip
 FRAMES_VERSION = 1
 EVENTS = 64
 CHECK_NS = 250_000_000  # how often lanes are looked over for a stall
@@ -48,8 +47,8 @@ CALLS = 4  # system calls on one lane before the next one has its turn
 # Queue words of a stream's queue pair, and its ring's entries
 (
     Q_SENT, Q_BROKEN, Q_GONE, Q_PORT, Q_LANES, Q_LANE_COUNT, Q_DIRECT, Q_COPIED, Q_CLAIMED, Q_MAPS,
-    Q_MAP_HINT, Q_PID, Q_GUARDS,
-) = range(Q_OWN, Q_OWN + 13)  # fmt: skip
+    Q_MAP_HINT, Q_PID, Q_GUARDS, Q_POSTING,
+) = range(Q_OWN, Q_OWN + 14)  # fmt: skip
 E_ID, E_LOCAL, E_REMOTE, E_LENGTH, E_OPCODE, E_KEY, E_STATUS, E_ROUTE, ENTRY_WORDS = range(9)
 PENDING = -1  # an entry's status until it is answered
 

@@ -45,12 +45,13 @@ class Mender:
         self._thread: threading.Thread | None = None
 
     def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
-        """Look after these from now on: probe those that are new. `ctl` is used under the lock."""
+        """Look after these from now on: probe those that are new, or were lost. `ctl` is used under the lock."""
         with self.lock:
             self._ctl = ctl
             for row in rows:
-                if row.address not in self._last:
-                    self._rows.append(row)
+                if self._last.get(row.address, Order.LOSE) == Order.LOSE:
+                    if row.address not in self._last:
+                        self._rows.append(row)
                     self._renew(row)
                     self._give(row, Order.PROBE)
             if self._thread is None:
@@ -61,6 +62,20 @@ class Mender:
         for row in filter(chosen, self._rows):
             self._give(row, Order.BREAK)
         self.look_again()
+
+    def lose(self, chosen: Callable[[QueueRow], bool]) -> None:
+        """The peer of these is gone: what is under way on them fails, and they are not mended any more."""
+        with self.lock:
+            for row in filter(chosen, self._rows):
+                self._fail(row)
+                self._give(row, Order.LOSE)
+
+    def drop(self, rows: Sequence[QueueRow]) -> None:
+        """Look after these no longer. Nothing is under way on them."""
+        with self.lock:
+            self._rows = [row for row in self._rows if row not in rows]
+            for row in rows:
+                self._last.pop(row.address, None)
 
     def look_again(self) -> None:
         """Let the thread look at all queue pairs."""
@@ -91,6 +106,8 @@ class Mender:
 
     def _mend(self, row: QueueRow) -> None:
         state, last = row.state, self._last[row.address]
+        if last == Order.LOSE:
+            return
         if state == QueueState.BROKEN:
             self._fail(row)
         elif state == QueueState.DRAINED and last != Order.RETURN:

@@ -22,11 +22,11 @@ import logging
 import mmap
 import os
 import secrets
-import select
 import socket
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,13 +42,17 @@ from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, add
 from mooncache.memory import Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.copying import LOT, peek_at, poll_cq, post_send
-from mooncache.providers.software import KEY_WORDS, Q_KEYS, KeyTable
-from mooncache.providers.stream import StreamProvider, wait_until, wait_while_odd
+from mooncache.providers.connections import StreamQueue
+from mooncache.providers.copying import LOT, lead, peek_at, poll_cq, post_send
+from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
+from mooncache.providers.stream import StreamProvider, wait_while_odd
 
 log = logging.getLogger("mooncache")
 
 GUARD_BYTES = limits.WORKERS * LINE
+
+RETIRE_S = 2e-3
+"""Between two looks at whether mappings that were retired are still used: a lot of a copy takes some hundred us."""
 
 _BOTH = Access.READ | Access.WRITE
 
@@ -104,30 +108,56 @@ class Share:
             self.learn(answer, there, 2)
             undo.pop_all()
 
-    def learn(self, answer: Answer, there: Sequence[int], first: int) -> None:
-        """Map the segments that an answer brings, from descriptor `first` on, and drop those no longer there."""
-        for (number, address, length), descriptor in zip(answer.body["segments"], answer.fds[first:], strict=True):
-            self.segments[int(number)] = int(address), Mapping(descriptor, int(length), writable=True)
-        gone = [self.segments.pop(number)[1] for number in self.segments.keys() - set(there)]
-        table = RegionTable("mapped memory")
-        for address, mapping in self.segments.values():
-            table.add(address, mapping.length, (mapping.address,), 0)
-        former, self.maps = self.maps, table
-        self._retired = former, gone
+    def learn(self, answer: Answer, there: Sequence[int], first: int) -> tuple[RegionTable, list[Mapping]]:
+        """Map the segments that an answer brings, from descriptor `first` on.
 
-    def drop_retired(self) -> None:
-        """Unmap what the last `learn` found gone. No worker may look at the former maps any more."""
-        _, gone = self._retired
-        for mapping in gone:
-            mapping.close()
+        Returns the former table, and the mappings that are no longer there: workers may still use both. Raises OSError
+        or CapacityError, with nothing changed.
+        """
+        segments = {number: known for number, known in self.segments.items() if number in there}
+        with ExitStack() as undo:
+            for (number, address, length), descriptor in zip(answer.body["segments"], answer.fds[first:], strict=True):
+                mapping = Mapping(descriptor, int(length), writable=True)
+                undo.callback(mapping.close)
+                segments[int(number)] = int(address), mapping
+            table = RegionTable("mapped memory")
+            for address, mapping in segments.values():
+                table.add(address, mapping.length, (mapping.address,), 0)
+            undo.pop_all()
+        gone = [mapping for number, (_, mapping) in self.segments.items() if number not in segments]
+        former, self.maps, self.segments = self.maps, table, segments
+        return former, gone
 
     def close(self) -> None:
         """Unmap everything. Nobody may be copying."""
-        for _, mapping in self.segments.values():
+        for mapping in self.mappings:
             mapping.close()
-        self.keys.close()
-        self.guards.close()
         self.sock.close()
+
+    @property
+    def mappings(self) -> list[Mapping]:
+        """All of them."""
+        return [*(mapping for _, mapping in self.segments.values()), self.keys, self.guards]
+
+
+class Retired(NamedTuple):
+    """Mappings that no entry goes by that is posted from now on.
+
+    Attributes:
+        marks: queue pairs, and how far each was posted to before: once all that is answered, nobody uses them any more.
+        table: by which those entries went.
+        sock: to the peer, which does not wait for our guards once that is closed.
+    """
+
+    marks: list[tuple[StreamQueue, int]]
+    table: RegionTable
+    mappings: list[Mapping]
+    sock: socket.socket | None
+
+    @property
+    def over(self) -> bool:
+        """Whether all that was posted before is answered."""
+        return all(queue.words[Q_TAIL] >= head for queue, head in self.marks)
 
 
 def reachable(sock: socket.socket, address: int, nonce: int) -> tuple[int, str]:
@@ -180,12 +210,14 @@ class Shm(StreamProvider):
         self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
         self._shared: dict[int, Shared] = {}  # by rkey
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # from before a peer has it until its connection ends
-        self._held: dict[int, tuple[socket.socket, Lease]] = {}  # by descriptor: connections to those who have one
         self._shares: dict[str, Share | None] = {}
+        self._retired: list[Retired] = []
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
-        queues = super().open(workers, queue_depth, inbox)
+        queues = super().open(workers, queue_depth, inbox, peers)
         self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]
         for i, port in enumerate(self.ports):
             port.words[lanes.P_LOCAL] = address_of(self._vectors[2 * i])
@@ -251,22 +283,15 @@ class Shm(StreamProvider):
         return Reply(
             body, [s.descriptor for s in own if s] + fds,
             then=lambda sock, held=held: self._hold(sock, lease),  # type: ignore[misc]
+            undo=lambda: self._end(lease),
         )  # fmt: skip
 
     def _hold(self, sock: socket.socket, lease: Lease) -> None:
-        with self._lock:
-            if self._closed:
-                sock.close()
-                return
-            self._held[sock.fileno()] = sock, lease
-            self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+        self.watch(sock, lambda: self._end(lease))
 
-    def hung_up(self, descriptor: int) -> None:
-        """See `StreamProvider.hung_up`: a peer that maps our memory is gone, so its guards mean nothing any more."""
-        with self._lock:
-            sock, lease = self._held.pop(descriptor)
-            lease.ended = True
-            sock.close()
+    def _end(self, lease: Lease) -> None:
+        """A peer that maps our memory is gone, so its guards mean nothing any more."""
+        lease.ended = True
 
     # ------------------------------------------------------------------------------ as an initiator
     def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
@@ -275,7 +300,10 @@ class Shm(StreamProvider):
         share = self._shares.get(peer.name)
         try:
             if share is None:
-                self._shares[peer.name] = self._open_share(peer, link)
+                with ExitStack() as undo:
+                    undo.callback(self.disconnect, peer.name)
+                    self._shares[peer.name] = self._open_share(peer, link)
+                    undo.pop_all()
             elif share.segments.keys() != set(peer.data["segments"]):
                 self._learn(share, peer, link)
         except OSError as error:
@@ -311,6 +339,11 @@ class Shm(StreamProvider):
         finally:
             for descriptor in answer.fds:
                 os.close(descriptor)
+        try:
+            self.watch(share.sock, partial(self._lost, peer.name, share))
+        except OSError:
+            share.close()
+            raise
         if share.why:
             log.info(
                 "peer %r: memory that no engine allocated goes over TCP, since process_vm_readv is refused: %s",
@@ -322,6 +355,12 @@ class Shm(StreamProvider):
             queue.words[lanes.Q_PID] = share.pid
             queue.words[lanes.Q_MAPS] = address_of(share.maps.header)
         return share
+
+    def _lost(self, peer: str, share: Share) -> None:
+        """A peer has closed its end of a share, or its process has ended."""
+        if self._shares.get(peer) is share:
+            log.info("peer %r on this host is gone: its memory is let go", peer)
+            self.disconnect(peer)
 
     def _go_without(self, peer: Descriptor, why: str) -> None:
         if not self.elsewhere:
@@ -335,24 +374,48 @@ class Shm(StreamProvider):
         answer = link.dial("segments", {"have": sorted(share.segments)}, unix=peer.data["unix"])
         answer.sock.close()
         try:
-            share.learn(answer, peer.data["segments"], 0)
+            former, gone = share.learn(answer, peer.data["segments"], 0)
         finally:
             for descriptor in answer.fds:
                 os.close(descriptor)
-        queues = self.queues_of(peer.name)
-        for queue in queues:
-            queue.words[lanes.Q_MAPS] = address_of(share.maps.header)
-        # A worker may be looking at the former table, and what it has posted by it may not be copied yet.
-        wait_until(lambda: all(q.words[lanes.Q_DIRECT] == q.words[lanes.Q_COPIED] for q in queues), "a moment of rest")
-        share.drop_retired()
+        self._retire(self.queues_of(peer.name), address_of(share.maps.header), Retired([], former, gone, None))
 
-    def forget(self, peer: str) -> None:
-        """See `StreamProvider.forget`."""
-        share = self._shares.pop(peer, None)
-        for queue in self.queues_of(peer):
-            queue.words[[lanes.Q_MAPS, lanes.Q_PID]] = 0
+    def let_go(self, peer: str) -> None:
+        """See `StreamProvider.let_go`."""
+        share, queues = self._shares.pop(peer, None), self.queues_of(peer)
         if share is not None:
-            share.close()
+            for queue in queues:
+                queue.words[lanes.Q_PID] = 0
+            self._retire(queues, 0, Retired([], share.maps, share.mappings, share.sock))
+
+    def _retire(self, queues: Sequence[StreamQueue], maps: int, what: Retired) -> None:
+        """Let queue pairs go by other maps. `look_around` lets go of what they went by, once they are done with it."""
+        for queue in queues:
+            lead(address_of(queue.words), maps)
+        wait_while_odd([(queue.words, lanes.Q_POSTING) for queue in queues])
+        marks = [(queue, int(queue.words[Q_HEAD])) for queue in queues]
+        with self._lock:
+            self._retired.append(what._replace(marks=marks))
+        os.eventfd_write(self._trouble_fd, 1)
+
+    @property
+    def patience(self) -> float | None:  # type: ignore[override]
+        """See `StreamProvider`: nobody tells when entries that went by retired mappings are answered."""
+        return RETIRE_S if self._retired else None
+
+    def look_around(self) -> None:
+        """See `StreamProvider.look_around`."""
+        with self._lock:
+            over = [retired for retired in self._retired if retired.over]
+            self._retired = [retired for retired in self._retired if retired not in over]
+        for retired in over:
+            self._unmap(retired)
+
+    def _unmap(self, retired: Retired) -> None:
+        for mapping in retired.mappings:
+            mapping.close()
+        if retired.sock is not None:
+            self.unwatch(retired.sock)
 
     def wire(self, peer: str) -> str:
         """See `Provider.wire`."""
@@ -369,8 +432,8 @@ class Shm(StreamProvider):
         except TransportError as error:
             log.warning("closing all the same: %s", error)
         super().close()
+        for retired in self._retired:
+            self._unmap(retired)
         for share in self._shares.values():
             if share is not None:
                 share.close()
-        for sock, _ in self._held.values():
-            sock.close()

@@ -49,9 +49,8 @@ KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
 Q_SCRATCH, Q_INBOX, Q_OWN, QUEUE_WORDS = 9, 11, 12, 32  # scratch: a timespec; from Q_OWN on: the provider's own
-# completion queue words; behind the queues come the provider's own
-CQ_COUNT, CQ_TURN, CQ_QUEUES = 0, 1, 2
-CQ_OWN_WORDS = 32
+# completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
+CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -117,6 +116,7 @@ class KeyTable:
         """`words`: zeroed int64[REGIONS * KEY_WORDS] to use, on a cache line of its own."""
         words = aligned(limits.REGIONS * KEY_WORDS) if words is None else words
         self.entries = words.reshape(limits.REGIONS, KEY_WORDS)
+        self.closed = False
         self._free = list(range(limits.REGIONS - 1, -1, -1))
 
     @property
@@ -144,6 +144,7 @@ class KeyTable:
 
     def clear(self) -> None:
         """Refuse all keys from now on."""
+        self.closed = True
         for slot in np.flatnonzero(self.entries[:, KEY]):
             withdraw_key(self._entry(int(slot)))
 
@@ -207,6 +208,11 @@ class Queue:
         self.words[Q_KEYS] = keys.address
         self.words[Q_INBOX] = 0 if inbox is None else address_of(inbox)
 
+    def rest(self, keys: KeyTable) -> None:
+        """Lead to no peer, until it is given to another; `keys` of this engine. Nothing is under way on it."""
+        self.words[[Q_KEYS, Q_INBOX]] = keys.address, 0
+        self.held.clear()
+
     @property
     def pair(self) -> QueuePair:
         """How kernels know it."""
@@ -239,14 +245,17 @@ class SoftwareProvider(Provider):
         self.keys = KeyTable()
         self.queues: list[list[Any]] = []  # [worker][peer x rails + rail]
         self.peers: dict[str, int] = {}
+        self._spare: list[int] = []  # numbers that peers had whose queues rest
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
-        self.depth = queue_depth
+        self.depth, self._most = queue_depth, peers
         self.device = Device(self.post_send, self.poll_cq)
-        self.lists = [aligned(CQ_QUEUES + limits.PEERS + CQ_OWN_WORDS) for _ in range(workers * self.rails)]
+        self.lists = [aligned(CQ_QUEUES + peers) for _ in range(workers * self.rails)]
         self.completion_queues = [self.device.completion_queue(queues) for queues in self.lists]
         self.queues = [[] for _ in range(workers)]
         made = [CompletionQueue(address_of(cq)) for cq in self.completion_queues]
@@ -258,20 +267,46 @@ class SoftwareProvider(Provider):
         return Keys(keys, keys)
 
     def _add_queues(self, name: str, keys: KeyTable) -> None:
-        """One queue a worker and rail for a new peer, entered into the worker's list for that rail."""
+        """One queue a worker and rail for a new peer: those of a peer that was forgotten, or new ones."""
+        if self._spare:
+            self.peers[name] = self._spare.pop()
+            for queue in self._queues_of(name):
+                queue.lead_to(keys)
+            return
         index = len(self.peers)
-        if index >= limits.PEERS:
-            raise CapacityError(f"this engine is connected to {limits.PEERS} peers already")
-        for worker, queues in enumerate(self.queues):
-            for rail in range(self.rails):
-                queue = self.queue_type(self.device, keys, self.depth, self.entry_words)
-                queue.rail = rail
-                self.prepare(queue, worker)
-                queues.append(queue)
-                polled = self.lists[worker * self.rails + rail]
+        if index >= self._most:
+            raise CapacityError(f"this engine is connected to {self._most} peers, as many as it may: forget one first")
+        rails = range(self.rails)
+        made = [[self._new_queue(worker, rail, keys) for rail in rails] for worker in range(len(self.queues))]
+        for worker, queues in enumerate(made):
+            self.queues[worker] += queues
+            for queue in queues:
+                polled = self.lists[worker * self.rails + queue.rail]
                 polled[CQ_QUEUES + index] = address_of(queue.words)
                 polled[CQ_COUNT] = index + 1
         self.peers[name] = index
+
+    def _new_queue(self, worker: int, rail: int, keys: KeyTable) -> Queue:
+        queue = self.queue_type(self.device, keys, self.depth, self.entry_words)
+        queue.rail = rail
+        self.prepare(queue, worker)
+        return queue
+
+    def _queues_of(self, name: str) -> list[Any]:
+        """The queues of a peer, worker by worker."""
+        first = self.peers[name] * self.rails
+        return [queue for queues in self.queues for queue in queues[first : first + self.rails]]
+
+    def quiet(self, peer: str) -> bool:
+        """See `Provider.quiet`."""
+        return peer not in self.peers or all(queue.outstanding == 0 for queue in self._queues_of(peer))
+
+    def forget(self, peer: str) -> None:
+        """See `Provider.forget`: its queues rest until another peer gets them, and so are polled in vain."""
+        if peer in self.peers:
+            for queue in self._queues_of(peer):
+                queue.rest(self.keys)
+            self._spare.append(self.peers.pop(peer))
 
     @abstractmethod
     def prepare(self, queue: Queue, worker: int) -> None:
@@ -281,10 +316,13 @@ class SoftwareProvider(Provider):
 class InProcessProvider(SoftwareProvider):
     """A software provider whose peers live in the same process."""
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         self.inbox = inbox
-        return super().open(workers, queue_depth, inbox)
+        self._tables: dict[str, KeyTable] = {}  # of peers
+        return super().open(workers, queue_depth, inbox, peers)
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
@@ -310,7 +348,17 @@ class InProcessProvider(SoftwareProvider):
         for queues in ours:
             for queue in queues:
                 queue.lead_to(data.keys, data.inbox)
+        self._tables[peer.name] = data.keys
         return [[self.pair_of(queue, data) for queue in queues] for queues in ours]
+
+    def connected(self, peer: str) -> bool:
+        """See `Provider.connected`: until the peer is closed."""
+        return not self._tables[peer].closed
+
+    def forget(self, peer: str) -> None:
+        """See `Provider.forget`."""
+        super().forget(peer)
+        self._tables.pop(peer, None)
 
     def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
         """How kernels know a queue that leads to a peer."""

@@ -16,17 +16,18 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 import numpy as np
 
+from mooncache import limits
 from mooncache.discovery.listener import Reply, Request
-from mooncache.errors import DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD
+from mooncache.kernels.layout import TABLE_GONE, TABLE_WORDS, WORD, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
     POLL_AGAIN,
@@ -140,6 +141,7 @@ class StreamProvider(SoftwareProvider):
     entry_words = ENTRY_WORDS
     queue_type = StreamQueue
     spins = False
+    patience: float | None = None  # seconds until the watching thread looks around unasked
 
     def __init__(self, lanes: int = 1) -> None:
         super().__init__()
@@ -147,13 +149,17 @@ class StreamProvider(SoftwareProvider):
             raise UsageError(f"expected 1 to {LANES_MOST} lanes, got {lanes!r}")
         self.lane_count = lanes
         self._lock = threading.Lock()
-        self._turn = 0
         self.generations: dict[str, int] = {}
+        self._parting: set[str] = set()  # peers that were disconnected, and not connected to since
+        self._nowhere = aligned(TABLE_WORDS)  # header of a table for queue pairs that lead to no peer
+        self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
         self._closed = False
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
-        queues = super().open(workers, queue_depth, inbox)
+        queues = super().open(workers, queue_depth, inbox, peers)
         self._inbox = inbox
         with ExitStack() as undo:
             self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -188,7 +194,20 @@ class StreamProvider(SoftwareProvider):
             )
         ticket = Ticket(int(request.body["queue"]), int(request.body["round"]))
         self._end_former(ticket)
-        return Reply({}, then=lambda sock: self._accept(sock, request.caller, ticket))
+        with self._lock:
+            port, lane = self._reserve()
+        return Reply(
+            {}, then=lambda sock: self._accept(sock, request.caller, ticket, port, lane),
+            undo=lambda: port.release([lane]),
+        )  # fmt: skip
+
+    def _reserve(self) -> tuple[Port, Lane]:
+        """A lane of the port that serves the fewest and has one left. Raises CapacityError."""
+        ports = sorted(self.ports, key=lambda port: port.load)
+        for port in ports[:-1]:
+            with suppress(CapacityError):
+                return port, port.reserve(1)[0]
+        return ports[-1], ports[-1].reserve(1)[0]
 
     def _end_former(self, ticket: Ticket) -> None:
         """Before a peer connects a queue pair anew: cut its former connections. They may still hold bytes that the peer
@@ -204,14 +223,14 @@ class StreamProvider(SoftwareProvider):
                 cut(port.address, lane.address)
         wait_until(lambda: all(lane.free or lane.number != n for _, lane, n in former), "the end of former connections")
 
-    def _accept(self, sock: socket.socket, peer: str, ticket: Ticket) -> None:
+    def _accept(self, sock: socket.socket, peer: str, ticket: Ticket, port: Port, lane: Lane) -> None:
         set_lane_options(sock)
         with self._lock:
             if self._closed:
                 sock.close()
                 return
-            self._turn += 1
-            self.ports[self._turn % len(self.ports)].attach(sock, None, peer).ticket = ticket
+            port.attach(lane, sock, None, peer)
+            lane.ticket = ticket
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
@@ -230,14 +249,22 @@ class StreamProvider(SoftwareProvider):
             if peer.name not in self.peers:
                 self._add_queues(peer.name, self.keys)
         ours = self.queues_of(peer.name)
+        if peer.name in self._parting:
+            wait_until(lambda: self.quiet(peer.name), f"the end of the former connections to {peer.name!r}")
+            self._parting.discard(peer.name)
         if self.generations.get(peer.name, peer.generation) != peer.generation:
             self._part(peer.name, ours)
-            self.forget(peer.name)
+            self.let_go(peer.name)
         self.generations[peer.name] = peer.generation
-        for port, queue in zip(self.ports, ours, strict=True):
+        for queue in ours:
             queue.words[lanes.Q_GONE] = link.gone
-            if queue.broken:
+        broken = [(port, queue) for port, queue in zip(self.ports, ours, strict=True) if queue.broken]
+        for i, (port, queue) in enumerate(broken):
+            try:
                 self._open_lanes(port, queue, peer.name, link)
+            except BaseException:
+                self._cut(queue for _, queue in broken[:i])
+                raise
         return [[queue.pair] for queue in ours]
 
     def connected(self, peer: str) -> bool:
@@ -246,20 +273,44 @@ class StreamProvider(SoftwareProvider):
 
     def queues_of(self, peer: str) -> list[StreamQueue]:
         """The queue pairs to a peer, one a worker."""
-        return [queues[self.peers[peer]] for queues in self.queues]
+        return self._queues_of(peer)
+
+    def disconnect(self, peer: str) -> None:
+        """See `Provider.disconnect`."""
+        if peer in self.peers:
+            self._parting.add(peer)
+            self.let_go(peer)
+            self._cut(self.queues_of(peer))
+
+    def _cut(self, queues: Iterable[StreamQueue]) -> None:
+        """Let the connections of these end."""
+        with self._lock:  # so that no lane becomes another connection's
+            for queue in queues:
+                for lane in queue.lanes if not queue.broken else ():
+                    cut(int(queue.words[lanes.Q_PORT]), lane.address)
+
+    def quiet(self, peer: str) -> bool:
+        """See `Provider.quiet`."""
+        return peer not in self.peers or all(queue.broken and queue.settled for queue in self.queues_of(peer))
 
     def forget(self, peer: str) -> None:
-        """For subclasses: another engine has a peer's name now, and nothing is under way to the former."""
+        """See `Provider.forget`."""
+        if peer in self.peers:
+            for queue in self.queues_of(peer):
+                queue.words[lanes.Q_GONE] = address_of(self._nowhere) + TABLE_GONE * WORD
+        super().forget(peer)
+        self.generations.pop(peer, None)
+        self._parting.discard(peer)
+
+    def let_go(self, peer: str) -> None:
+        """For subclasses: the engine that had a peer's name is gone, and so is what belongs to it."""
 
     def _part(self, peer: str, queues: Sequence[StreamQueue]) -> None:
         """Another engine has a peer's name. The former may still be there, or have gone without a word: what is under
         way to it may finish, then its connections end."""
         with suppress(TransportError):
             wait_until(lambda: all(q.broken or q.outstanding == 0 for q in queues), f"what is under way to {peer!r}")
-        with self._lock:  # so that no lane becomes another connection's
-            for port, queue in zip(self.ports, queues, strict=True):
-                for lane in queue.lanes if not queue.broken else ():
-                    cut(port.address, lane.address)
+        self._cut(queues)
         wait_until(lambda: all(q.broken and q.settled for q in queues), f"the end of the former peer {peer!r}")
 
     def hang_up(self) -> None:
@@ -292,24 +343,48 @@ class StreamProvider(SoftwareProvider):
     def prepare(self, queue: Queue, worker: int) -> None:
         """See `SoftwareProvider.prepare`."""
         queue.words[lanes.Q_PORT] = self.ports[worker].address
+        queue.words[lanes.Q_GONE] = address_of(self._nowhere) + TABLE_GONE * WORD
 
     # ------------------------------------------------------------------------------ the rest
     def _watch(self) -> None:
         """In a thread of its own: say why lanes broke, once each, and notice peers that hang up. Should it fail, all
         connections are cut, since nobody would have noticed their end; submits connect anew."""
         while not self._closed:
-            for descriptor, _ in self._watched.poll():
+            for descriptor, _ in self._watched.poll(self.patience):
                 if descriptor == self._trouble_fd:
                     os.eventfd_read(descriptor)
                 else:
-                    self._watched.unregister(descriptor)
-                    self.hung_up(descriptor)
-            for port in self.ports:
-                for lane in list(port.lanes):
+                    self._hung_up(descriptor)
+                for lane in [lane for port in self.ports for lane in port.lanes]:
                     self._tell(lane)
+            self.look_around()
 
-    def hung_up(self, descriptor: int) -> None:
-        """For subclasses: a watched connection has ended, and is not watched any more."""
+    def watch(self, sock: socket.socket, ended: Callable[[], None]) -> None:
+        """Have `ended` called, once, when the peer's end of a socket closes; then that is closed here, too."""
+        with self._lock:
+            if self._closed:
+                sock.close()
+                return
+            self._sockets[sock.fileno()] = sock, ended
+            self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Close a socket that was watched; `ended` may be called a last time."""
+        with self._lock:
+            if self._sockets.pop(sock.fileno(), None) is not None:
+                self._watched.unregister(sock.fileno())
+            sock.close()
+
+    def _hung_up(self, descriptor: int) -> None:
+        with self._lock:
+            sock, ended = self._sockets.get(descriptor, (None, None))
+            if sock is None or ended is None or not has_ended(sock):  # closed meanwhile, and its number another's
+                return
+        self.unwatch(sock)
+        ended()
+
+    def look_around(self) -> None:
+        """For subclasses: in the watching thread, after whatever woke it."""
 
     def _tell(self, lane: Lane) -> None:
         """Say why a lane's connection ended, once; until then nobody else gets the lane."""
@@ -335,6 +410,19 @@ class StreamProvider(SoftwareProvider):
             port.close()
         self._watched.close()
         os.close(self._trouble_fd)
+        for sock, _ in self._sockets.values():
+            sock.close()
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether there is anything to read from a socket over which nothing more is said: its end."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

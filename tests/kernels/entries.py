@@ -25,11 +25,12 @@ from mooncache.kernels.verbs import (
     WR_SEND_FLAGS,
     WR_SG_LIST,
 )
-from mooncache.limits import PEERS, SLICES_GATHERED
+from mooncache.limits import SLICES_GATHERED
 from mooncache.providers import loopback
 from mooncache.providers.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
 from mooncache.providers.software import (
     CQ_COUNT,
+    CQ_OWN,
     CQ_QUEUES,
     Q_HEAD,
     Q_MASK,
@@ -288,7 +289,7 @@ Q_REFUSE_AT, Q_REFUSE_ERRNO, Q_REFUSE_TIMES = Q_OWN, Q_OWN + 1, Q_OWN + 2
 LOG_ID, LOG_FLAGS, LOG_OPCODE, LOG_COUNT, LOG_REMOTE, LOG_KEY, LOG_RANGES = range(7)
 LOG_WORDS = LOG_RANGES + 2 * SLICES_GATHERED
 # completion queue words: int64[n, 2] of ids and statuses, those taken, those there
-CQ_ANSWERS = CQ_QUEUES + PEERS
+CQ_ANSWERS = CQ_OWN
 CQ_TAKEN, CQ_ANSWERED = CQ_ANSWERS + 1, CQ_ANSWERS + 2
 
 

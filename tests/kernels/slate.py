@@ -56,8 +56,8 @@ class Slate(InProcessProvider):
         self.cq_entries = cq_entries
         self.registered = 0
 
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
-        made = super().open(workers, LOG, inbox)
+    def open(self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = 8) -> list[list[CompletionQueue]]:
+        made = super().open(workers, LOG, inbox, peers)
         self.queue_depth = queue_depth
         self.answers = np.zeros((self.rails, 4 * LOG, 2), np.int64)
         for words, answers in zip(self.lists, self.answers, strict=True):

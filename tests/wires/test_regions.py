@@ -237,10 +237,10 @@ def test_memory_allocated_anew_at_the_same_address_is_mapped_anew(join, wire):
     """A peer that had the old pages mapped must not write to them."""
     pair = join(wire, MiB)
     pair.write(0, 0, MiB).wait(20).close()
-    segments = pair.here.provider._shares[pair.peer].segments
+    share = pair.here.provider._shares[pair.peer]
     same = 0
     for k in range(5):
-        former = set(segments)
+        former = set(share.segments)
         pair.far(there.unregister)
         pair.far(there.free)
         base = pair.far(there.hold, MiB, mapped=True)
@@ -252,8 +252,8 @@ def test_memory_allocated_anew_at_the_same_address_is_mapped_anew(join, wire):
                 pair.write(0, 0, MiB).wait(20)
         pair.write(0, 0, MiB).wait(20).close()
         assert (pair.there() == k + 1).all()
-        assert len(segments) == 1
-        assert former.isdisjoint(segments)
+        assert len(share.segments) == 1
+        assert former.isdisjoint(share.segments)
     assert same > 0
 
 

@@ -9,7 +9,8 @@ from mooncache import limits
 from mooncache.cli.checks.base import Finding, check
 
 WORKERS = 4
-ENOUGH = WORKERS * limits.LANES
+LANES = 4 * limits.PEERS  # to each peer and from it, and as many again while peers restart
+ENOUGH = WORKERS * LANES
 ASK = 65_536  # what the cures set: all 16 workers, and the descriptors of the serving process itself
 
 
@@ -22,8 +23,8 @@ def descriptors(soft: int, hard: int) -> Iterator[Finding]:
         yield Finding("open files", "ok", text)
         return
     reason = (
-        f"a worker has up to {limits.LANES:,} connections ({limits.PEERS} peers, one each way, and as many again "
-        f"while peers restart), so {WORKERS} workers need {ENOUGH:,}"
+        f"a worker has up to {LANES:,} connections ({limits.PEERS} peers of as many workers, one each way, and as many "
+        f"again while peers restart), so {WORKERS} workers need {ENOUGH:,}"
     )
     most = ASK if hard == resource.RLIM_INFINITY else min(hard, ASK)
     shell = f"shell: ulimit -n {most}"

@@ -7,7 +7,7 @@ Source: Fraser, Practical Lock-Freedom, 2004, section 5.2.3.
 """
 
 from mooncache.kernels.account import word
-from mooncache.kernels.atomics import exchange, load, peek, store
+from mooncache.kernels.atomics import exchange, fence, load, peek, store
 from mooncache.kernels.batch import release_row
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
@@ -31,8 +31,14 @@ from mooncache.kernels.ring import first, pop
 
 @kernel
 def announce_epoch(ctl, worker):
-    """Say that this worker's new round can hold nothing retired before now."""
+    """Say that this worker's new round can hold nothing retired before now.
+
+    The fence after a rest: whoever still sees it at rest has withdrawn what this round will no longer find.
+    """
+    rested = peek(worker + WORKER_EPOCH * WORD) == EPOCH_QUIET
     store(worker + WORKER_EPOCH * WORD, load(word(ctl, SHARED) + SHARED_EPOCH * WORD))
+    if rested:
+        fence()
 
 
 @kernel

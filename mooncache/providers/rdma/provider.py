@@ -98,11 +98,16 @@ class Rdma(Provider):
         self._outgoing: dict[str, Outgoing] = {}
         self._incoming: dict[int, Incoming] = {}
         self._note_queues: dict[str, list[NoteQueue]] = {}
+        self._spare_notes: list[list[NoteQueue]] = []  # of peers that were forgotten
         self._closed = False
 
     # -------------------------------------------------------------------------- opening
-    def open(self, workers: int, queue_depth: int, inbox: np.ndarray) -> list[list[CompletionQueue]]:
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
+        if peers > limits.PEERS:
+            raise CapacityError(f"expected at most {limits.PEERS} peers over rdma, got {peers}")
         if self.nics:
             raise TransportError("this rdma provider is open already; each engine needs one of its own")
         gid_index, interface, family = self._gid
@@ -251,6 +256,8 @@ class Rdma(Provider):
             known.lose("another engine has its name now")
             self._end(known)
         notes = self._note_queues.get(peer.name)
+        if notes is None and self._spare_notes:
+            notes = self._note_queues[peer.name] = self._spare_notes.pop()
         if notes is None:
             cq = len(self.nics)
             notes = [self.hub.queue_pair(worker, cq) for worker in range(len(self.cqs))]
@@ -286,6 +293,23 @@ class Rdma(Provider):
     def connected(self, peer: str) -> bool:
         """See `Provider.connected`."""
         return not self._outgoing[peer].gone
+
+    def disconnect(self, peer: str) -> None:
+        """See `Provider.disconnect`."""
+        if peer in self._outgoing:
+            self._outgoing[peer].lose("this engine ended it")
+
+    def quiet(self, peer: str) -> bool:
+        """See `Provider.quiet`."""
+        return peer not in self._outgoing or self._outgoing[peer].quiet
+
+    def forget(self, peer: str) -> None:
+        """See `Provider.forget`."""
+        outgoing, notes = self._outgoing.pop(peer, None), self._note_queues.pop(peer, None)
+        if outgoing is not None:
+            outgoing.close()
+        if notes is not None:
+            self._spare_notes.append(notes)
 
     def wire(self, peer: str) -> str:
         """See `Provider.wire`."""
