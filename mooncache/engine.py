@@ -56,7 +56,8 @@ class Engine:
         insecure: without a secret answer everybody, also beyond this host.
         discovery: "redis://host:port" or "etcd://host:port", where names are announced and looked up. Without it,
             peers are called by "host:port".
-        advertise: host that peers are told, if it is not that of `listen`.
+        advertise: "host" or "host:port" that peers are told, if it is not that of `listen`: what a port mapping, NAT or
+            a load balancer makes of it.
         settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, slice_bytes,
             queue_depth, chain, poll_lot, retries, signal, cache_slices, reaper_lot, reaper_period_ns, spin_ns.
 
@@ -238,6 +239,11 @@ class Engine:
     def address(self) -> str:
         """Where it answers peers, "host:port"; empty when they are all in this process."""
         return "" if self._service is None else self._service.address
+
+    @property
+    def near(self) -> str:
+        """Where it answers others of this machine, who may not reach what it advertises; empty likewise."""
+        return "" if self._service is None else self._service.near
 
     def descriptor(self) -> Descriptor:
         """What peers are told, keys included."""

@@ -120,9 +120,9 @@ class Directory:
         return [engine for engine in self._engines.values() if not engine.closed]
 
     def address(self, name: str) -> str:
-        """Where the engine called `name` answers handshakes; empty when there is none, or it does not."""
+        """Where the engine called `name` answers handshakes from here; empty when there is none, or it does not."""
         engine = self._engines.get(name)
-        return engine.address if engine is not None and not engine.closed else ""
+        return engine.near if engine is not None and not engine.closed else ""
 
     def look_up(self, name: str, provider: str) -> Descriptor:
         """What the engine called `name` tells peers on `provider`. Takes that engine's lock.

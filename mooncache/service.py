@@ -6,6 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mooncache.discovery.address import parse_address
@@ -61,7 +62,7 @@ class Service:
             if self._names is not None:
                 self._names.close()
             raise
-        self.address, self.unix = self._listener.address, self._listener.unix
+        self.address, self.near, self.unix = self._listener.address, self._listener.near, self._listener.unix
 
     def announce(self) -> None:
         """Publish the engine's record under its name, where there is a store. Raises DiscoveryError when it is down."""
@@ -104,7 +105,7 @@ class Service:
         return self._addresses[name]
 
     def look_up(self, name: str) -> Descriptor:
-        """What the engine called `name` says of itself, now, asked over the network."""
+        """What the engine called `name` says of itself, now; its address is where it answered."""
         self._latest.pop(name, None)  # what is told from here on may be newer than what is found
         address = self.address_of(name)
         answer = self.dial(address, "describe", {})
@@ -114,7 +115,7 @@ class Service:
             raise DiscoveryError(
                 f"{address} is where {name!r} was, but {described.name!r} answers; has {name!r} ended?"
             )
-        return described
+        return replace(described, address=address)  # which worked; what it says of itself may be behind a mapping
 
     # -------------------------------------------------------------------------- names that change hands
     def _watch(self, names: Names) -> None:

@@ -537,6 +537,15 @@ def test_an_engine_bound_to_all_addresses_says_the_one_it_was_told_to(engines):
     assert engines(provider="tcp", listen="0.0.0.0:0", insecure=True).address  # it is what was asked for
 
 
+@pytest.mark.parametrize("provider", ["tcp", "shm", "auto"])
+def test_an_address_that_answered_is_not_replaced_by_the_one_advertised(engines, provider):
+    a = engines(provider=provider)
+    b = engines(provider=provider, advertise="127.0.0.1:1")  # as behind a mapping of ports that leads in from outside
+    assert b.address == "127.0.0.1:1"
+    transfers(a, b, b.near)
+    transfers(a, b, b.name)
+
+
 @pytest.mark.parametrize("provider", ["tcp", "shm"])
 def test_engines_that_connect_to_each_other_at_the_same_time_both_succeed(engines, monkeypatch, provider):
     a, b = engines("a", provider=provider), engines("b", provider=provider)

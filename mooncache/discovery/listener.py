@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from mooncache.background import Background
 from mooncache.discovery import handshake
-from mooncache.discovery.address import is_loopback, join_address, parse_address
+from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
 from mooncache.discovery.credentials import process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
@@ -90,16 +91,19 @@ class Listener:
         name: of the engine, for logs.
         serve: answers a request, in the listener's thread, which waits for it; must not block. A MooncacheError it
             raises is raised by the caller's `dial`.
-        advertise: host that peers are told to dial, where that is not `bind`'s.
+        advertise: "host" or "host:port" that peers are told to dial, where that is not `bind`'s: behind a mapping of
+            ports, say.
         limit_s: for one handshake.
 
     Attributes:
-        address: "host:port" for peers to dial. Bound to a wildcard, its host is `advertise` or this machine's name.
+        address: "host:port" for peers to dial: `advertise`, else what it is bound to, with this machine's name for a
+            wildcard.
+        near: "host:port" for others of this machine, which may not reach what is advertised.
         unix: name of the abstract Unix socket, for `dial("unix:" + name)` on this host.
         background: its thread, and what is wrong with it.
 
     Raises:
-        UsageError: a bad `bind` or secret, or no secret where other hosts can come.
+        UsageError: a bad `bind`, `advertise` or secret, or no secret where other hosts can come.
         TransportError: the host is unknown or not here, the port is in use, or there is no place for the user's secret.
     """
 
@@ -115,7 +119,9 @@ class Listener:
         family, where = _resolve_own(bind, secret is None and not insecure)
         with ExitStack() as undo:
             tcp = undo.enter_context(_listen_tcp(family, where, bind))
-            self.address = join_address(_advertised(host, advertise), tcp.getsockname()[1])
+            port = tcp.getsockname()[1]
+            self.address = _advertised(host, advertise, port)
+            self.near = join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
             unix = undo.enter_context(_listen_unix())
             undo.pop_all()
         self.unix: str = unix.getsockname()[1:].decode()
@@ -340,7 +346,22 @@ def _listen_unix() -> socket.socket:
     return sock
 
 
-def _advertised(host: str, advertise: str | None) -> str:
-    if advertise is not None:
-        return parse_address(join_address(advertise, 0))[0]
-    return socket.gethostname() if host in ("0.0.0.0", "::") else host
+def _advertised(host: str, advertise: str | None, port: int) -> str:
+    """The "host:port" that peers are told. Raises UsageError for one that nobody could dial."""
+    if advertise is None:
+        advertise = socket.gethostname() if is_wildcard(host) else host
+    if not isinstance(advertise, str):
+        raise UsageError(f"expected advertise to be 'host' or 'host:port', got {advertise!r}")
+    try:
+        host, port = parse_address(advertise)
+    except UsageError:  # a host alone, or nothing
+        try:
+            host, _ = parse_address(join_address(re.sub(r"^\[(.*)\]$", r"\1", advertise), port))
+        except UsageError as error:
+            raise UsageError(
+                "expected advertise (else the name of this machine) to be a host or 'host:port' that peers can dial, "
+                f"such as 'prefill-3', 'prefill-3:7000' or '[fd00::3]:7000', got {advertise[:300]!r}"
+            ) from error
+    if port == 0 or is_wildcard(host):
+        raise UsageError(f"expected advertise to be one host and port for peers to dial, got {advertise!r}")
+    return join_address(host, port)

@@ -639,8 +639,25 @@ def test_a_wildcard_is_advertised_as_this_machine_or_what_it_is_told(listeners):
     where = listeners("0.0.0.0:0", secret=SECRET, advertise="localhost")
     assert where.address.startswith("localhost:")
     assert asked(where, secret=SECRET)
-    with pytest.raises(UsageError, match="expected an address"):
-        listeners(advertise="not a host")
+
+
+@pytest.mark.parametrize(
+    ("advertise", "told"),
+    [("prefill-3", "prefill-3:{}"), ("10.0.0.3:7000", "10.0.0.3:7000"), ("fd00::3", "[fd00::3]:{}"),
+     ("[fd00::3]", "[fd00::3]:{}"), ("[fd00::3]:7000", "[fd00::3]:7000")],
+)  # fmt: skip
+def test_a_host_or_a_host_and_port_can_be_advertised(listeners, advertise, told):
+    where = listeners("127.0.0.1:0", advertise=advertise)
+    assert where.address == told.format(where.near.rpartition(":")[2])
+    assert asked(where.near)
+
+
+@pytest.mark.parametrize(
+    "advertise", ["", "not a host", "a:b", "a:99999", "a:0", "0.0.0.0", "[::]:7000", "[fd00::3", "http://a:1", 5, b"a"]
+)
+def test_what_nobody_could_dial_is_not_advertised(listeners, advertise):
+    with pytest.raises(UsageError, match="expected advertise"):
+        listeners(advertise=advertise)
 
 
 def test_a_port_in_use_is_said_to_be(listeners):
