@@ -1,6 +1,6 @@
 """Moves LLM KV cache between machines, and predicts what that will cost. See README.md."""
 
-from mooncache.batch import Batch
+from mooncache.batch import Batch, Quiesced
 from mooncache.engine import Engine
 from mooncache.errors import (
     CapacityError,
@@ -29,6 +29,7 @@ __all__ = [
     "MooncacheError",
     "Notification",
     "Peer",
+    "Quiesced",
     "Region",
     "Stats",
     "Status",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from time import monotonic_ns
+from enum import IntEnum
+from time import monotonic_ns, sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,25 @@ from mooncache.operands import deadline_ns
 
 if TYPE_CHECKING:
     from mooncache.engine import Engine
+    from mooncache.peer import Peer
 
 NAP_NS = 100_000_000
 """Longest sleep of a waiting thread before it lets Python run signal handlers; a signal also ends it at once."""
+
+
+NAP_S, NAP_MOST_S = 1e-4, 5e-3
+"""Between two looks of `wait_quiesced`; doubled each time."""
+
+
+class Quiesced(IntEnum):
+    """Where no byte of a batch can move any more. True only for BOTH."""
+
+    NO = 0  # slices are without an answer: neither range may be touched
+    SOURCE = 1  # this engine touches its own ranges no more, but what was sent may still land at the peer
+    BOTH = 2  # at both ends
+
+    def __bool__(self) -> bool:
+        return self is Quiesced.BOTH
 
 
 class Batch:
@@ -32,10 +49,12 @@ class Batch:
         requests: how many requests it has; failures name them by index.
     """
 
-    __slots__ = ("_closed", "_engine", "_failures", "_handle", "_notes", "_peer", "requests")
+    __slots__ = ("_breaks", "_closed", "_engine", "_failures", "_handle", "_notes", "_quiesced", "_to", "requests")
 
-    def __init__(self, engine: Engine, handle: int, peer: str, requests: int, notified: bool) -> None:
-        self._engine, self._handle, self._peer, self.requests = engine, handle, peer, requests
+    def __init__(self, engine: Engine, handle: int, to: Peer, requests: int, notified: bool, breaks: int) -> None:
+        self._engine, self._handle, self._to, self.requests = engine, handle, to, requests
+        self._breaks = breaks  # of the peer's connections, before it was submitted
+        self._quiesced = Quiesced.NO
         self._notes = int(notified)  # slices that carry its notification
         self._closed = False
         self._failures: tuple[Failure, ...] | None = None
@@ -43,7 +62,7 @@ class Batch:
     @property
     def peer(self) -> str:
         """Name of the peer."""
-        return self._peer
+        return self._to.name
 
     @property
     def done(self) -> bool:
@@ -51,9 +70,41 @@ class Batch:
         return self._closed or calls.status(self._engine.ctl, self._handle) != Status.NOT_FINISHED
 
     @property
-    def quiesced(self) -> bool:
-        """Whether no more bytes can move, so that the buffers may be used again. Also valid after `close`."""
-        return bool(calls.quiesced(self._engine.ctl, self._handle))
+    def quiesced(self) -> Quiesced:
+        """Whether, and at which ends, no more bytes can move, so that the ranges may be used again.
+
+        True (`Quiesced.BOTH`) once every slice is answered and, if a connection ended with slices of this time on it,
+        the peer has confirmed that nothing of it lands any more, or is known to be dead: its host refuses connections
+        to it, or nothing was heard of it for 60 s. Until then `Quiesced.SOURCE` says that the ranges of this engine are
+        free. Also valid after `close`, and after the engine's, which gives peers 1 s to confirm.
+        """
+        if self._quiesced is not Quiesced.BOTH and calls.quiesced(self._engine.ctl, self._handle):
+            to = self._to  # the worker counts a break before it answers the slices that were on the connection
+            settled = to.confirmed >= to.breaks or to.breaks == self._breaks or self._arrived()
+            self._quiesced = Quiesced.BOTH if settled else Quiesced.SOURCE
+        return self._quiesced
+
+    def _arrived(self) -> bool:
+        """Whether it is known that all has arrived."""
+        return self._failures == () or (not self._closed and int(calls.failed(self._engine.ctl, self._handle)) == 0)
+
+    def wait_quiesced(self, timeout: float | None = None) -> None:
+        """Block until no more bytes can move at either end. Also valid after `close`.
+
+        A batch that is not done is waited for, so cancel or close it first to make that short.
+
+        Args:
+            timeout: seconds, or None for no limit.
+
+        Raises TimeoutError: not so in time; it says which ranges are still in use.
+        """
+        deadline, nap = deadline_ns(timeout), NAP_S
+        while not self.quiesced:
+            if deadline and monotonic_ns() >= deadline:
+                free = "this engine's are free" if self.quiesced is Quiesced.SOURCE else "at neither end they are free"
+                raise TimeoutError(f"ranges of {self!r} are still in use after {timeout} s: {free}")
+            sleep(nap)
+            nap = min(2 * nap, NAP_MOST_S)
 
     @property
     def slices(self) -> int:
@@ -94,7 +145,7 @@ class Batch:
                     for i, code in zip(request[:count], why[:count], strict=True)
                 )
                 if Status.REMOTE_ACCESS in why[:count]:
-                    self._engine.refresh(self._peer)
+                    self._engine.refresh(self._to.name)
         return Status.OK if count >= 0 else Status(-count)
 
     def wait(self, timeout: float | None = None) -> Batch:
@@ -104,7 +155,7 @@ class Batch:
             timeout: seconds, or None for no limit. When it passes the batch goes on; cancel or close it to stop it.
 
         Returns the batch. Raises:
-            TimeoutError: not done in time.
+            TimeoutError: not done in time. Its ranges are still in use: cancel or close it, then `wait_quiesced`.
             TransferFailed: some requests failed, the others arrived.
             UsageError: the batch is closed, or was by another thread before it was done. EngineClosed: the engine is.
         """
@@ -115,7 +166,10 @@ class Batch:
         while status == Status.NOT_FINISHED:
             left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
             if left <= 0:
-                raise TimeoutError(f"{self!r} was not done within {timeout} s")
+                raise TimeoutError(
+                    f"{self!r} was not done within {timeout} s, and its ranges are still in use: wait on, or close it "
+                    "and use them again after wait_quiesced()"
+                )
             status = calls.wait(ctl, handle, left)
         self._tell()
         return self
@@ -136,7 +190,7 @@ class Batch:
                 raise self._engine_closed()
             raise UsageError("another thread closed this batch before its outcome was known; wait first, then close")
         if self._failures:
-            raise TransferFailed(self._failures, self.requests, self._peer)
+            raise TransferFailed(self._failures, self.requests, self.peer)
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """`await batch` does what `wait()` does, without a thread: the engine's eventfd wakes the event loop."""
@@ -194,4 +248,4 @@ class Batch:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "done" if self.done else "running"
-        return f"<Batch of {self.requests} requests to {self._peer!r}, {state}>"
+        return f"<Batch of {self.requests} requests to {self.peer!r}, {state}>"

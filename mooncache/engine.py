@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import secrets
 import threading
@@ -21,20 +22,27 @@ from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
-from mooncache.kernels import calls, jit, layout, pump, submit
+from mooncache.kernels import calls, jit, layout, publication, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
-from mooncache.kernels.state import Block, State
+from mooncache.kernels.state import Block, State, address_of
 from mooncache.limits import CHUNK_SLICES
 from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import HERE, Descriptor, Link, Provider, RemoteRegion
+from mooncache.providers.software import InProcessProvider
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
 
 JOIN_SECONDS = 5.0
 REST_SECONDS = 5.0
+
+FENCE_S = 1.0
+"""What `fence` may take: microseconds mostly; a copy of a megabyte by a process that has to share its core, some ms."""
+
+SETTLE_S = 1.0
+"""What `close` waits for peers to confirm that nothing of broken connections lands any more; they answer within ms."""
 
 
 class Engine:
@@ -352,7 +360,9 @@ class Engine:
 
     def _learn(self, peer: Peer, described: Descriptor) -> None:
         dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
-        link = Link(peer.table.gone, dial)  # which providers keep, and their threads: it must not hold the engine
+        link = Link(
+            peer.table.gone, dial, peer.table.header
+        )  # which providers keep, and their threads: it must not hold the engine
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         if not self._state.fits(peer.index, queue_pairs):
             peer.gone = True  # nothing is submitted meanwhile
@@ -460,7 +470,9 @@ class Engine:
             target: addresses at the peer, likewise.
             length: bytes, each at least 1, likewise.
             timeout: seconds, for the whole batch: until then slots are waited for if too few are free, and slices
-                are posted; afterwards unposted ones fail as TIMED_OUT. None: no limit.
+                are posted. What is not answered by then fails as TIMED_OUT, within 100 ms whatever the wire does. Where
+                bytes are under way on a connection, that connection ends, and what else was under way on it fails as
+                PEER_GONE. None: no limit.
             notify: up to 1,024 bytes that the peer's `notifications` gets when all data is in its memory, after those
                 of batches submitted to it before. Never sent for a batch that fails. The batch is done when the peer
                 has it; with n = 0 it travels alone.
@@ -495,7 +507,7 @@ class Engine:
             self._check_open()
         to = self._own(peer) if isinstance(peer, Peer) else self._called(peer)
         deadline = deadline_ns(timeout)
-        ctl = self.ctl
+        ctl, breaks = self.ctl, to.breaks
         if type(local) is int and type(remote) is int and type(length) is int and notify is None:
             operands: tuple[Any, ...] = as_words(local, remote, length)
             kernel, requests = submit.submit_one, 1
@@ -507,7 +519,7 @@ class Engine:
         handle = kernel(ctl, to.handle, opcode.value, deadline, *operands)
         if handle < 0:
             handle = self._try_again(kernel, ctl, to, peer is to, opcode, deadline, operands)
-        return Batch(self, handle, to.name, requests, notify is not None)
+        return Batch(self, handle, to, requests, notify is not None, breaks)
 
     def _called(self, name: str) -> Peer:
         peer = self._peers.get(name)
@@ -559,6 +571,45 @@ class Engine:
             raise CapacityError(f"too few free {what}: {self!r}, {why}")
         calls.wait_capacity(ctl, bell, left)
 
+    # ------------------------------------------------------------------------------ pages given to others
+    def fence(self, peer: str | Peer, *, timeout: float = FENCE_S) -> int:
+        """Let nothing land here any more that a peer has submitted so far: call it before its pages become another's.
+
+        Its connections to this engine end, frames that have not landed are dropped, and its batches fail over there as
+        PEER_GONE; what it submits from then on travels over new connections. It works without the peer's help: also
+        where that is stopped, dead or out of reach.
+
+        Args:
+            peer: its engine's name (as in `Notification.peer`), what it is connected to by, or what `connect` returned.
+            timeout: seconds that the call may block. Mostly it takes microseconds.
+
+        Returns how many connections ended; 0 when the peer had none.
+
+        Raises:
+            TransportError: a process of this host was stopped in the middle of a copy into these pages, which it would
+                finish when it goes on: end it first.
+            UsageError: not such a name or timeout. EngineClosed: the engine is closed.
+        """
+        self._check_open()
+        limit_s = ((deadline_ns(timeout) or deadline_ns(FENCE_S)) - monotonic_ns()) / 1e9
+        known = self._peers.get(peer) if isinstance(peer, str) else self._own(peer)
+        names = {known.name, known.engine} if known is not None else {str(peer)}
+        if self._service is not None:
+            return sum(self.provider.fence(name, limit_s) for name in names if name)
+        return sum(engine.retract_from(self, limit_s) for engine in directory.engines() if engine.name in names)
+
+    async def afence(self, peer: str | Peer, *, timeout: float = FENCE_S) -> int:
+        """`fence`, in a thread, so that the event loop goes on."""
+        return await asyncio.to_thread(partial(self.fence, peer, timeout=timeout))
+
+    def retract_from(self, target: Engine, limit_s: float) -> int:
+        """An engine of this process fences this one. Returns how many queue pairs lead there."""
+        assert isinstance(self.provider, InProcessProvider)
+        ours = {peer for peer in self._peers.values() if peer.generation == target.generation}
+        for peer in ours:
+            publication.rise(address_of(peer.table.header) + layout.TABLE_EPOCH * layout.WORD)
+        return sum(self.provider.retract(peer.name, limit_s) for peer in ours)
+
     # ------------------------------------------------------------------------------ looking
     def stats(self) -> Stats:
         """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
@@ -567,7 +618,7 @@ class Engine:
         trouble = self.provider.background.trouble
         if self._service is not None:
             trouble += self._service.trouble
-        return collect(self._state, callers, self._workers, self._reaper, trouble)
+        return collect(self._state, callers, self._workers, self._reaper, trouble, self.provider.unsettled)
 
     def __repr__(self) -> str:
         s = self._settings
@@ -613,6 +664,7 @@ class Engine:
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:
             thread_cache.drop(block.ctl)
+        self.provider.settle(SETTLE_S)
         self.provider.close()
         self._bells.close()
         self._inbox.close()

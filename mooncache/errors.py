@@ -50,7 +50,8 @@ class Status(IntEnum):
 
 REASON: dict[Status, str] = {
     Status.CANCELLED: "the batch was cancelled or closed before this request was posted",
-    Status.TIMED_OUT: "the batch's deadline passed before this request was posted",
+    Status.TIMED_OUT: "the batch's deadline passed before this request was answered; whether its bytes arrived is not "
+    "known, and more may arrive until the batch is quiesced",
     Status.LOCAL_ERROR: "the local device refused the source range",
     Status.REMOTE_ACCESS: "the target refused the range or its key: was the region unregistered there?",
     Status.REMOTE_ERROR: "the target could not carry the operation out",

@@ -30,6 +30,7 @@ class Peer:
     def __init__(self, index: int, name: str) -> None:
         self.index, self.name, self.generation = index, name, 0
         self.handle = index  # how submits name it: its row, and how often that had been another's
+        self.engine = ""  # what it calls itself, once it was connected to
         self.table = RegionTable(f"peer {name!r}")
         self.connecting = threading.Lock()  # held while the network is waited for, and while it is forgotten
         self.met = 0.0  # when it was last connected to; 0: never
@@ -43,6 +44,16 @@ class Peer:
     def regions(self) -> tuple[RemoteRegion, ...]:
         """What it has registered, as far as this engine knows: looked at when connecting, and when it refuses."""
         return tuple(sorted(self._known))
+
+    @property
+    def breaks(self) -> int:
+        """How often a connection to it ended with slices on it that had been sent and were not answered."""
+        return int(self.table.header[layout.TABLE_BREAKS])
+
+    @property
+    def confirmed(self) -> int:
+        """Of those, how many are known to land nothing any more."""
+        return int(self.table.header[layout.TABLE_CONFIRMED])
 
     @property
     def gone(self) -> bool:
@@ -79,7 +90,7 @@ class Peer:
                 f"peer {self.name!r} has {len(now)} regions registered, and of {limits.REGIONS} this engine can know "
                 f"{len(self._retired)} are still used by batches under way: wait for those, or register fewer"
             )
-        self.generation = described.generation
+        self.generation, self.engine = described.generation, described.name
         for gone in [region for region in self._known if region not in now]:
             slot = self._known.pop(gone)
             self.table.take_out(slot)

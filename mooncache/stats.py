@@ -27,6 +27,8 @@ class Stats:
         worker_busy_s: seconds each worker had something to do.
         worker_freeing_s: of those, seconds each spent freeing slices.
         caller_freeing_s, reaper_freeing_s: seconds callers and the reaper spent freeing slices.
+        unsettled_slices: slices sent on connections that ended, of which it is not known yet that none lands any more:
+            the peer's pages they are for are not safe.
         trouble: what is wrong in the background, a sentence each: a thread that failed and was started again, a store
             of names that cannot be asked or holds what is no record. Empty when all is well. Each was logged once.
     """
@@ -41,11 +43,13 @@ class Stats:
     caller_freeing_s: float
     reaper_freeing_s: float
     trouble: tuple[str, ...]
+    unsettled_slices: int
 
 
 def collect(
-    state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block, trouble: tuple[str, ...]
-) -> Stats:
+    state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block, trouble: tuple[str, ...],
+    unsettled: int,
+) -> Stats:  # fmt: skip
     """The figures of an engine with these actors."""
     open_batches = int(np.count_nonzero(state.batch_rows[:, layout.BATCH_STATE]))
     blocks = [*callers, *workers, reaper]
@@ -62,6 +66,7 @@ def collect(
         caller_freeing_s=sum(_seconds(b, layout.TIME_FREEING) for b in callers),
         reaper_freeing_s=_seconds(reaper, layout.TIME_FREEING),
         trouble=trouble,
+        unsettled_slices=unsettled,
     )
 
 

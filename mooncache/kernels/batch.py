@@ -35,6 +35,7 @@ from mooncache.kernels.layout import (
     BATCH_POSTED,
     BATCH_ROWS,
     BATCH_STATE,
+    BATCH_TAKEN,
     BATCH_WAITERS,
     BATCH_WORDS,
     EVENT_FD,
@@ -142,6 +143,7 @@ def acquire_row(ctl):
     poke(row + BATCH_CANCEL_ASKED * WORD, 0)
     poke(row + BATCH_FINISHED_AT * WORD, 0)
     poke(row + BATCH_NOTE * WORD, -1)
+    poke(row + BATCH_TAKEN * WORD, 0)
     add(row + BATCH_GENERATION * WORD, 1)
     move(row, ACQUIRE)
     return row

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import i8, i16, i32, i64, peek, poke, store, u32
+from mooncache.kernels.atomics import add, i8, i16, i32, i64, peek, poke, store, u32
 from mooncache.kernels.batch import finish
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
@@ -36,6 +36,7 @@ from mooncache.kernels.layout import (
     SLICE_REMOTE,
     SLICE_STATE,
     STORE,
+    TABLE_BREAKS,
     TABLE_REFUSALS,
     TABLE_REFUSED,
     WORD,
@@ -123,6 +124,12 @@ def passing(wc_status):
 
 
 @kernel
+def given_back(row, wc_status):
+    """Whether a slice comes back because its batch's deadline has passed, not because its peer is gone."""
+    return peek(row + BATCH_CANCELLED * WORD) == Status.TIMED_OUT and wc_status == WcStatus.REM_ABORT_ERR
+
+
+@kernel
 def post_later(ctl, worker, slot):
     """Append a slice to those that are to be posted again."""
     next_ = i32(word(ctl, SLICE_NEXT))
@@ -149,7 +156,7 @@ def answer_failure(ctl, worker, row, slot, wc_status, blamed):
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         post_later(ctl, worker, slot)
         account(ctl, Kind.RETRIED, 1)
-    elif passing(wc_status) and cancelled != 0:
+    elif cancelled != 0 and (passing(wc_status) or given_back(row, wc_status)):
         fail_slice(ctl, row, slot, cancelled)
     else:
         fail_slice(ctl, row, slot, status_of(wc_status))
@@ -199,6 +206,22 @@ def refuse_region(ctl, slot):
 
 
 @kernel
+def is_stopped(ctl, slot):
+    """Whether the deadline of a slice's batch has passed. What is on its way to the peer all the same is in doubt."""
+    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    if peek(row + BATCH_CANCELLED * WORD) != Status.TIMED_OUT:
+        return False
+    doubt(ctl, row)
+    return True
+
+
+@kernel
+def doubt(ctl, row):
+    """Slices of a batch end unanswered: until the peer confirms, it is not known that none of them lands any more."""
+    add(i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)] + TABLE_BREAKS * WORD, 1)
+
+
+@kernel
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
     entry = peek(entry_at(queue, sequence))
@@ -209,14 +232,15 @@ def fail(ctl, worker, queue, sequence, wc_status):
     breaks = peek(queue + QUEUE_BREAKS * WORD) != 0
     again = passing(wc_status) or (breaks and wc_status == WcStatus.LOC_QP_OP_ERR)  # no way out: its link is down
     first = ready(queue)  # what comes behind the first failure is flushed because of it
+    stopped = slices > 0 and breaks and is_stopped(ctl, slot)  # its deadline has passed: it waits for no repair
     if breaks:
         break_queue(ctl, worker, queue, wc_status)
         if refused:
             refuse_region(ctl, slot)
-    if breaks and (several or (again and not inbox_full(ctl, slot, wc_status))):
+    if breaks and (several or (again and not inbox_full(ctl, slot, wc_status))) and not stopped:
         hold(queue, sequence, first)
     else:
-        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several else wc_status, True)
+        answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several or stopped else wc_status, True)
         mark_answered(queue, sequence, sequence + 1)
         move_tail(queue, peek(queue + QUEUE_TAIL * WORD))
     if breaks:

@@ -256,6 +256,8 @@ BATCH_CANCEL_ASKED = 24
 BATCH_NOTE = 25  # slot of the slice that carries its notification, or -1
 BATCH_NOTE_STATE = 26  # Note
 BATCH_NOTE_NEXT = 27  # next batch in the endpoint's queue of those with a notification, -1
+BATCH_TAKEN = 28  # 1: its worker knows it
+BATCH_EPOCH = 29  # TABLE_EPOCH of its peer when it was submitted
 BATCH_WORDS = 32  # four cache lines, so that two workers never share one
 
 # ------------------------------------------------------------------ endpoint rows: a worker's side of one peer
@@ -291,6 +293,7 @@ QUEUE_STATE = 16  # QueueState
 QUEUE_ORDER = 17  # Order
 QUEUE_CAUSE = 18  # wc_status of the error that broke it
 QUEUE_ENDPOINT = 19  # address of its endpoint's row
+QUEUE_CUT = 20  # where nothing breaks it: address of a word that is set to 1 to get back what is in flight, or 0
 QUEUE_WORDS = 24
 WEIGHT_ONE = 1024
 
@@ -328,7 +331,7 @@ WORKER_PARKED = 3  # 1: asleep on the bell
 WORKER_EPOCH = 4  # epoch at the start of its round; EPOCH_QUIET while asleep
 WORKER_OUTSTANDING = 5  # work requests posted, all endpoints
 WORKER_QUEUED = 6  # batches with slices to post
-WORKER_DEADLINES = 7  # queued batches that have a deadline
+WORKER_NEXT_DEADLINE = 7  # when a batch of its may have to be stopped, ns; 0: never
 WORKER_RETRY_FIRST = 8  # first slice to post again, -1
 WORKER_PEERS = 9  # highest peer it has had batches for, + 1
 WORKER_TURN = 10  # 1: somebody is this worker, see kernels/worker.py; also the futex of its own thread
@@ -365,6 +368,9 @@ TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
 TABLE_REFUSED = 7  # address of int64[REGIONS], by slot: 1 when the peer's NIC has refused its key; set by workers
 TABLE_REFUSALS = 8  # 1 when there are any
 TABLE_PEER = 9  # how submits name the peer: its row, and above PEER_BITS how often that had been another's
+TABLE_EPOCH = 10  # rises when a connection to this peer ends: what was submitted before is posted no more
+TABLE_BREAKS = 11  # rises when a connection ends on which slices had been sent and were not answered
+TABLE_CONFIRMED = 12  # of those, how many are known to land nothing any more; written by the provider's threads
 TABLE_WORDS = 16
 
 

@@ -4,11 +4,12 @@ Each takes the address of libc's `syscall` and returns what the kernel does: -1 
 The structs are those of LP64 Linux.
 """
 
-from mooncache.kernels.atomics import X86, call_syscall, call_word, i32
+from mooncache.kernels.atomics import X86, call_syscall, call_word, i32, poke
 from mooncache.kernels.jit import kernel
+from mooncache.kernels.layout import WORD
 
 SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM = (3, 46, 47, 45) if X86 else (57, 211, 212, 207)
-SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_SCHED_YIELD = (233, 281, 24) if X86 else (21, 22, 124)
+SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_PPOLL, SYS_SCHED_YIELD = (233, 281, 271, 24) if X86 else (21, 22, 73, 124)
 SYS_PROCESS_VM_READV, SYS_PROCESS_VM_WRITEV = (310, 311) if X86 else (270, 271)
 
 IOVEC_BYTES = 16  # struct iovec
@@ -19,6 +20,7 @@ EPOLL_EVENT_BYTES, EPOLL_EVENT_DATA = (12, 4) if X86 else (16, 8)  # packed on x
 EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET = 0x1, 0x4, 0x8, 0x10, 0x2000, 1 << 31
 EPOLL_CTL_ADD = 1
 MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 0x20, 0x40, 0x4000
+POLLRDHUP = 0x2000
 ESRCH, EINTR, EAGAIN = 3, 4, 11
 
 
@@ -68,6 +70,16 @@ def epoll_add(syscall, epoll, descriptor, event):
 def epoll_wait(syscall, epoll, events, most, ms):
     """Events written to `events`, after at most `ms` milliseconds; 0 looks only."""
     return call_syscall(syscall, SYS_EPOLL_PWAIT, epoll, events, most, ms, 0, 0)
+
+
+@kernel
+def stream_ended(syscall, descriptor, scratch):
+    """Whether a socket's peer has closed or reset its end, whatever still lies in the socket. Does not wait.
+
+    `scratch`: three words, of which the last two stay 0.
+    """
+    poke(scratch, descriptor | POLLRDHUP << 32)  # struct pollfd; what happened is its upper 16 bits
+    return call_syscall(syscall, SYS_PPOLL, scratch, 1, scratch + WORD, 0, 0, 0) > 0
 
 
 @kernel

@@ -3,17 +3,25 @@
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import i16, i32, i64, load, peek, poke
+from mooncache.kernels.account import account, raise_word, word
+from mooncache.kernels.atomics import i16, i32, i64, load, peek, poke, store
 from mooncache.kernels.batch import append, remove
 from mooncache.kernels.chain import build_chain, build_note, build_plain, ring_doorbell
-from mooncache.kernels.complete import fail_slice, look_drained, post_later, region_refused, settle
-from mooncache.kernels.handle import batch_row
+from mooncache.kernels.complete import (
+    answer_entry,
+    doubt,
+    fail_slice,
+    look_drained,
+    post_later,
+    region_refused,
+    settle,
+)
+from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CANCELLED,
     BATCH_CURSOR,
-    BATCH_DEADLINE,
+    BATCH_EPOCH,
     BATCH_FAILED,
     BATCH_NEXT,
     BATCH_NOTE,
@@ -27,21 +35,25 @@ from mooncache.kernels.layout import (
     CHUNK_BATCH,
     CHUNK_NEXT,
     CHUNK_SLICES,
+    ENDPOINT_COUNT,
     ENDPOINT_FIRST,
     ENDPOINT_LOST,
     ENDPOINT_NOTE_FIRST,
     ENDPOINT_NOTES,
+    ENDPOINT_QUEUES,
     PEER_TABLES,
     QUEUE_BREAKS,
+    QUEUE_CUT,
     QUEUE_HEAD,
     QUEUE_LOOSE,
     QUEUE_STATE,
+    QUEUE_TAIL,
     SLICE_NEXT,
     SLICE_STATE,
+    TABLE_EPOCH,
     TABLE_REFUSALS,
     WORD,
     WORK_REQUESTS,
-    WORKER_DEADLINES,
     WORKER_OWES,
     WORKER_QUEUE_COUNT,
     WORKER_QUEUED,
@@ -54,11 +66,14 @@ from mooncache.kernels.layout import (
     Slice,
 )
 from mooncache.kernels.queue import (
+    ANSWERED,
+    HELD,
     SLICES_MASK,
     SLICES_SHIFT,
     break_queue,
     entry_at,
     in_flight,
+    mark_answered,
     ready,
     room,
 )
@@ -67,6 +82,7 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.kernels.worker import endpoint_row
+from mooncache.limits import CHUNK_BITS
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 WAITING = int(Slice.WAITING)
@@ -176,8 +192,6 @@ def enqueue(ctl, worker, endpoint, row):
     """Append a batch to the endpoint's queue of those with slices to post."""
     append(ctl, endpoint + ENDPOINT_FIRST * WORD, BATCH_NEXT, row)
     raise_word(worker + WORKER_QUEUED * WORD, 1)
-    if peek(row + BATCH_DEADLINE * WORD) != 0:
-        raise_word(worker + WORKER_DEADLINES * WORD, 1)
 
 
 @kernel
@@ -185,8 +199,6 @@ def dequeue(ctl, worker, endpoint, row):
     """Take a batch out of the endpoint's queue, wherever in it."""
     remove(ctl, endpoint + ENDPOINT_FIRST * WORD, BATCH_NEXT, row)
     raise_word(worker + WORKER_QUEUED * WORD, -1)
-    if peek(row + BATCH_DEADLINE * WORD) != 0:
-        raise_word(worker + WORKER_DEADLINES * WORD, -1)
 
 
 @kernel
@@ -211,7 +223,7 @@ def post_batches(ctl, worker, index, endpoint):
     moved = np.int64(0)
     while peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
         row = batch_row(ctl, peek(endpoint + ENDPOINT_FIRST * WORD))
-        if peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+        if cut_off(ctl, endpoint, row):
             moved += peek(row + BATCH_UNPOSTED * WORD)
             stop_posting(ctl, worker, index, row, Status.PEER_GONE)
             continue
@@ -246,14 +258,11 @@ def post_note(ctl, worker, index, endpoint):
     row = batch_row(ctl, first_one)
     if peek(row + BATCH_NOTE_STATE * WORD) != Note.TURN:
         return np.int64(0)
-    if peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+    if cut_off(ctl, endpoint, row):
         stop_posting(ctl, worker, index, row, Status.PEER_GONE)
         return np.int64(1)
     if not ready(queue) or room(queue) < 1:
-        if not overdue(ctl, row):
-            return np.int64(0)
-        stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
-        return np.int64(1)
+        return np.int64(0)
     slot = peek(row + BATCH_NOTE * WORD)
     build_note(ctl, queue, slot, word(ctl, WORK_REQUESTS))
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
@@ -281,16 +290,16 @@ def post_retries(ctl, worker, index):
         row = batch_row(ctl, owner[slot // SLOTS])
         endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
         status = peek(row + BATCH_CANCELLED * WORD)
-        if status == 0 and peek(endpoint + ENDPOINT_LOST * WORD) != 0:
+        if status == 0 and cut_off(ctl, endpoint, row):
             status = np.int64(Status.PEER_GONE)
         if status == 0 and region_refused(ctl, slot):
             status = np.int64(Status.REMOTE_ACCESS)
         if status == 0 and post_again(ctl, worker, row, endpoint, slot):
             moved += 1
-        elif status == 0 and not overdue(ctl, row):
+        elif status == 0:
             post_later(ctl, worker, slot)
         else:
-            fail_slice(ctl, row, slot, status if status != 0 else np.int64(Status.TIMED_OUT))
+            fail_slice(ctl, row, slot, status)
             settle(ctl, row)
             moved += 1
         slot = after
@@ -334,6 +343,46 @@ def stop_posting(ctl, worker, index, row, status):
 
 
 @kernel
-def overdue(ctl, row):
-    """Whether a batch's deadline has passed."""
-    return peek(row + BATCH_DEADLINE * WORD) != 0 and clock(ctl) >= peek(row + BATCH_DEADLINE * WORD)
+def cut_off(ctl, endpoint, row):
+    """Whether nothing of a batch may be posted any more: its peer is gone, or a connection to it ended meanwhile.
+
+    What was submitted before a peer's fence ended the connections must not land over those that came after.
+    """
+    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    ended = load(table + TABLE_EPOCH * WORD) != peek(row + BATCH_EPOCH * WORD)
+    return ended or peek(endpoint + ENDPOINT_LOST * WORD) != 0
+
+
+@kernel
+def take_back(ctl, worker, queue, row):
+    """Answer what a queue holds of a batch; if it has more in flight, let it end that, and whatever else is on it."""
+    owner, carries = i64(word(ctl, CHUNK_BATCH)), False
+    for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
+        entry = peek(entry_at(queue, sequence))
+        if entry & ANSWERED != 0 or (entry >> SLICES_SHIFT) & SLICES_MASK == 0:
+            continue
+        if batch_row(ctl, owner[(entry & SLOT_MASK) >> CHUNK_BITS]) != row:
+            continue
+        if entry & HELD != 0:
+            doubt(ctl, row)
+            answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR), False)
+            mark_answered(queue, sequence, sequence + 1)
+        else:
+            carries = True
+    if not carries:
+        return
+    if peek(queue + QUEUE_BREAKS * WORD) != 0:
+        break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
+        look_drained(ctl, worker, queue)
+    elif peek(queue + QUEUE_CUT * WORD) != 0:
+        store(peek(queue + QUEUE_CUT * WORD), 1)
+
+
+@kernel
+def take_posted_back(ctl, worker, index, row):
+    """Let every queue that has work requests of a batch in flight end them."""
+    endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
+    queues = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))
+    for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
+        take_back(ctl, worker, queues[i], row)
+    take_back(ctl, worker, peek(endpoint + ENDPOINT_NOTES * WORD), row)

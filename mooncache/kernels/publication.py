@@ -6,7 +6,7 @@ plain stores and then made visible by one `publish`: a table and then its count,
 key back needs more: who withdraws it looks next whether somebody still uses it, and that look must not come before.
 """
 
-from mooncache.kernels.atomics import fence, store
+from mooncache.kernels.atomics import add, fence, store
 from mooncache.kernels.jit import kernel
 
 
@@ -18,8 +18,14 @@ def publish(address, value):
 
 
 @kernel("int64(int64)")
+def rise(address):
+    """Add 1 to the int64 word at `address`, which others count in as well; returns what it was."""
+    return add(address, 1)
+
+
+@kernel("int64(int64)")
 def withdraw_key(entry):
-    """Write 0 to the key at `entry`: whoever the caller sees at rest afterwards reads that. A store and a full fence."""
+    """Write 0 to the key at `entry`: whom the caller sees at rest afterwards reads that. A store and a full fence."""
     store(entry, 0)
     fence()
     return 0

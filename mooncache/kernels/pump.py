@@ -12,16 +12,24 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, raise_word, word
 from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, poke, store
+from mooncache.kernels.batch import DRAINING, SEALED
 from mooncache.kernels.complete import answer_held, look_drained, poll, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
     ACTOR,
-    BATCH_NEXT,
+    BATCH_CANCELLED,
+    BATCH_DEADLINE,
+    BATCH_GENERATION,
     BATCH_NOTE,
     BATCH_PEER,
+    BATCH_POSTED,
     BATCH_REMAINING,
+    BATCH_STATE,
+    BATCH_TAKEN,
     BATCH_UNPOSTED,
+    BATCH_WORKER,
+    BATCHES,
     COUNTERS,
     CQ_ADDRESS,
     CQ_WORDS,
@@ -50,9 +58,9 @@ from mooncache.kernels.layout import (
     WORKER_BELL,
     WORKER_CQ_COUNT,
     WORKER_CQS,
-    WORKER_DEADLINES,
     WORKER_EPOLL,
     WORKER_IDLE_SINCE,
+    WORKER_NEXT_DEADLINE,
     WORKER_NOTES,
     WORKER_ORDERS,
     WORKER_OUTSTANDING,
@@ -78,12 +86,12 @@ from mooncache.kernels.linux import epoll_wait, sched_yield
 from mooncache.kernels.note import enqueue_note
 from mooncache.kernels.post import (
     enqueue,
-    overdue,
     post_batches,
     post_markers,
     post_note,
     post_retries,
     stop_posting,
+    take_posted_back,
 )
 from mooncache.kernels.queue import break_queue, reincarnate, take_order
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
@@ -93,7 +101,8 @@ from mooncache.kernels.verbs import WcStatus
 from mooncache.kernels.worker import end_turn, endpoint_row, sleep_on, take_turn, worker_row
 
 NS_PER_MS = 1_000_000
-TICK_MS = 1  # a sleeper with deadlines to keep looks this often
+GRACE_NS = 20 * NS_PER_MS  # past its deadline a batch waits so long for the answers of what it has posted
+LOOK_AGAIN_NS = NS_PER_MS  # at a batch that changed while its deadline was looked at
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
 ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
 YIELD_NS = 500_000  # a yield that took longer met a thread that computes
@@ -123,6 +132,8 @@ def take(ctl, worker, index):
             row = batch_row(ctl, entry)
             account(ctl, Kind.BATCHES_TAKEN, 1)
             peer = peek(row + BATCH_PEER * WORD)
+            poke(row + BATCH_TAKEN * WORD, 1)
+            note_deadline(worker, peek(row + BATCH_DEADLINE * WORD))
             poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
             if peek(row + BATCH_NOTE * WORD) >= 0:
                 enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), row)
@@ -197,14 +208,51 @@ def obey(ctl, worker, queue, order):
 
 @kernel
 def expire(ctl, worker, index):
-    """Stop posting for queued batches whose deadline has passed."""
-    for peer in range(peek(worker + WORKER_PEERS * WORD)):
-        slot = peek(endpoint_row(ctl, index, peer) + ENDPOINT_FIRST * WORD)
-        while slot >= 0:
-            row = batch_row(ctl, slot)
-            slot = peek(row + BATCH_NEXT * WORD)
-            if overdue(ctl, row):
-                stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
+    """Stop this worker's batches whose deadline has passed, and note when to look again.
+
+    Looks at all rows, some hundred microseconds, but only when a deadline has passed.
+    """
+    now = clock(ctl)
+    poke(worker + WORKER_NEXT_DEADLINE * WORD, 0)
+    for slot in range(word(ctl, BATCHES)):
+        row = batch_row(ctl, slot)
+        generation, state = load(row + BATCH_GENERATION * WORD), load(row + BATCH_STATE * WORD)
+        if state != SEALED and state != DRAINING:
+            continue
+        if load(row + BATCH_REMAINING * WORD) == 0 or peek(row + BATCH_DEADLINE * WORD) == 0:
+            continue
+        if load(row + BATCH_WORKER * WORD) != index or load(row + BATCH_TAKEN * WORD) == 0:
+            continue
+        if load(row + BATCH_GENERATION * WORD) != generation:  # closed just now, or another batch
+            note_deadline(worker, now + LOOK_AGAIN_NS)
+        else:
+            note_deadline(worker, stop_overdue(ctl, worker, index, row, now))
+
+
+@kernel
+def note_deadline(worker, at):
+    """Let the worker look for overdue batches at this time, ns; 0: no need to."""
+    due = peek(worker + WORKER_NEXT_DEADLINE * WORD)
+    if at != 0 and (due == 0 or at < due):
+        poke(worker + WORKER_NEXT_DEADLINE * WORD, at)
+
+
+@kernel
+def stop_overdue(ctl, worker, index, row, now):
+    """Stop a batch if its deadline has passed; returns when to look at it again, 0 for never.
+
+    What is not posted fails now. What is posted has a grace for answers on their way; then its wire gives it back.
+    """
+    deadline, posted = peek(row + BATCH_DEADLINE * WORD), peek(row + BATCH_POSTED * WORD)
+    if now < deadline:
+        return deadline
+    if posted > 0 and now >= deadline + GRACE_NS:
+        take_posted_back(ctl, worker, index, row)
+    if peek(row + BATCH_CANCELLED * WORD) == 0:
+        stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
+    if posted == 0:
+        return np.int64(0)
+    return max(deadline, now) + GRACE_NS
 
 
 @kernel
@@ -230,8 +278,10 @@ def retired_waits(ctl):
 @kernel
 def sleep_on_descriptors(ctl, worker, ns):
     """Sleep until the worker's eventfd, or a descriptor of its wire, stirs; for at most `ns`."""
-    most = TICK_MS if peek(worker + WORKER_DEADLINES * WORD) > 0 else HEARTBEAT_NS // NS_PER_MS
-    ms = min(most, -(-ns // NS_PER_MS))
+    ns, due = min(ns, HEARTBEAT_NS), peek(worker + WORKER_NEXT_DEADLINE * WORD)
+    if due != 0:
+        ns = max(min(ns, due - clock(ctl)), np.int64(0))
+    ms = -(-ns // NS_PER_MS)
     epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SLEEPING * WORD, 1, ms)
 
 
@@ -334,7 +384,7 @@ def turn(ctl, worker, index):
     """One round of the worker; returns how much happened. The order is that of a slice's life."""
     announce_epoch(ctl, worker)
     happened = take(ctl, worker, index)
-    if peek(worker + WORKER_DEADLINES * WORD) > 0:
+    if peek(worker + WORKER_NEXT_DEADLINE * WORD) != 0 and clock(ctl) >= peek(worker + WORKER_NEXT_DEADLINE * WORD):
         expire(ctl, worker, index)
     if load(worker + WORKER_ORDERS * WORD) > 0:
         happened += decide(ctl, worker)

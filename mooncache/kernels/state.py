@@ -197,6 +197,7 @@ class QueuePair(NamedTuple):
     weight: int = layout.WEIGHT_ONE  # share of the load, see kernels/spread.py
     breaks: bool = False  # any error breaks it; it is posted to only after an order to probe it
     notes: bool = False  # for notifications only
+    cut: int = 0  # where nothing breaks it: address of a word that is set to 1 to get back what is in flight, or 0
 
 
 class QueueRow:
@@ -224,6 +225,7 @@ class QueueRow:
             (layout.QUEUE_BREAKS, pair.breaks),
             (layout.QUEUE_STATE, QueueState.CLOSED if pair.breaks else QueueState.READY),
             (layout.QUEUE_ENDPOINT, endpoint),
+            (layout.QUEUE_CUT, pair.cut),
         ):
             self.words[field] = value
 
@@ -233,11 +235,15 @@ class QueueRow:
         return QueueState(int(self.words[layout.QUEUE_STATE]))
 
     @property
+    def outstanding(self) -> int:
+        """Work requests without an answer."""
+        return int(self.words[layout.QUEUE_HEAD] - self.words[layout.QUEUE_TAIL])
+
+    @property
     def at_rest(self) -> bool:
         """Whether nothing is in flight on it, and its worker has nothing to decide."""
-        words = self.words
-        still = self.state in (QueueState.READY, QueueState.CLOSED) and words[layout.QUEUE_ORDER] == Order.NONE
-        return bool(still and words[layout.QUEUE_HEAD] == words[layout.QUEUE_TAIL])
+        still = self.state in (QueueState.READY, QueueState.CLOSED) and self.words[layout.QUEUE_ORDER] == Order.NONE
+        return bool(still and self.outstanding == 0)
 
     def leads_to(self, pair: QueuePair) -> bool:
         """Whether it describes this queue pair, or once closed can be made to: all but the address is the same."""

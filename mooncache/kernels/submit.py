@@ -16,6 +16,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CURSOR,
     BATCH_DEADLINE,
+    BATCH_EPOCH,
     BATCH_FIRST,
     BATCH_GENERATION,
     BATCH_NOTE,
@@ -41,6 +42,7 @@ from mooncache.kernels.layout import (
     SLICE_BYTES,
     SLICE_STATE,
     STORE,
+    TABLE_EPOCH,
     TABLE_GONE,
     TABLE_PEER,
     TURN,
@@ -123,7 +125,8 @@ def prepare_words(
     table, named = i64(word(ctl, PEER_TABLES))[peer & PEER_MASK], peer
     if peek(table + TABLE_PEER * WORD) != named:
         return np.int64(-Status.STALE_PEER)
-    if peek(table + TABLE_GONE * WORD) != 0:
+    epoch = load(table + TABLE_EPOCH * WORD)  # before the look at GONE: whoever sets that has raised this
+    if load(table + TABLE_GONE * WORD) != 0:
         return np.int64(-Status.PEER_GONE)
     peer = named & PEER_MASK
     if n > REQUESTS:
@@ -161,6 +164,7 @@ def prepare_words(
     poke(row + BATCH_PEER * WORD, peer)
     poke(row + BATCH_OPCODE * WORD, opcode)
     poke(row + BATCH_DEADLINE * WORD, deadline)
+    poke(row + BATCH_EPOCH * WORD, epoch)
     poke(row + BATCH_REQUESTS * WORD, n)
     return handle_of(peek(row + BATCH_GENERATION * WORD), slot_of(ctl, row))
 

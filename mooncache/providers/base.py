@@ -65,17 +65,19 @@ class Link(NamedTuple):
     Attributes:
         gone: address of a word that the provider sets to 1 when the connection to this peer is broken.
         dial: asks the peer `(purpose, body)`; over its Unix socket when a name for that is given. See `discovery.dial`.
+        table: what the word is a part of, to be held by whoever may write to it.
     """
 
     gone: int
     dial: Callable[..., Answer]
+    table: np.ndarray
 
 
 def _nobody(*_: object, **__: object) -> Answer:
     raise UsageError("this peer lives in the same process and is not dialled")
 
 
-HERE = Link(0, _nobody)
+HERE = Link(0, _nobody, np.zeros(0, np.int64))
 """The link of peers that live in the same process."""
 
 
@@ -172,6 +174,22 @@ class Provider(ABC):
     def wire(self, peer: str) -> str:
         """How bytes travel to a connected peer, in a few words."""
         return self.name
+
+    def fence(self, caller: str, limit_s: float) -> int:
+        """Let nothing land any more that the engine called `caller` has submitted so far; how many connections end.
+
+        Blocks for `limit_s` at most. Raises TransportError when that is not to be had: a process of this host was
+        stopped while it copied.
+        """
+        raise UsageError(f"provider {self.name!r} has no fence")
+
+    @property
+    def unsettled(self) -> int:
+        """Slices sent on connections that ended, of which it is not known that they land no more."""
+        return 0
+
+    def settle(self, limit_s: float) -> None:  # noqa: B027  (most leave nothing in doubt)
+        """Wait until nothing is in doubt, for at most so long."""
 
     def hang_up(self) -> None:  # noqa: B027  (most have nothing to do)
         """Break all connections, so that workers get the last answers now; does nothing where that is not possible."""

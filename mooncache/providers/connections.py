@@ -11,6 +11,7 @@ import os
 import secrets
 import select
 import socket
+import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -100,13 +101,21 @@ def zeros() -> int:
 
 
 class Ticket(NamedTuple):
-    """Which queue pair of a peer a connection belongs to, and how often that had been connected."""
+    """Which queue pair of a peer a connection belongs to, and how often that had been connected: its epoch."""
 
     queue: int  # random, so that nobody can name another's
     round: int
 
 
 NO_TICKET = Ticket(0, 0)
+
+
+class Arrival:
+    """A connection that a peer was promised, and the lane that is kept for it."""
+
+    def __init__(self, caller: str, ticket: Ticket, port: Port, lane: Lane) -> None:
+        self.caller, self.ticket, self.port, self.lane = caller, ticket, port, lane
+        self.refused = False
 
 
 class Lane:
@@ -152,9 +161,9 @@ class Lane:
         """Whether its latest connection is one of this queue pair; once free it may become another's."""
         return int(self.row[lanes.L_QUEUE]) == address_of(queue.words)
 
-    def prepare(self, sock: socket.socket, queue: Queue | None, peer: str) -> None:
+    def prepare(self, sock: socket.socket, queue: Queue | None, peer: str, ticket: Ticket) -> None:
         """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
-        self.peer, self.number, self.ticket, self.reserved = peer, self.number + 1, NO_TICKET, False
+        self.peer, self.number, self.ticket, self.reserved = peer, self.number + 1, ticket, False
         self.row[:] = 0
         self.told = False
         for words in self._memory.values():
@@ -188,6 +197,7 @@ REASONS = {
     Reason.SIBLING: "another connection to this peer broke",
     Reason.NO_EPOLL: "it could not be watched",
     Reason.CUT: "this engine ended it",
+    Reason.EXPIRED: "a batch's deadline passed while bytes of it were under way",
 }
 
 
@@ -201,9 +211,9 @@ class Port:
         self.epoll = select.epoll()
         self.nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         event_words = lanes.EVENTS * EPOLL_EVENT_BYTES // WORD + 1
-        self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 1)]
+        self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 3, 1)]
         self._hold[-1][0] = 1
-        listed, message, events, timespec, one = (address_of(array) for array in self._hold)
+        listed, message, events, timespec, poll, one = (address_of(array) for array in self._hold)
         for field, value in {
             lanes.P_EPOLL: self.epoll.fileno(),
             lanes.P_SYSCALL: function_address("syscall"),
@@ -223,6 +233,7 @@ class Port:
             lanes.P_INDEX: index,
             lanes.P_NUDGE: self.nudge,
             lanes.P_ONE: one,
+            lanes.P_POLL: poll,
         }.items():
             words[field] = value
         watch_nudge(self.address)
@@ -257,12 +268,14 @@ class Port:
         for lane in reserved:
             lane.reserved = False
 
-    def attach(self, lane: Lane, sock: socket.socket, queue: Queue | None, peer: str) -> None:
+    def attach(
+        self, lane: Lane, sock: socket.socket, queue: Queue | None, peer: str, ticket: Ticket = NO_TICKET
+    ) -> None:
         """Let the worker serve a connection: one of a queue pair, or (None) one that a peer sends over.
 
         The worker owns the descriptor from now on. `lane` was reserved.
         """
-        lane.prepare(sock, queue, peer)
+        lane.prepare(sock, queue, peer, ticket)
         hand_over(self.address, lane.address)
 
     def close(self) -> None:
@@ -280,6 +293,7 @@ class StreamQueue(Queue):
 
     def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
         self.lanes: list[Lane] = []
+        self._known = 0  # slices that were in doubt, and are not any more
         super().__init__(device, keys, depth, entry_words)
         self._table = aligned(LANES_MOST)
         self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), 1
@@ -290,6 +304,15 @@ class StreamQueue(Queue):
         return bool(self.words[lanes.Q_BROKEN])
 
     @property
+    def in_doubt(self) -> int:
+        """Slices sent on connections that have ended, of which it is not known that they land no more."""
+        return int(self.words[lanes.Q_DOUBT]) - self._known
+
+    def settle(self, total: int) -> None:
+        """Of all slices ever in doubt the first `total` land no more."""
+        self._known = max(self._known, total)
+
+    @property
     def settled(self) -> bool:
         """Whether its worker has reported all that was on it, and let its lanes go."""
         return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
@@ -298,6 +321,7 @@ class StreamQueue(Queue):
         """See `Queue.lead_to`. It is another peer's from now on, who has heard of no connection of it."""
         super().lead_to(keys, inbox)
         self.ticket = Ticket(secrets.randbits(62), 0)
+        self._known = int(self.words[lanes.Q_DOUBT])
 
     def take(self, port: Port, socks: Sequence[socket.socket], peer: str) -> None:
         """Go on over these connections. It must be settled. Raises CapacityError, with nothing changed."""
@@ -311,9 +335,15 @@ class StreamQueue(Queue):
         self.words[lanes.Q_LANE_COUNT] = len(socks)
 
 
-def set_lane_options(sock: socket.socket) -> None:
-    """Of a data connection: buffers, and the congestion control that suits loopback."""
+def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
+    """Of a data connection: buffers, and the congestion control that suits loopback.
+
+    One of `ours`, which carries our requests, is reset when it is closed, by whomever, the end of the process
+    included: what the peer has not taken yet is lost, and the peer drops what it has not put into its pages.
+    """
     sock.setblocking(False)
+    if ours:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with suppress(OSError):  # the system's limit is taken instead
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)

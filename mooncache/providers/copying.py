@@ -21,6 +21,7 @@ from mooncache.kernels.verbs import (
     WR_SG_LIST,
     WcStatus,
 )
+from mooncache.limits import WORKERS
 from mooncache.providers import lanes
 from mooncache.providers.connections import nudge
 from mooncache.providers.frames import set_range
@@ -31,6 +32,9 @@ from mooncache.providers.stream import answer_poll, list_lanes, post_entry, repo
 
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
+
+GUARD_VALID = WORKERS * LINE
+"""Where, behind the guards of all workers, the word lies that the peer sets to 0 when it fences this engine."""
 
 SHARE_BYTES = 1 << 20
 """A chain this long is worth waking another worker for: it takes 200 us to copy, waking 30."""
@@ -151,12 +155,18 @@ def copy_lot(port, queue, own):
     fence()
     keys = word_at(queue, Q_KEYS)
     others = np.int64(0)
+    fenced = load(word_at(queue, lanes.Q_GUARDS) + GUARD_VALID) == 0
+    if fenced:
+        lanes.end_epoch(queue)
     for i in range(at, at + n):
         entry = entry_of(queue, i)
         local, remote = word_at(entry, lanes.E_LOCAL), word_at(entry, lanes.E_REMOTE)
         length, opcode = word_at(entry, lanes.E_LENGTH), word_at(entry, lanes.E_OPCODE)
         route = word_at(entry, lanes.E_ROUTE)
-        status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
+        if fenced:
+            status = np.int64(WcStatus.REM_ABORT_ERR)
+        else:
+            status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
         if status == WcStatus.SUCCESS:
             if route == Route.PROCESS:
                 status = np.int64(PENDING)

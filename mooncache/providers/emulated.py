@@ -52,6 +52,7 @@ from mooncache.providers.software import (
     CQ_COUNT,
     CQ_QUEUES,
     CQ_TURN,
+    Q_CUT,
     Q_HEAD,
     Q_KEYS,
     Q_LIMIT,
@@ -252,6 +253,9 @@ def drain(queue, entries, wc):
     breaks, broken = peek(nic + N_BREAKS * WORD), load(queue + Q_BROKEN * WORD)
     moves, words = peek(queue + Q_MOVES * WORD), move_words(nic)
     now = time_of(queue, nic)
+    if load(queue + Q_CUT * WORD) != 0:
+        flush(queue, now)
+        store(queue + Q_CUT * WORD, 0)
     n = np.int64(0)
     while n < entries and tail < head:
         entry = ring + (tail & mask) * ENTRY_WORDS * WORD

@@ -14,10 +14,12 @@ bytes, `serving` says when.
 
 from enum import IntEnum
 
+import numpy as np
+
 from mooncache.kernels.account import raise_word
-from mooncache.kernels.atomics import call_write, fence, load, peek, poke, store, u32
+from mooncache.kernels.atomics import add, call_write, fence, load, peek, poke, store, u32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD
+from mooncache.kernels.layout import TABLE_BREAKS, TABLE_EPOCH, TABLE_GONE, WORD, Opcode
 from mooncache.kernels.linux import (
     EAGAIN,
     EINTR,
@@ -29,16 +31,17 @@ from mooncache.kernels.linux import (
     close,
     epoll_add,
     errno,
+    stream_ended,
 )
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.software import CQ_OWN, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
+from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
 
 # Port words, one set a worker, in front of its completion queue's list of queues
 (
     P_EPOLL, P_SYSCALL, P_ERRNO, P_CLOCK, P_WRITE, P_LANES, P_LANE_COUNT, P_ADOPT, P_ADOPTED, P_LISTED, P_LIST, P_KEYS,
     P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
-    P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_LOCAL, P_REMOTE,
-) = range(CQ_OWN, CQ_OWN + 31)  # fmt: skip
+    P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_LOCAL, P_REMOTE, P_POLL,
+) = range(CQ_OWN, CQ_OWN + 32)  # fmt: skip
 FRAMES_VERSION = 1
 EVENTS = 64
 CHECK_NS = 250_000_000  # how often lanes are looked over for a stall
@@ -47,8 +50,8 @@ CALLS = 4  # system calls on one lane before the next one has its turn
 # Queue words of a stream's queue pair, and its ring's entries
 (
     Q_SENT, Q_BROKEN, Q_GONE, Q_PORT, Q_LANES, Q_LANE_COUNT, Q_DIRECT, Q_COPIED, Q_CLAIMED, Q_MAPS,
-    Q_MAP_HINT, Q_PID, Q_GUARDS, Q_POSTING,
-) = range(Q_OWN, Q_OWN + 14)  # fmt: skip
+    Q_MAP_HINT, Q_PID, Q_GUARDS, Q_POSTING, Q_DOUBT,
+) = range(Q_OWN, Q_OWN + 15)  # fmt: skip
 E_ID, E_LOCAL, E_REMOTE, E_LENGTH, E_OPCODE, E_KEY, E_STATUS, E_ROUTE, ENTRY_WORDS = range(9)
 PENDING = -1  # an entry's status until it is answered
 
@@ -82,6 +85,7 @@ class Reason(IntEnum):
     SIBLING = 7  # another lane of the same queue pair broke
     NO_EPOLL = 8
     CUT = 9  # Python asked for it
+    EXPIRED = 10  # a batch's deadline passed while frames of it were in flight
 
 
 (
@@ -162,7 +166,7 @@ def break_lane(lane, reason, error):
             other = word_at(port, P_LANES) + i * LANE_WORDS * WORD
             if load(other + L_STATE * WORD) == LaneState.LIVE and word_at(other, L_QUEUE) == queue:
                 close_lane(other, Reason.SIBLING, 0)
-        break_queue(queue)
+        break_queue(queue, reason != Reason.EXPIRED)
     report_trouble(port)
 
 
@@ -174,15 +178,37 @@ def report_trouble(port):
 
 
 @kernel
-def break_queue(queue):
-    """Answer what was to go by lane as gone, and say so to submitters."""
+def break_queue(queue, peer_ended):
+    """Answer what was to go by lane as gone, and say so to submitters.
+
+    What had been sent is in doubt until the peer confirms: it may still lie in the peer's socket. If the peer ended the
+    connection, nothing that was submitted before is posted any more, to whatever connection comes next.
+    """
     store(queue + Q_BROKEN * WORD, 1)
+    gone, sent = word_at(queue, Q_GONE), np.int64(0)
+    for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_SENT)):
+        entry = entry_of(queue, at)
+        if word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE:
+            sent += word_at(entry, E_OPCODE) != Opcode.READ
+    if sent > 0:
+        add(queue + Q_DOUBT * WORD, sent)
+        add(gone + (TABLE_BREAKS - TABLE_GONE) * WORD, 1)
+    if peer_ended:
+        end_epoch(queue)
     poke(queue + Q_SENT * WORD, word_at(queue, Q_HEAD))
     for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_HEAD)):
         entry = entry_of(queue, at)
         if word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE:
             store(entry + E_STATUS * WORD, WcStatus.REM_ABORT_ERR)
-    store(word_at(queue, Q_GONE), 1)  # last: whoever clears it, believing to be connected, looks at Q_BROKEN next
+    store(gone, 1)  # last: whoever clears it, believing to be connected, looks at Q_BROKEN next
+
+
+@kernel
+def end_epoch(queue):
+    """What was submitted to this queue pair's peer so far is posted no more, and submitters connect anew."""
+    gone = word_at(queue, Q_GONE)
+    add(gone + (TABLE_EPOCH - TABLE_GONE) * WORD, 1)
+    store(gone, 1)
 
 
 @kernel
@@ -222,6 +248,40 @@ def guard(lane):
     """Say that pages of ours are about to be touched for a peer, or no longer are; odd in between."""
     store(lane + L_MOVING * WORD, word_at(lane, L_MOVING) + 1)
     fence()
+
+
+@kernel
+def may_land(lane):
+    """Whether bytes of an incoming lane may still be put into our pages; called between `guard` and `guard`.
+
+    Not if this engine has cut it, nor if its peer has reset or closed it: whoever did that took them for lost.
+    """
+    port = word_at(lane, L_PORT)
+    if load(lane + L_CUT * WORD) != 0:
+        return False
+    return not stream_ended(word_at(port, P_SYSCALL), word_at(lane, L_FD), word_at(port, P_POLL))
+
+
+@kernel
+def drop_incoming(port):
+    """End every incoming lane: this process was suspended for so long that peers took it for gone."""
+    for i in range(word_at(port, P_LANE_COUNT)):
+        lane = word_at(port, P_LANES) + i * LANE_WORDS * WORD
+        if load(lane + L_STATE * WORD) == LaneState.LIVE and word_at(lane, L_QUEUE) == 0:
+            break_lane(lane, Reason.STALLED, 0)
+
+
+@kernel
+def end_overdue(port, queue):
+    """Break a queue pair's connections, if frames are in flight on them, so that a batch past its deadline ends."""
+    store(queue + Q_CUT * WORD, 0)
+    if word_at(queue, Q_BROKEN) != 0:
+        return
+    for i in range(word_at(port, P_LANE_COUNT)):
+        lane = word_at(port, P_LANES) + i * LANE_WORDS * WORD
+        if load(lane + L_STATE * WORD) == LaneState.LIVE and word_at(lane, L_QUEUE) == queue and flights(lane) > 0:
+            break_lane(lane, Reason.EXPIRED, 0)
+            return
 
 
 @kernel

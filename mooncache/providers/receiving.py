@@ -82,6 +82,7 @@ from mooncache.providers.lanes import (
     fault,
     flights,
     guard,
+    may_land,
     word_at,
 )
 from mooncache.providers.software import key_status
@@ -245,10 +246,15 @@ def read_body(lane):
     if at == end:
         return True
     iov, syscall, fd = word_at(lane, L_IN_IOV), word_at(port, P_SYSCALL), word_at(lane, L_FD)
-    serving = word_at(lane, L_QUEUE) == 0 and peek(word_at(lane, L_IN_HEAD) + H_KIND) == MAGIC | Frame.WRITE
+    serving = word_at(lane, L_QUEUE) == 0
     if serving:
         guard(lane)
-        drop_withdrawn(lane)
+        if not may_land(lane):
+            guard(lane)
+            break_lane(lane, Reason.CLOSED, 0)
+            return False
+        if peek(word_at(lane, L_IN_HEAD) + H_KIND) == MAGIC | Frame.WRITE:
+            drop_withdrawn(lane)
     last, asked = at, 0
     while last <= end and peek(iov + last * IOVEC_BYTES + IOV_BASE) != DISCARD:
         asked += peek(iov + last * IOVEC_BYTES + IOV_LEN)

@@ -40,13 +40,17 @@ from mooncache.providers.lanes import (
     P_LISTED,
     P_NEXT_CHECK,
     P_NOW,
+    P_STALL,
     P_SYSCALL,
     P_TIMESPEC,
     P_TURNS,
     TABLE,
     LaneState,
+    Reason,
     adopt,
+    break_lane,
     check_stalls,
+    drop_incoming,
     enlist,
     has_output,
     word_at,
@@ -123,6 +127,10 @@ def gather_events(port):
         if what & EPOLLOUT:
             poke(lane + L_WRITABLE * WORD, 1)
         if what & (EPOLLERR | EPOLLHUP | EPOLLRDHUP):
+            if word_at(lane, L_QUEUE) == 0:  # what is left of a peer that is gone is not read
+                if load(lane + L_STATE * WORD) == LaneState.LIVE:
+                    break_lane(lane, Reason.CLOSED, 0)
+                continue
             poke(lane + L_READABLE * WORD, ENDED)
         elif what & EPOLLIN:
             poke(lane + L_READABLE * WORD, 1)
@@ -156,7 +164,10 @@ def tell_time(port):
 @kernel
 def turn_lanes(port):
     """One round over a worker's lanes; returns whether bytes moved or could move at once."""
+    before = word_at(port, P_NOW)
     tell_time(port)
+    if before != 0 and word_at(port, P_NOW) - before > word_at(port, P_STALL):
+        drop_incoming(port)
     if load(port + P_ADOPT * WORD) != word_at(port, P_ADOPTED):
         adopt(port)
     turns = word_at(port, P_TURNS)

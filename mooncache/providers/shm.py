@@ -38,18 +38,20 @@ from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.layout import LINE, WORD, Access, aligned
 from mooncache.kernels.linux import IOVEC_BYTES
+from mooncache.kernels.publication import withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address
 from mooncache.memory import Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.connections import StreamQueue
-from mooncache.providers.copying import LOT, lead, peek_at, poll_cq, post_send
+from mooncache.providers.connections import STALL_S, StreamQueue
+from mooncache.providers.copying import GUARD_VALID, LOT, lead, peek_at, poll_cq, post_send
 from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
 from mooncache.providers.stream import StreamProvider, wait_while_odd
 
 log = logging.getLogger("mooncache")
 
-GUARD_BYTES = limits.WORKERS * LINE
+GUARD_BYTES = (limits.WORKERS + 1) * LINE  # behind those of the workers a line with the word VALID
+VALID = GUARD_VALID // WORD
 
 RETIRE_S = 2e-3
 """Between two looks at whether mappings that were retired are still used: a lot of a copy takes some hundred us."""
@@ -81,7 +83,13 @@ class Lease:
 
     def __init__(self, peer: str) -> None:
         self.peer, self.ended = peer, False
+        self.sock: socket.socket | None = None  # to the peer, once it has it
         self.guards = allocate(GUARD_BYTES).view(np.int64)
+        self.guards[VALID] = 1
+
+    def revoke(self) -> None:
+        """Refuse what the peer copies from now on; a copy that it has begun ends in front of an odd guard."""
+        withdraw_key(address_of(self.guards) + VALID * WORD)
 
 
 class Share:
@@ -250,13 +258,28 @@ class Shm(StreamProvider):
                 open_bytes[segment.number] = open_bytes.get(segment.number, 0) + max(0, end - address)
         return {number: s for number, s in segments.items() if open_bytes.get(number) == s.nbytes}
 
-    def _wait_for_guards(self) -> None:
-        """Return when every copy of a peer that may have looked at its key before this call has ended."""
+    def fence(self, caller: str, limit_s: float) -> int:
+        """See `Provider.fence`."""
+        ended = super().fence(caller, limit_s)
         with self._lock:
-            leases = list(self._leases)
+            leases = [lease for lease in self._leases if lease.peer == caller and not lease.ended]
+        for lease in leases:
+            lease.revoke()
+        self._wait_for_guards(leases, limit_s)
+        for lease in leases:
+            lease.ended = True
+            if lease.sock is not None:
+                self.unwatch(lease.sock)  # by which the peer hears of it, and maps this memory anew
+        return ended + len(leases)
+
+    def _wait_for_guards(self, leases: Sequence[Lease] | None = None, limit_s: float = STALL_S) -> None:
+        """Return when every copy of these peers, or all, that may have looked at its key before has ended."""
+        if leases is None:
+            with self._lock:
+                leases = list(self._leases)
         for lease in leases:
             words = [(lease.guards, worker * LINE // WORD) for worker in range(limits.WORKERS)]
-            wait_while_odd(words, lease)
+            wait_while_odd(words, lease, limit_s)
 
     def describe(self, unix: str = "") -> dict[str, Any]:
         """See `Provider.describe`."""
@@ -287,6 +310,10 @@ class Shm(StreamProvider):
         )  # fmt: skip
 
     def _hold(self, sock: socket.socket, lease: Lease) -> None:
+        if lease.ended:  # fenced meanwhile
+            sock.close()
+            return
+        lease.sock = sock
         self.watch(sock, lambda: self._end(lease))
 
     def _end(self, lease: Lease) -> None:

@@ -48,7 +48,8 @@ KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_INBOX, Q_OWN, QUEUE_WORDS = 9, 11, 12, 32  # scratch: a timespec; from Q_OWN on: the provider's own
+Q_SCRATCH, Q_INBOX, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 31, 32  # scratch: a timespec; from Q_OWN on: the provider's
+# Q_CUT: set to 1 by the kernels to get back what is in flight
 # completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
 CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 
@@ -216,7 +217,8 @@ class Queue:
     @property
     def pair(self) -> QueuePair:
         """How kernels know it."""
-        return QueuePair(address_of(self.qp), int(self.words[Q_LIMIT]))
+        cut = address_of(self.words) + Q_CUT * WORD
+        return QueuePair(address_of(self.qp), int(self.words[Q_LIMIT]), cut=cut)
 
     @property
     def outstanding(self) -> int:
@@ -359,6 +361,24 @@ class InProcessProvider(SoftwareProvider):
         """See `Provider.forget`."""
         super().forget(peer)
         self._tables.pop(peer, None)
+
+    def retract(self, peer: str, limit_s: float) -> int:
+        """Get back what is in flight to a peer; returns how many queue pairs lead there.
+
+        What was submitted must not be posted any more. Raises TransportError when it does not come back in time.
+        """
+        if peer not in self.peers:
+            return 0
+        ours = self._queues_of(peer)
+        posted = [int(queue.words[Q_HEAD]) for queue in ours]
+        for queue in ours:
+            publish(address_of(queue.words) + Q_CUT * WORD, 1)
+        deadline = time.monotonic() + limit_s
+        while any(int(queue.words[Q_TAIL]) < head for queue, head in zip(ours, posted, strict=True)):
+            if time.monotonic() > deadline:
+                raise TransportError(f"what is in flight to {peer!r} did not come back within {limit_s} s; try again")
+            time.sleep(1e-4)
+        return len(ours)
 
     def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
         """How kernels know a queue that leads to a peer."""

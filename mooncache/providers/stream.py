@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mooncache import limits
+from mooncache.background import Background
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.kernels.atomics import load, peek, poke, store, u32
@@ -43,12 +44,24 @@ from mooncache.kernels.verbs import (
 )
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.connections import LANES_MOST, STALL_S, Lane, Port, StreamQueue, Ticket, cut, set_lane_options
+from mooncache.providers.connections import (
+    LANES_MOST,
+    STALL_S,
+    Arrival,
+    Lane,
+    Port,
+    StreamQueue,
+    Ticket,
+    cut,
+    set_lane_options,
+)
 from mooncache.providers.lanes import ENTRY_WORDS, PENDING, LaneState, Reason, enlist, entry_of, word_at
+from mooncache.providers.settling import Settler
 from mooncache.providers.software import (
     CQ_COUNT,
     CQ_QUEUES,
     CQ_TURN,
+    Q_CUT,
     Q_HEAD,
     Q_LIMIT,
     Q_TAIL,
@@ -116,6 +129,8 @@ def report_all(port, entries, wc):
     count, turn, taken = word_at(port, CQ_COUNT), word_at(port, CQ_TURN), np.int64(0)
     for i in range(count):
         queue = word_at(port, CQ_QUEUES + (turn + i) % count)
+        if load(queue + Q_CUT * WORD) != 0:
+            lanes.end_overdue(port, queue)
         if word_at(queue, Q_HEAD) > word_at(queue, Q_TAIL):
             taken += report(queue, entries - taken, wc + taken * WC_BYTES)
     poke(port + CQ_TURN * WORD, turn + 1)
@@ -150,6 +165,8 @@ class StreamProvider(SoftwareProvider):
         self.lane_count = lanes
         self._lock = threading.Lock()
         self.generations: dict[str, int] = {}
+        self._arrivals: set[Arrival] = set()
+        self._settlers: dict[str, StreamSettler] = {}
         self._parting: set[str] = set()  # peers that were disconnected, and not connected to since
         self._nowhere = aligned(TABLE_WORDS)  # header of a table for queue pairs that lead to no peer
         self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
@@ -184,22 +201,24 @@ class StreamProvider(SoftwareProvider):
         return {"lanes": lanes.FRAMES_VERSION}
 
     def serve(self, request: Request) -> Reply:
-        """See `Provider.serve`: a peer asks for a lane to us."""
+        """See `Provider.serve`: a peer asks for a lane to us, or to let go of those it took for lost."""
+        if request.purpose == "retire":
+            for queue, round in request.body["tickets"]:
+                self._end_rounds(Ticket(int(queue), int(round)))
+            return Reply({})
         if request.purpose != "lane":
-            raise UsageError(f"expected a purpose of describe or lane, got {request.purpose!r}")
+            raise UsageError(f"expected a purpose of describe, lane or retire, got {request.purpose!r}")
         if request.body.get("lanes") != lanes.FRAMES_VERSION:
             raise DiscoveryError(
                 f"this engine speaks frames of version {lanes.FRAMES_VERSION}, the caller "
                 f"{request.body.get('lanes')!r}; use the same release on both ends"
             )
         ticket = Ticket(int(request.body["queue"]), int(request.body["round"]))
-        self._end_former(ticket)
+        self._end_rounds(ticket._replace(round=ticket.round - 1))  # whose bytes must not land over what is sent next
         with self._lock:
-            port, lane = self._reserve()
-        return Reply(
-            {}, then=lambda sock: self._accept(sock, request.caller, ticket, port, lane),
-            undo=lambda: port.release([lane]),
-        )  # fmt: skip
+            arrival = Arrival(request.caller, ticket, *self._reserve())
+            self._arrivals.add(arrival)
+        return Reply({}, then=lambda sock: self._accept(sock, arrival), undo=lambda: self._turn_away(arrival))
 
     def _reserve(self) -> tuple[Port, Lane]:
         """A lane of the port that serves the fewest and has one left. Raises CapacityError."""
@@ -209,28 +228,46 @@ class StreamProvider(SoftwareProvider):
                 return port, port.reserve(1)[0]
         return ports[-1], ports[-1].reserve(1)[0]
 
-    def _end_former(self, ticket: Ticket) -> None:
-        """Before a peer connects a queue pair anew: cut its former connections. They may still hold bytes that the peer
-        took for lost, and that must not be written over what it sends next."""
+    def _turn_away(self, arrival: Arrival) -> None:
+        self._arrivals.discard(arrival)
+        arrival.port.release([arrival.lane])
+
+    def _end_rounds(self, ticket: Ticket) -> None:
+        """Let nothing land any more of a peer's queue pair on connections up to a round: it took them for lost."""
+        self._refuse(lambda _, known: known.queue == ticket.queue and known.round <= ticket.round, STALL_S)
+
+    def fence(self, caller: str, limit_s: float) -> int:
+        """See `Provider.fence`."""
+        return self._refuse(lambda known, _: known == caller, limit_s)
+
+    def _refuse(self, chosen: Callable[[str, Ticket], bool], limit_s: float) -> int:
+        """Let nothing land any more on the chosen incoming connections, attached already or promised; how many."""
         with self._lock:
-            former = [
-                (port, lane, lane.number)
+            promised = [a for a in self._arrivals if chosen(a.caller, a.ticket)]
+            for arrival in promised:
+                arrival.refused = True
+            refused = [
+                (port, lane)
                 for port in self.ports
                 for lane in port.lanes
-                if lane.ticket.queue == ticket.queue and lane.ticket.round < ticket.round and not lane.free
+                if lane.state in (LaneState.READY, LaneState.LIVE)
+                and not lane.row[lanes.L_QUEUE]
+                and chosen(lane.peer, lane.ticket)
             ]
-            for port, lane, _ in former:
+            for port, lane in refused:
                 cut(port.address, lane.address)
-        wait_until(lambda: all(lane.free or lane.number != n for _, lane, n in former), "the end of former connections")
+        wait_while_odd([(lane.row, lanes.L_MOVING) for _, lane in refused], limit_s=limit_s)
+        return len(promised) + len(refused)
 
-    def _accept(self, sock: socket.socket, peer: str, ticket: Ticket, port: Port, lane: Lane) -> None:
-        set_lane_options(sock)
+    def _accept(self, sock: socket.socket, arrival: Arrival) -> None:
+        set_lane_options(sock, ours=False)
         with self._lock:
-            if self._closed:
+            if self._closed or arrival.refused:
+                self._turn_away(arrival)
                 sock.close()
                 return
-            port.attach(lane, sock, None, peer)
-            lane.ticket = ticket
+            self._arrivals.discard(arrival)
+            arrival.port.attach(arrival.lane, sock, None, arrival.caller, arrival.ticket)
 
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
@@ -256,6 +293,8 @@ class StreamProvider(SoftwareProvider):
             self._part(peer.name, ours)
             self.let_go(peer.name)
         self.generations[peer.name] = peer.generation
+        settler = self._settler_of(peer.name, link, ours)
+        seen = settler.counters.breaks
         for queue in ours:
             queue.words[lanes.Q_GONE] = link.gone
         broken = [(port, queue) for port, queue in zip(self.ports, ours, strict=True) if queue.broken]
@@ -265,7 +304,17 @@ class StreamProvider(SoftwareProvider):
             except BaseException:
                 self._cut(queue for _, queue in broken[:i])
                 raise
+        settler.counters.confirm(seen)  # by now the peer has retired whatever had ended
         return [[queue.pair] for queue in ours]
+
+    def _settler_of(self, peer: str, link: Link, queues: Sequence[StreamQueue]) -> StreamSettler:
+        """A new one, that asks where the peer is now."""
+        former = self._settlers.get(peer)
+        settler = self._settlers[peer] = StreamSettler(peer, link, self.background, queues, self._lock)
+        if former is not None:
+            former.close()
+        settler.look()
+        return settler
 
     def connected(self, peer: str) -> bool:
         """See `Provider.connected`."""
@@ -299,6 +348,9 @@ class StreamProvider(SoftwareProvider):
             for queue in self.queues_of(peer):
                 queue.words[lanes.Q_GONE] = address_of(self._nowhere) + TABLE_GONE * WORD
         super().forget(peer)
+        settler = self._settlers.pop(peer, None)
+        if settler is not None:
+            settler.close()
         self.generations.pop(peer, None)
         self._parting.discard(peer)
 
@@ -328,10 +380,11 @@ class StreamProvider(SoftwareProvider):
         try:
             for _ in range(self.lane_count):
                 socks.append(link.dial("lane", {"lanes": lanes.FRAMES_VERSION, **queue.ticket._asdict()}).sock)
-                set_lane_options(socks[-1])
+                set_lane_options(socks[-1], ours=True)
             with self._lock:
                 if self._closed:
                     raise EngineClosed("the engine was closed meanwhile")
+                queue.settle(int(queue.words[lanes.Q_DOUBT]))  # the peer has retired the former connections
                 queue.take(port, socks, peer)
         except BaseException as error:
             for sock in socks:
@@ -357,7 +410,18 @@ class StreamProvider(SoftwareProvider):
                     self._hung_up(descriptor)
                 for lane in [lane for port in self.ports for lane in port.lanes]:
                     self._tell(lane)
+            for settler in list(self._settlers.values()):
+                settler.look()
             self.look_around()
+
+    @property
+    def unsettled(self) -> int:
+        """See `Provider.unsettled`."""
+        return sum(settler.slices for settler in list(self._settlers.values()))
+
+    def settle(self, limit_s: float) -> None:
+        """See `Provider.settle`."""
+        wait_for(lambda: not any(s.in_doubt for s in list(self._settlers.values())), limit_s)
 
     def watch(self, sock: socket.socket, ended: Callable[[], None]) -> None:
         """Have `ended` called, once, when the peer's end of a socket closes; then that is closed here, too."""
@@ -404,6 +468,8 @@ class StreamProvider(SoftwareProvider):
         self.keys.clear()
         with self._lock:
             self._closed = True
+        for settler in self._settlers.values():
+            settler.close()
         os.eventfd_write(self._trouble_fd, 1)
         self.background.close()
         for port in self.ports:
@@ -425,13 +491,49 @@ def has_ended(sock: socket.socket) -> bool:
     return True
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return once a worker has made the condition true. Raises TransportError, naming `what`, after SETTLE_S."""
-    deadline = time.monotonic() + SETTLE_S
+class StreamSettler(Settler):
+    """Asks a peer to retire the connections of queue pairs that have ended."""
+
+    def __init__(
+        self, peer: str, link: Link, background: Background, queues: Sequence[StreamQueue], lock: threading.Lock
+    ) -> None:
+        super().__init__(peer, link, background)
+        self._queues, self._connecting = queues, lock
+
+    @property
+    def slices(self) -> int:
+        """How many slices are in doubt."""
+        return sum(queue.in_doubt for queue in self._queues)
+
+    def ask(self) -> None:
+        """See `Settler.ask`. What is connected by now has been retired by that."""
+        with self._connecting:
+            owed = [(q, int(q.words[lanes.Q_DOUBT]), q.ticket) for q in self._queues if q.in_doubt and q.broken]
+        if owed:
+            self.link.dial("retire", {"tickets": [list(ticket) for _, _, ticket in owed]}).sock.close()
+        for queue, total, _ in owed:
+            queue.settle(total)
+
+    def forgive(self) -> None:
+        """See `Settler.forgive`."""
+        for queue in self._queues:
+            queue.settle(int(queue.words[lanes.Q_DOUBT]))
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Wait for a condition that another thread makes true, for at most so long; whether it is."""
+    deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TransportError(f"{what} did not come within {SETTLE_S:.0f} s; try again")
+            return False
         time.sleep(1e-3)
+    return True
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return once a worker has made the condition true. Raises TransportError, naming `what`, after SETTLE_S."""
+    if not wait_for(condition, SETTLE_S):
+        raise TransportError(f"{what} did not come within {SETTLE_S:.0f} s; try again")
 
 
 class Copier(Protocol):
@@ -441,12 +543,14 @@ class Copier(Protocol):
     ended: bool
 
 
-def wait_while_odd(words: Sequence[tuple[np.ndarray, int]], whose: Copier | None = None) -> None:
+def wait_while_odd(
+    words: Sequence[tuple[np.ndarray, int]], whose: Copier | None = None, limit_s: float = STALL_S
+) -> None:
     """Return when each word that is odd now has changed, or its owner has ended.
 
-    Whoever made it odd is copying, which takes microseconds. Raises TransportError after STALL_S: it was stopped.
+    Whoever made it odd is copying, which takes microseconds. Raises TransportError after `limit_s`: it was stopped.
     """
-    deadline = time.monotonic() + STALL_S
+    deadline = time.monotonic() + limit_s
     for array, index in words:
         seen = int(array[index])
         while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):

@@ -6,6 +6,7 @@ costs milliseconds, inherits nothing of the test's, and is as real as any other.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -70,6 +71,8 @@ class Far:
         if self.alive:
             self.alive = False
             self.let_go()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)  # a test that failed may have left it stopped
             ended, _, _ = select.select([self._end], [], [], LIMIT)
             os.close(self._end)
             assert ended, "another process does not end"

@@ -276,6 +276,41 @@ def send(peer: str, base: int, nbytes: int, *, op: str = "write", name: str = "i
     getattr(engine, op)(peer, *ends, nbytes).wait(timeout).close()
 
 
+running: list[Any] = []
+
+
+def begin(peer: str, base: int, block: int, *, name: str = "it", by_lanes: bool = False) -> None:
+    """Submit all of a local region to a peer's range, block by block; `finish` tells how it ended."""
+    engine, region = engines["it"], regions[name]
+    if by_lanes:
+        through_lanes(engine, peer)
+    at = np.arange(0, region.length, block, dtype=np.int64)
+    running.append(engine.write(peer, region.address + at, base + at, block))
+
+
+def finish() -> set[str]:
+    """The statuses of the requests that were begun last, "OK" for those that arrived; waits for them."""
+    with running.pop() as batch:
+        try:
+            batch.wait(60)
+        except TransferFailed as failed:
+            rest = {"OK"} if len(failed.failures) < batch.requests else set()
+            return rest | {failure.status.name for failure in failed.failures}
+    return {"OK"}
+
+
+def names() -> list[str]:
+    """Of the engines here."""
+    return [engine.name for engine in engines.values()]
+
+
+def through_lanes(engine: Engine, peer: str) -> None:
+    """As if the system refused process_vm_writev."""
+    engine.connect(peer)
+    for queue in engine.provider.queues_of(peer):
+        queue.words[words.Q_PID] = 0
+
+
 class Hammer:
     """Transfers between all of a local region and a peer's range, in a thread, until one fails or it is told to stop.
 
@@ -326,9 +361,7 @@ def hammer(
 ) -> None:  # fmt: skip
     """Begin."""
     if by_lanes:
-        engines["it"].connect(peer)
-        for queue in engines["it"].provider.queues_of(peer):
-            queue.words[words.Q_PID] = 0
+        through_lanes(engines["it"], peer)
     hammers.append(Hammer(peer, base, op, name, block, expected))
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mooncache.background import Background
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError
 from mooncache.kernels.layout import Order, QueueState
 from mooncache.kernels.state import QueuePair, QueueRow
@@ -31,6 +32,7 @@ from mooncache.providers.rdma.gids import parse, text_of
 from mooncache.providers.rdma.hub import NoteQueue, Rail
 from mooncache.providers.rdma.paths import End, PathOf, pair, weights
 from mooncache.providers.rdma.queues import QueuePair as Verbs
+from mooncache.providers.settling import Settler
 
 if TYPE_CHECKING:
     from mooncache.providers.rdma.provider import Rdma
@@ -87,8 +89,10 @@ class Outgoing:
     """
 
     def __init__(self, provider: Rdma, peer: Descriptor, link: Link, notes: Sequence[NoteQueue]) -> None:
-        self._provider, self.peer, self._link, self._notes = provider, peer.name, link, notes
+        self._provider, self.peer, self.link, self._notes = provider, peer.name, link, notes
         self.generation = peer.generation
+        self.settler = Retirer(self, provider.background)
+        self._lost = 0  # work requests that were in flight when the peer was lost
         self.gone = self._closed = False
         self._ends = ends_of(peer)
         self._plans = self._planned()
@@ -159,7 +163,7 @@ class Outgoing:
     def _dial(self, peer: Descriptor) -> None:
         provider, hub = self._provider, self._provider.hub
         self.number = secrets.randbits(62)
-        answer = self._link.dial(
+        answer = self.link.dial(
             "rdma-connect",
             {
                 "version": VERSION,
@@ -194,7 +198,7 @@ class Outgoing:
             Rail(lane.verbs.address, self._plans[lane.plan].path.local, *mailbox)
             for lane, mailbox in zip(self._note_lanes, mailboxes, strict=True)
         ]
-        self._record.open(rails, self._link.gone)
+        self._record.open(rails, self.link.gone)
         for queue in self._notes:
             queue.lead_to(self._record)
         for index, lane in enumerate(self._note_lanes):
@@ -302,9 +306,13 @@ class Outgoing:
         for lane, row in zip(self._lanes, self._rows, strict=True):
             if row.state == QueueState.BROKEN:
                 lane.verbs.fail()  # so that what is in flight comes back, whatever broke it
+        seen = self.settler.counters.breaks
         drained = [(i, row) for i, row in enumerate(self._rows) if self._is_new(i, QueueState.DRAINED)]
         if drained:
             self._ask("rdma-fence", {"queues": [i for i, _ in drained], "notes": []})
+            fenced = {i for i, _ in drained}
+            if not any(self._is_suspect(i) for i in range(len(self._rows)) if i not in fenced):
+                self.settler.counters.confirm(seen)
             for i, row in drained:
                 log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lane_name(i), self.why(row))
                 self._postpone(self._lanes[i])
@@ -332,6 +340,20 @@ class Outgoing:
         if self._rows[i].state != lane.ordered:
             lane.ordered = QueueState.READY
         return self._rows[i].state == state != lane.ordered
+
+    def _is_suspect(self, i: int) -> bool:
+        """Whether packets of a broken queue pair may still be on their way: its other end was not reset since."""
+        state = self._rows[i].state
+        return state == QueueState.BROKEN or (state == QueueState.DRAINED and self._lanes[i].ordered != state)
+
+    @property
+    def unsettled(self) -> int:
+        """Work requests in flight when the peer was lost, of which it is not known that they land no more."""
+        return self._lost if self.settler.in_doubt else 0
+
+    def retire(self) -> None:
+        """Ask the peer to end this connection at its side. Raises TransportError or DiscoveryError."""
+        self._ask("rdma-retire", {})
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
@@ -381,7 +403,7 @@ class Outgoing:
                 self._order(self._rows[i], Order.PROBE)
 
     def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._link.dial(purpose, {"connection": self.number, **body})
+        answer = self.link.dial(purpose, {"connection": self.number, **body})
         answer.sock.close()
         return answer.body
 
@@ -411,13 +433,16 @@ class Outgoing:
                 return
             self.gone = True
             log.warning("connection to peer %r ended: %s", self.peer, why)
-            self._provider.set_gone(self._link.gone)
+            self._lost = sum(row.outstanding for row in self._rows)
+            self.settler.counters.end_epoch(doubtful=self._lost > 0)
+            self._provider.set_gone(self.link.gone)
             for row in self._rows:
                 self._order(row, Order.LOSE)
             for lane in [*self._lanes, *self._note_lanes]:
                 with suppress(TransportError):
                     lane.verbs.fail()
         self._stirred.set()
+        self.settler.look()
 
     @property
     def quiet(self) -> bool:
@@ -430,6 +455,7 @@ class Outgoing:
         with self._lock:
             self._closed = True
             mending = self._mending
+        self.settler.close()
         self._stirred.set()
         if mending is not None:
             mending.join()
@@ -441,6 +467,18 @@ class Outgoing:
         if self.socket is not None:
             self._provider.forget_socket(self.socket)
             self.socket.close()
+
+
+class Retirer(Settler):
+    """Asks a peer that was lost to end the connection at its side."""
+
+    def __init__(self, outgoing: Outgoing, background: Background) -> None:
+        super().__init__(outgoing.peer, outgoing.link, background)
+        self._outgoing = outgoing
+
+    def ask(self) -> None:
+        """See `Settler.ask`."""
+        self._outgoing.retire()
 
 
 def ends_of(peer: Descriptor) -> list[End]:

@@ -215,6 +215,9 @@ class Rdma(Provider):
                 incoming = Incoming(self, request.caller, body)
                 self._incoming[incoming.number] = incoming
             return Reply(incoming.answer, then=lambda sock: self._hold(sock, incoming))
+        if request.purpose == "rdma-retire":
+            self._let_go(lambda known: known.number == body["connection"] and known.caller == request.caller)
+            return Reply({})
         if request.purpose in ("rdma-fence", "rdma-repair"):
             with self.lock:
                 self._check_open()
@@ -224,6 +227,30 @@ class Rdma(Provider):
                     raise UsageError(f"no connection {body['connection']} here: {why}")
                 return Reply(known.fence(body) if request.purpose == "rdma-fence" else known.repair(body))
         raise UsageError(f"expected a purpose of describe or rdma-connect, got {request.purpose!r}")
+
+    def fence(self, caller: str, limit_s: float) -> int:
+        """See `Provider.fence`: destroying our end of a queue pair drops whatever still comes for it."""
+        return self._let_go(lambda known: known.caller == caller)
+
+    def _let_go(self, chosen: Callable[[Incoming], bool]) -> int:
+        """End the chosen connections of peers; how many. Nothing of theirs reaches our memory any more."""
+        with self.lock:
+            ended = [known for known in self._incoming.values() if chosen(known)]
+            for known in ended:
+                del self._incoming[known.number]
+                known.close()
+        return len(ended)
+
+    @property
+    def unsettled(self) -> int:
+        """See `Provider.unsettled`."""
+        return sum(outgoing.unsettled for outgoing in list(self._outgoing.values()))
+
+    def settle(self, limit_s: float) -> None:
+        """See `Provider.settle`."""
+        deadline = time.monotonic() + limit_s
+        while any(o.settler.in_doubt for o in list(self._outgoing.values())) and time.monotonic() < deadline:
+            time.sleep(1e-3)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -255,6 +282,8 @@ class Rdma(Provider):
         if known is not None:
             known.lose("another engine has its name now")
             self._end(known)
+            known.link = link
+            known.settler.ask_now()  # nothing of it may land over what is sent next
         notes = self._note_queues.get(peer.name)
         if notes is None and self._spare_notes:
             notes = self._note_queues[peer.name] = self._spare_notes.pop()

@@ -1,0 +1,134 @@
+"""After a connection to a peer has ended with slices on it: when is it known that none of these lands any more?
+
+What was sent may still lie in the socket of a peer that is stopped, or of a host that is cut off. So the peer is asked,
+again and again, to let go of what ended. Nothing is in doubt any more as soon as
+
+    it confirms: whatever has not landed is dropped there
+    it is dead: its host refuses the connection, so that no engine is at its address any more
+    nothing was heard of it for HOST_LOST_S: by then an engine that was only suspended drops what came before by itself
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+
+from mooncache.background import Background
+from mooncache.errors import DiscoveryError, TransportError
+from mooncache.kernels.layout import TABLE_BREAKS, TABLE_CONFIRMED, TABLE_EPOCH, TABLE_GONE, WORD
+from mooncache.kernels.publication import publish, rise
+from mooncache.providers.base import Link
+
+log = logging.getLogger("mooncache")
+
+HOST_LOST_S = 60.0
+"""A peer that does not answer for so long counts as dead: six times the stall limit (connections.STALL_S), after which
+an engine that goes on after having been suspended drops its peers' connections by itself."""
+
+PAUSE_S, PAUSE_MOST_S = 0.05, 1.0
+"""Between two questions; doubled each time. A peer that goes on again is asked within the longest."""
+
+
+class Counters:
+    """A peer's words about connections that ended, beside `Link.gone`; see `layout.TABLE_EPOCH` and those behind it."""
+
+    def __init__(self, link: Link) -> None:
+        self._gone = link.gone
+
+    def _word(self, field: int) -> int:
+        return self._gone + (field - TABLE_GONE) * WORD
+
+    @property
+    def breaks(self) -> int:
+        """How often connections ended with slices on them."""
+        return ctypes.c_int64.from_address(self._word(TABLE_BREAKS)).value
+
+    @property
+    def confirmed(self) -> int:
+        """Of those, how many land nothing any more."""
+        return ctypes.c_int64.from_address(self._word(TABLE_CONFIRMED)).value
+
+    def confirm(self, seen: int) -> None:
+        """The first `seen` of them land nothing any more."""
+        if self.confirmed < seen:
+            publish(self._word(TABLE_CONFIRMED), seen)
+
+    def end_epoch(self, *, doubtful: bool) -> None:
+        """What was submitted so far is posted no more; `doubtful`: some of it was sent and not answered."""
+        if doubtful:
+            rise(self._word(TABLE_BREAKS))
+        rise(self._word(TABLE_EPOCH))
+
+
+class Settler(ABC):
+    """Finds out, for one peer, when nothing is in doubt any more. Methods may be called from any thread."""
+
+    def __init__(self, peer: str, link: Link, background: Background) -> None:
+        self.peer, self.link, self.counters = peer, link, Counters(link)
+        self._background = background
+        self._lock = threading.Lock()
+        self._asking = False
+        self._closing = threading.Event()
+
+    @abstractmethod
+    def ask(self) -> None:
+        """Ask the peer once to let go of all that ended so far. Blocks as long as a handshake may.
+
+        Raises TransportError or DiscoveryError: it did not answer.
+        """
+
+    def forgive(self) -> None:  # noqa: B027  (most keep no count of their own)
+        """The peer is dead: what was counted as in doubt is not any more."""
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether something may still land."""
+        return self.counters.breaks > self.counters.confirmed
+
+    def look(self) -> None:
+        """If something is in doubt, let a thread find out. Returns at once."""
+        with self._lock:
+            if self._asking or not self.in_doubt or self._closing.is_set():
+                return
+            self._asking = True
+        self._background.start(f"mooncache-settle-{self.peer}", self._ask_until_known)
+
+    def _ask_until_known(self) -> None:
+        since, pause = time.monotonic(), PAUSE_S
+        while not self._known():
+            try:
+                self.ask_now()
+                continue
+            except (TransportError, DiscoveryError) as error:
+                if time.monotonic() - since > HOST_LOST_S:
+                    log.warning("peer %r counts as dead: not heard of for %.0f s (%s)", self.peer, HOST_LOST_S, error)
+                    self._bury(self.counters.breaks)
+            self._closing.wait(pause)
+            pause = min(2 * pause, PAUSE_MOST_S)
+
+    def _known(self) -> bool:
+        with self._lock:
+            self._asking = self.in_doubt and not self._closing.is_set()
+            return not self._asking
+
+    def ask_now(self) -> None:
+        """`ask` once; a peer whose host refuses the connection is dead. Raises what `ask` does."""
+        seen = self.counters.breaks
+        try:
+            self.ask()
+        except TransportError as error:
+            if not isinstance(error.__cause__, ConnectionRefusedError):
+                raise
+            self._bury(seen)
+        self.counters.confirm(seen)
+
+    def _bury(self, seen: int) -> None:
+        self.forgive()
+        self.counters.confirm(seen)
+
+    def close(self) -> None:
+        """Ask no more: what is in doubt now stays so."""
+        self._closing.set()
