@@ -3,6 +3,7 @@
 import gc
 import os
 import subprocess
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from mooncache import Engine, MooncacheError, TransferFailed, TransportError, UsageError
 from mooncache.errors import Status
 from mooncache.kernels.layout import QueueState
-from tests.helpers import Pair, until
+from mooncache.providers.rdma import notes
+from tests.helpers import SMALL, Pair, until
 
 WAIT = 120
 
@@ -231,3 +233,39 @@ def test_a_forgotten_engine_closes_itself_though_it_is_connected(rdma):
         forget(there, region)
         until(lambda: gc.collect() is not None and resources() == before, "as many resources as before")
         until(lambda: open_descriptors() == descriptors, "as many descriptors as before")
+
+
+def incoming_of(engine, caller):
+    """The connection of a peer to the engine."""
+    return next(one for one in engine.provider._incoming.values() if one.caller == caller)
+
+
+def test_the_key_of_one_connection_leads_to_no_others_notifications(rdma):
+    with ExitStack() as opened:
+        target, forger, honest = (
+            opened.enter_context(Engine(name, provider=rdma(), **SMALL)) for name in ("target", "forger", "honest")
+        )
+        region = target.register(np.zeros(64, np.uint8))
+        local = {engine: engine.register(np.ones(64, np.uint8)).address for engine in (forger, honest)}
+
+        def send(engine, message):
+            return engine.write("target", local[engine], region.address, 64, notify=message)
+
+        for engine in (forger, honest):
+            send(engine, b"first").wait(WAIT).close()
+            assert target.notifications().get(WAIT).peer == engine.name
+        own, others = (incoming_of(target, engine.name)._record for engine in (forger, honest))
+        assert not set(own.rkeys) & set(others.rkeys)
+        memory = target.provider.hub.memory
+        before = memory[others.index].copy()
+        # The forger writes to the other's mailbox, with the key that it was given for its own.
+        record, place = forger.provider._outgoing["target"]._record, notes.R_OWN + notes.RAIL_ADDRESS
+        record.words[place] = others.mailboxes[0]
+        batch = send(forger, b"forged")
+        until(lambda: not record.is_up(0), "the NIC's refusal")
+        np.testing.assert_array_equal(memory[others.index], before)
+        send(honest, b"second").wait(WAIT).close()
+        assert target.notifications().get(WAIT)[:2] == ("honest", b"second")
+        record.words[place] = own.mailboxes[0]
+        batch.wait(WAIT).close()
+        assert target.notifications().get(WAIT).peer == "forger"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load
-from mooncache.providers.rdma.nic import Nic
+from mooncache.providers.rdma.nic import Nic, Registration
 from mooncache.providers.software import Device
 
 RECORDS = 2 * limits.PEERS
@@ -43,9 +44,15 @@ class Rail(NamedTuple):
 class Record:
     """An outbox of ours, or the mailbox of a peer's outbox.
 
+    Its memory is registered for itself: the keys that one peer is told lead to no other's notifications or answers.
+
     Attributes:
         mailboxes: addresses where the peer writes notifications, one a rail.
         answer: address where the peer writes its answers.
+        rkeys: what the peer shows for both, one a NIC.
+
+    Raises:
+        TransportError: a NIC registers no more memory.
     """
 
     def __init__(self, hub: NoteHub, index: int) -> None:
@@ -56,6 +63,13 @@ class Record:
         self.answer = base
         self.buffer = base + WORD  # of a mailbox: what it answers with
         self.mailboxes = [base + 64 + i * notes.BUFFER_BYTES for i in range(hub.rails)]
+        with ExitStack() as undo:
+            self._registered: list[Registration] = []
+            for nic in hub.nics:
+                self._registered.append(nic.register(base, hub.record_bytes, Access.WRITE | Access.LOCAL))
+                undo.callback(self._registered[-1].close)
+            undo.pop_all()
+        self.rkeys = [registration.rkey for registration in self._registered]
 
     def open(self, rails: Sequence[Rail], gone: int) -> None:
         """Make it usable; its rails are down. `gone`: address of the word that says that the peer is."""
@@ -67,7 +81,7 @@ class Record:
         words[notes.R_RAILS] = len(rails)
         for i, rail in enumerate(rails):
             row = words[notes.R_OWN + i * notes.RAIL_WORDS :][: notes.RAIL_WORDS]
-            row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, hub.lkeys[rail.nic]
+            row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, self._registered[rail.nic].lkey
             row[[notes.RAIL_ADDRESS, notes.RAIL_RKEY, notes.RAIL_BUFFER]] = rail.address, rail.rkey, self.mailboxes[i]
         words[notes.R_INCARNATION] = hub.incarnation
 
@@ -98,8 +112,17 @@ class Record:
         notes.close_rail(self._hub.address, self.address, rail)
 
     def close(self) -> None:
-        """Forget it: nothing of it is used from now on. Its notification on the way, if any, ends as PEER_GONE."""
+        """Use nothing of it from now on. Its notification on the way, if any, ends as PEER_GONE."""
         notes.close_rail(self._hub.address, self.address, -1)
+
+    def release(self) -> None:
+        """Give it back, after `close`, once its queue pairs are destroyed: another peer may get it.
+
+        Raises:
+            TransportError: a NIC did not withdraw the memory, which stays this peer's then.
+        """
+        while self._registered:
+            self._registered.pop().close()
         self._hub.free.append(self.index)
 
 
@@ -114,15 +137,12 @@ class NoteHub:
     """
 
     def __init__(self, nics: Sequence[Nic], workers: int, inbox: np.ndarray) -> None:
-        self.rails = len(nics)
+        self.nics, self.rails = nics, len(nics)
         self.record_bytes = 64 + self.rails * notes.BUFFER_BYTES
         self.memory = np.zeros((RECORDS, self.record_bytes), np.uint8)
         self.records = aligned(RECORDS * notes.RECORD_WORDS).reshape(RECORDS, notes.RECORD_WORDS)
         self.free = list(range(RECORDS - 1, -1, -1))
         self.incarnation = 0
-        bits = Access.READ | Access.WRITE | Access.LOCAL
-        registered = [nic.register(address_of(self.memory), self.memory.nbytes, bits) for nic in nics]
-        self.lkeys, self.rkeys = [r.lkey for r in registered], [r.rkey for r in registered]
         self.channels = [nic.completion_channel() for nic in nics]
         self.cqs = [
             nic.completion_queue(min(NOTES_CQ_ENTRIES, nic.limits.max_cqe), channel)
@@ -178,10 +198,15 @@ class NoteHub:
         return NoteQueue(words, QueuePair(address_of(qp), 1, cq=cq, notes=True))
 
     def record(self) -> Record:
-        """A record that nobody uses. Raises CapacityError."""
+        """A record that nobody uses. Raises CapacityError; TransportError when a NIC registers no more memory."""
         if not self.free:
             raise CapacityError(f"all {RECORDS} connections of this engine are in use")
-        return Record(self, self.free.pop())
+        index = self.free.pop()
+        try:
+            return Record(self, index)
+        except BaseException:
+            self.free.append(index)
+            raise
 
     def acknowledge(self) -> None:
         """Tell the NICs that all events were dealt with, before their completion queues are destroyed."""

@@ -63,7 +63,7 @@ class Incoming:
         self.answer = {
             "queues": [[ours.number, psn] for (_, _, ours), psn in zip(self._queues, psns, strict=True)],
             "notes": [
-                [ours.number, psn, self._record.mailboxes[i], provider.hub.rkeys[self._plans[path].path.local]]
+                [ours.number, psn, self._record.mailboxes[i], self._record.rkeys[self._plans[path].path.local]]
                 for i, ((path, _, ours), psn) in enumerate(zip(self._note_queues, note_psns, strict=True))
             ],
         }
@@ -143,6 +143,8 @@ class Incoming:
         for _, _, ours in [*self._queues, *self._note_queues]:
             with suppress(TransportError):
                 ours.close()
+        with suppress(TransportError):  # then it is this peer's until the engine closes
+            self._record.release()
         if self.socket is not None:
             self._provider.forget_socket(self.socket)
             self.socket.close()

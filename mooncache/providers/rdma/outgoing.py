@@ -161,7 +161,7 @@ class Outgoing:
             self._note_lanes.append(Lane(index, verbs))
 
     def _dial(self, peer: Descriptor) -> None:
-        provider, hub = self._provider, self._provider.hub
+        provider = self._provider
         self.number = secrets.randbits(62)
         answer = self.link.dial(
             "rdma-connect",
@@ -175,7 +175,7 @@ class Outgoing:
                         p.path.remote,
                         p.mtu,
                         p.rd_atomic,
-                        hub.rkeys[p.path.local],
+                        self._record.rkeys[p.path.local],
                         p.up,
                     ]
                     for p in self._plans
@@ -464,6 +464,8 @@ class Outgoing:
             for lane in [*self._lanes, *self._note_lanes]:
                 with suppress(TransportError):
                     lane.verbs.close()
+        with suppress(TransportError):  # then it is this peer's until the engine closes
+            self._record.release()
         if self.socket is not None:
             self._provider.forget_socket(self.socket)
             self.socket.close()
