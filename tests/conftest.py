@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mooncache import Engine
-from tests.helpers import SMALL, Pair
+from tests.helpers import SMALL, Pair, usual_signals
 from tests.kernels.entries import Gated
 from tests.servers import Server
 from tests.warm import warm
@@ -25,6 +25,7 @@ settings.register_profile(
     "fuzz", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True, suppress_health_check=_SLOW
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+usual_signals()
 
 
 @pytest.hookimpl(optionalhook=True)

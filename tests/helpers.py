@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -88,13 +89,28 @@ async def awaited(batch: Batch) -> None:
     await batch
 
 
-def run_python(script: str, limit: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in an interpreter of its own, in the project's root."""
+def environment(**more: str) -> dict[str, str]:
+    """For a child: all that this process was given, since a Python may need any of it, and where modules are."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), **more}
+
+
+def run_python(script: str, limit: float = 120, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in an interpreter of its own, in the project's root, with `more` in its environment."""
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment},
-        cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False,
+        env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False,
     )  # fmt: skip
+
+
+def usual_signals() -> None:
+    """Take back what was blocked or ignored where this process was started, for its children, too.
+
+    Hang-ups and interrupts stay ignored: that is what `nohup` and `&` are for. What is interrupted sets a handler.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------ engines

@@ -261,6 +261,7 @@ import mooncache, mooncache.engine
 from mooncache.providers.emulated import Emulated, Nic
 from mooncache.kernels import calls, layout
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 mooncache.engine.JOIN_SECONDS = 0.05
 far = Nic(latency_ns=3600e9)
 here = mooncache.Engine("here", provider=Emulated(far), slices=256, batches=4, peers=2)

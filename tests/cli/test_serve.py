@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from typer.testing import CliRunner
 
 from mooncache import Engine, cli
 from mooncache.errors import DiscoveryError
-from tests.helpers import LIMIT, random_bytes
+from tests.helpers import LIMIT, environment, random_bytes
 
 COMMAND = [sys.executable, "-c", "from mooncache.cli import main; main()", "serve", "--listen", "127.0.0.1:0"]
 
@@ -21,10 +20,10 @@ def serve():
     """Starts `mooncache serve` with options; ends what is still running."""
     running = []
 
-    def start(*options, **environment):
+    def start(*options, **more):
         process = subprocess.Popen(
             [*COMMAND, "--bytes", "1MiB", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+            text=True, env=environment(**more),
         )  # fmt: skip
         running.append(process)
         return process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from sim import compare, report
 from sim.compare import Job, conclude, jobs_of, run_all
 from sim.config import PAIRS, Scenario, load_scenario
 from sim.costs import digest, load_calibration
+from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs" / "tp4_layerwise.yaml"
@@ -79,7 +79,7 @@ def ask_elsewhere(scenario: Path, results: Path, *options: str, hash_seed: str =
     script = "from mooncache.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "compare", str(scenario), "--results", str(results), *options],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+        env=environment(PYTHONHASHSEED=hash_seed),
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     return Answer(done.returncode, done.stdout, done.stderr, results)

@@ -17,6 +17,7 @@ from sim.config import Scenario, load_scenario
 from sim.errors import TraceError
 from sim.streams import stream
 from sim.workload import Workload, build_workload
+from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +128,7 @@ def test_the_workload_does_not_depend_on_the_hash_seed() -> None:
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            env=environment(PYTHONHASHSEED=seed),
             cwd=ROOT,
             check=True,
             capture_output=True,

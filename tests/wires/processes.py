@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import LIMIT, ROOT, until
+from tests.helpers import LIMIT, ROOT, environment, until
 
 
 class Far:
@@ -93,7 +93,7 @@ class Nursery:
         ours, its = socket.socketpair()
         self._child = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-c", "from tests.wires.processes import nurse; nurse()"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}, cwd=ROOT, stdin=its,
+            env=environment(), cwd=ROOT, stdin=its,
         )  # fmt: skip
         its.close()
         self._socket = ours
