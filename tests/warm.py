@@ -1,6 +1,6 @@
 """Compile all kernels that tests use, on all cores at once, so that no test waits for that beside others.
 
-`warm()` for the processes that run tests; `python -m tests.warm 0 2` is one of two such compilers.
+`warm()` for the processes that run tests; `python -m tests.warm` is one of its compilers, which share the work.
 """
 
 from __future__ import annotations
@@ -29,22 +29,16 @@ def _name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
-def warm(processes: int | None = None) -> None:
+def warm() -> None:
     """Compile what has yet to be compiled; seconds when that is nothing. Raises CalledProcessError."""
-    n = processes or len(os.sched_getaffinity(0))
-    commands = [[sys.executable, "-m", "tests.warm", str(i), str(n)] for i in range(n)]
-    running = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    for process, status in [(process, process.wait()) for process in running]:
+    command = [sys.executable, "-m", "tests.warm"]
+    running = [subprocess.Popen(command, cwd=ROOT) for _ in os.sched_getaffinity(0)]
+    for status in [process.wait() for process in running]:
         if status:
-            raise subprocess.CalledProcessError(status, process.args)
-
-
-def _compile(first: int, step: int) -> None:
-    for module in modules():
-        importlib.import_module(module)
-    for entry in jit._entries[first::step]:
-        entry.ready()
+            raise subprocess.CalledProcessError(status, command)
 
 
 if __name__ == "__main__":
-    _compile(*map(int, sys.argv[1:]))
+    for module in modules():
+        importlib.import_module(module)
+    jit.prewarm()

@@ -72,7 +72,7 @@ class Reply:
     body: dict[str, Any]
     fds: Sequence[int] = ()
     then: Callable[[socket.socket], None] | None = None
-    undo: Callable[[], None] | None = None
+    undo: Callable[[], object] | None = None
 
     def give_up(self) -> None:
         """What was made for the caller is not taken over by anybody."""

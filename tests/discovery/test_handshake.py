@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -373,6 +374,40 @@ def test_a_taker_over_that_fails_is_logged_and_the_connection_closed(listeners, 
         sock.settimeout(LIMIT)
         assert sock.recv(1) == b""
     assert "not mine" in caplog.text
+
+
+def fails(_: socket.socket) -> None:
+    raise OSError("no room for it")
+
+
+UNSENT = {
+    "no JSON": Reply({"a": object()}),
+    "too long": Reply({"a": "x" * (1 << 24)}),
+    "descriptors for another host": Reply({}, fds=[0]),
+    "nobody reads it": Reply({"a": "x" * (1 << 23)}),
+    "nobody takes over": Reply({}, then=fails),
+}
+
+
+@pytest.mark.parametrize("why", UNSENT)
+def test_what_was_made_for_a_caller_is_given_back_once_when_the_answer_does_not_reach_it(listeners, monkeypatch, why):
+    monkeypatch.setattr(handshake, "ANSWER_BYTES", 1 << 24)
+    undone: list[str] = []
+    where = listeners(limit_s=0.5, serve=lambda _: replace(UNSENT[why], undo=lambda: undone.append(why)))
+    with closing(Raw(where)) as raw:
+        raw.send(raw.call())
+        until(lambda: undone, "what gives it back")
+    until(lambda: not where._handshakes, "the end of the handshake")
+    assert undone == [why]
+
+
+@pytest.mark.parametrize("then", [None, socket.socket.close])
+def test_what_was_made_for_a_caller_stays_when_the_answer_reached_it(listeners, then):
+    undone: list[int] = []
+    where = listeners(serve=lambda _: Reply({}, then=then, undo=lambda: undone.append(1)))
+    asked(where)
+    until(lambda: not where._handshakes, "the end of the handshake")
+    assert undone == []
 
 
 # ------------------------------------------------------------------------------ callers that misbehave

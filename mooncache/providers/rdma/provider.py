@@ -214,7 +214,10 @@ class Rdma(Provider):
                     raise UsageError(f"connection {body['connection']} exists already")
                 incoming = Incoming(self, request.caller, body)
                 self._incoming[incoming.number] = incoming
-            return Reply(incoming.answer, then=lambda sock: self._hold(sock, incoming))
+            return Reply(
+                incoming.answer, then=lambda sock: self._hold(sock, incoming),
+                undo=lambda: self._let_go(lambda known: known is incoming),
+            )  # fmt: skip
         if request.purpose == "rdma-retire":
             self._let_go(lambda known: known.number == body["connection"] and known.caller == request.caller)
             return Reply({})
@@ -260,8 +263,8 @@ class Rdma(Provider):
         """Watch the socket over which a connection was asked for."""
         with self.lock:
             connection.socket = sock
-            if self._closed:
-                sock.close()
+            if self._closed or (isinstance(connection, Incoming) and connection.number not in self._incoming):
+                sock.close()  # it was fenced meanwhile
                 return
             self._sockets[sock.fileno()] = sock, connection
             self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
@@ -393,9 +396,7 @@ class Rdma(Provider):
         if isinstance(connection, Outgoing):
             connection.lose("it hung up")
         else:
-            with self.lock:
-                self._incoming.pop(connection.number, None)
-                connection.close()
+            self._let_go(lambda known: known is connection)
 
     # -------------------------------------------------------------------------- the end
     def hang_up(self) -> None:
@@ -413,8 +414,8 @@ class Rdma(Provider):
         for outgoing in self._outgoing.values():
             outgoing.close()
         with self.lock:
-            for incoming in self._incoming.values():
-                incoming.close()
+            while self._incoming:
+                self._incoming.popitem()[1].close()
         self.hub.acknowledge()
         for nic in self.nics:
             nic.close()
