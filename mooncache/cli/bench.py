@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from mooncache.cli import finality as finality_bench
 from mooncache.cli import gil as gil_bench
 from mooncache.cli import latency as latency_bench
 from mooncache.cli import lifecycle as lifecycle_bench
@@ -135,6 +136,22 @@ def latency(
 ) -> None:
     """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
     show(latency_bench.run(provider, op, block, operations), json, latency_bench.show)
+
+
+@bench.command()
+def finality(
+    provider: list[str] = typer.Option(list(finality_bench.PROVIDERS), help="tcp or shm. Repeatable."),
+    cases: int = typer.Option(finality_bench.CASES, help="Transfers that end early, of each provider."),
+    json: bool = JSON,
+) -> None:
+    """Cancel, close, let time out, stop, kill and fence in the middle of transfers: does anything land afterwards?
+
+    Exit status 1 if any byte does.
+    """
+    report = finality_bench.run(provider, cases)
+    show(report, json, finality_bench.show)
+    if any(row["late_bytes_source"] or row["late_bytes_target"] for row in report["results"]):
+        raise typer.Exit(1)
 
 
 @bench.command()

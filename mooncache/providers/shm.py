@@ -18,6 +18,7 @@ Here is what is mapped and who holds it; the kernels that copy are in `copying`.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
@@ -141,6 +142,11 @@ class Share:
         for mapping in self.mappings:
             mapping.close()
         self.sock.close()
+
+    @property
+    def revoked(self) -> bool:
+        """Whether the peer has fenced this engine: nothing is copied any more by these mappings."""
+        return ctypes.c_int64.from_address(self.guards.address + GUARD_VALID).value == 0
 
     @property
     def mappings(self) -> list[Mapping]:
@@ -323,6 +329,9 @@ class Shm(StreamProvider):
     # ------------------------------------------------------------------------------ as an initiator
     def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
         """See `Provider.connect`."""
+        share = self._shares.get(peer.name)
+        if share is not None and share.revoked:
+            self.let_go(peer.name)
         queue_pairs = super().connect(peer, link)
         share = self._shares.get(peer.name)
         try:
