@@ -77,7 +77,10 @@ def test_a_restrictive_or_careless_umask_changes_nothing(places):
 
 
 ASK = """
-import sys
+import sys, types
+package = types.ModuleType("mooncache")  # without all that it loads: it takes seconds
+package.__path__ = [sys.argv[2]]
+sys.modules["mooncache"] = package
 from mooncache.discovery import secret
 secret.PLACES = (sys.argv[1],)
 print("ready", flush=True)
@@ -90,10 +93,10 @@ def test_processes_that_start_at_once_find_the_same_whatever_their_environment(p
     asking = []
     for i in range(8):
         own = {name: str(tmp_path / f"{name}-{i}") for name in ("HOME", "TMPDIR", "XDG_RUNTIME_DIR")}
-        command = [sys.executable, "-c", ASK, str(places[1])]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **own}
+        command = [sys.executable, "-c", ASK, str(places[1]), str(ROOT / "mooncache")]
+        env = {**os.environ, **own}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        asking.append(subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=env))
+        asking.append(subprocess.Popen(command, **pipes, text=True, env=env))
     for process in asking:
         assert process.stdout.readline() == "ready\n"
     for process in asking:  # all stand right before it
