@@ -360,9 +360,8 @@ class Engine:
 
     def _learn(self, peer: Peer, described: Descriptor) -> None:
         dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
-        link = Link(
-            peer.table.gone, dial, peer.table.header
-        )  # which providers keep, and their threads: it must not hold the engine
+        # Providers keep the link, and their threads do: it must not hold the engine.
+        link = Link(peer.table.gone, dial, peer.table.header, self.name)
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         if not self._state.fits(peer.index, queue_pairs):
             peer.gone = True  # nothing is submitted meanwhile
@@ -515,7 +514,7 @@ class Engine:
             arrays = as_arrays(local, remote, length)
             operands, kernel, requests = arrays, submit.submit, max(a.size for a in arrays)
             if notify is not None:
-                operands, kernel = (*arrays, pack(self.name, notify)), submit.submit_noted
+                operands, kernel = (*arrays, pack(notify)), submit.submit_noted
         handle = kernel(ctl, to.handle, opcode.value, deadline, *operands)
         if handle < 0:
             handle = self._try_again(kernel, ctl, to, peer is to, opcode, deadline, operands)

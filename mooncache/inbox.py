@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mooncache import limits
 from mooncache.errors import EngineClosed, UsageError
 from mooncache.kernels import inbox as kernels
 from mooncache.kernels.layout import aligned
@@ -21,18 +20,23 @@ from mooncache.kernels.state import address_of, function_address
 from mooncache.operands import deadline_ns
 
 MESSAGE_BYTES = 1024
-LENGTH_BYTES = 2
+MARK = b"\0"
+"""Before each message as it travels, so that none is empty."""
 
 
 class Notification(NamedTuple):
-    """One message, and the engine that sent it. All bytes of the batch it came with are in this engine's memory."""
+    """One message, and the engine that sent it. All bytes of the batch it came with are in this engine's memory.
+
+    Attributes:
+        peer: the name under which the sender proved to know the secret when it connected.
+    """
 
     peer: str
     message: bytes
 
 
-def pack(sender: str, message: object) -> np.ndarray:
-    """As it travels, uint8: length of the sender's name, the name, the message. Raises UsageError for one too long."""
+def pack(message: object) -> np.ndarray:
+    """As it travels, uint8. Raises UsageError for one too long."""
     if isinstance(message, str):
         message = message.encode()
     if not isinstance(message, bytes | bytearray | memoryview):
@@ -40,18 +44,20 @@ def pack(sender: str, message: object) -> np.ndarray:
     message = bytes(message)
     if len(message) > MESSAGE_BYTES:
         raise UsageError(f"expected a notification of at most {MESSAGE_BYTES} bytes, got {len(message)}")
-    name = sender.encode()[: limits.NOTE_BYTES - MESSAGE_BYTES - LENGTH_BYTES]
-    return np.frombuffer(len(name).to_bytes(LENGTH_BYTES, "little") + name + message, np.uint8).copy()
+    return np.frombuffer(MARK + message, np.uint8).copy()
 
 
-def unpack(note: bytes) -> Notification:
-    """The inverse of `pack`; a length that does not fit counts as the rest."""
-    end = LENGTH_BYTES + int.from_bytes(note[:LENGTH_BYTES], "little")
-    return Notification(note[LENGTH_BYTES:end].decode(errors="replace"), note[end:])
+def unpack(entry: bytes) -> Notification:
+    """An entry of the inbox: what `kernels.sender` wrote of the sender, then what `pack` made, or a stranger sent."""
+    first = kernels.LENGTH_BYTES
+    end = first + int.from_bytes(entry[:first], "little")
+    return Notification(entry[first:end].decode(errors="replace"), entry[end + len(MARK) :])
 
 
 class Inbox:
-    """What has arrived and was not fetched yet, at most limits.INBOX_NOTES; a batch whose message finds it full fails.
+    """What has arrived and was not fetched yet, at most limits.INBOX_NOTES; a batch whose message finds no room fails.
+
+    A sender finds room as long as it has fewer messages there than places are free.
 
     Iterating takes out what is there now; `async for` waits for more, for ever; `get` waits once.
     """
@@ -70,7 +76,7 @@ class Inbox:
             yield note
 
     def _fetch(self) -> Notification | None:
-        buffer = np.empty(limits.NOTE_BYTES, np.uint8)  # of this call alone: others fetch as well
+        buffer = np.empty(kernels.ENTRY_BYTES, np.uint8)  # of this call alone: others fetch as well
         length = kernels.fetch(self._address, buffer)
         return None if length == kernels.EMPTY else unpack(buffer[:length].tobytes())
 

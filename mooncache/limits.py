@@ -69,15 +69,22 @@ RETRIES = 3
 """Times a slice is posted again after the connection broke under it."""
 
 NOTE_BYTES = (
-    2  # length of the sender's name
-    + 255  # the name
+    1  # so that it is never empty
     + 1024  # the message: a request id, block ids, a rank
-    + 767  # rounding up to a power of two
+    + 1023  # rounding up to a power of two
 )
 """A batch's notification as it travels."""
 
+SENDER_BYTES = (
+    2  # length of the name
+    + 255 * 4  # an engine's name: 255 characters of at most four bytes
+    + 2  # rounding up to whole words
+)
+"""Who sent a notification, as its target keeps it beside each."""
+
 INBOX_NOTES = 1024
-"""Notifications an engine keeps until they are fetched: four from each of 256 peers."""
+"""Notifications an engine keeps until they are fetched. A sender may have as many there as are free besides, so that
+one alone takes half of it, and 256 find room for three each."""
 
 LANES = (
     PEERS * WORKERS  # one from each worker of each peer, if this engine has no other worker

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncache import EngineClosed, Failure, Notification, Status, TransferFailed, UsageError
+from mooncache.discovery.fields import is_name
 from mooncache.errors import REASON
 from mooncache.inbox import MESSAGE_BYTES, Inbox, pack, unpack
+from mooncache.kernels.inbox import ENTRY_BYTES, S_BYTES, S_LENGTH, sender
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import INBOX_NOTES, NOTE_BYTES, REGIONS
 from mooncache.providers.emulated import Emulated, Nic
@@ -96,8 +98,11 @@ def test_it_is_never_sent_for_a_batch_that_failed(wired):
     assert_balanced(wired.here)
 
 
-def test_a_full_inbox_fails_the_notification_and_loses_nothing(wired):
-    for i in range(INBOX_NOTES):
+ALONE = INBOX_NOTES // 2  # what one sender may leave there
+
+
+def test_an_inbox_without_room_fails_the_notification_and_loses_nothing(wired):
+    for i in range(ALONE):
         wired.here.write(wired.peer, NOTHING, NOTHING, 8, notify=str(i)).wait(20).close()
     batch = wired.write(offsets(5), notify="one too many")
     with pytest.raises(TransferFailed, match="failed, all 5 requests arrived: INBOX_FULL"):
@@ -105,7 +110,7 @@ def test_a_full_inbox_fails_the_notification_and_loses_nothing(wired):
     assert batch.failures == (Failure(5, Status.INBOX_FULL, REASON[Status.INBOX_FULL]),)
     batch.close()
     np.testing.assert_array_equal(wired.target[:64], wired.source[:64])
-    assert messages(wired) == [str(i).encode() for i in range(INBOX_NOTES)]
+    assert messages(wired) == [str(i).encode() for i in range(ALONE)]
     wired.write(0, notify="room again").wait(20).close()
     assert messages(wired) == [b"room again"]
     wired.close()
@@ -381,15 +386,35 @@ def test_what_is_no_notification_is_refused_and_nothing_submitted(pair, notify, 
 @settings(max_examples=200)
 @given(name=st.text(min_size=1, max_size=255), message=st.binary(max_size=MESSAGE_BYTES))
 def test_packing_and_unpacking_give_the_same(name, message):
-    packed = pack(name, message)
-    assert packed.size <= NOTE_BYTES
-    note = unpack(packed.tobytes())
+    packed = pack(message)
+    assert 1 <= packed.size <= NOTE_BYTES
+    words = sender(name)
+    who = words[S_BYTES:].view(np.uint8)[: words[S_LENGTH]].tobytes()
+    note = unpack(who + packed.tobytes())
     assert note.message == message
-    if len(name.encode("utf-8", "surrogatepass")) <= NOTE_BYTES - MESSAGE_BYTES - 2:
+    if is_name(name):
         assert note.peer == name
 
 
 @settings(max_examples=200)
-@given(st.binary(max_size=NOTE_BYTES))
+@given(st.binary(max_size=ENTRY_BYTES))
 def test_unpacking_takes_whatever_comes(note):
     assert isinstance(unpack(note), Notification)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_one_whose_messages_nobody_fetches_keeps_nobody_else_out(engines, wire):
+    """And each is named as it is."""
+    there = engines("there", provider=WIRES[wire]())
+    senders = [engines(f"sender {k}", provider=WIRES[wire](), batches=64) for k in range(3)]
+    for _ in range(ALONE):
+        senders[0].write("there", NOTHING, NOTHING, 8, notify="noise").wait(20).close()
+    with pytest.raises(TransferFailed, match="INBOX_FULL"):
+        senders[0].write("there", NOTHING, NOTHING, 8, notify="too much").wait(20)
+    for engine in senders[1:]:
+        engine.write("there", NOTHING, NOTHING, 8, notify=b"").wait(20).close()
+    heard = list(there.notifications())
+    assert heard[:ALONE] == [Notification("sender 0", b"noise")] * ALONE
+    assert heard[ALONE:] == [Notification("sender 1", b""), Notification("sender 2", b"")]
+    senders[0].write("there", NOTHING, NOTHING, 8, notify="room again").wait(20).close()
+    assert there.notifications().get(20) == Notification("sender 0", b"room again")

@@ -66,11 +66,13 @@ class Link(NamedTuple):
         gone: address of a word that the provider sets to 1 when the connection to this peer is broken.
         dial: asks the peer `(purpose, body)`; over its Unix socket when a name for that is given. See `discovery.dial`.
         table: what the word is a part of, to be held by whoever may write to it.
+        caller: name of the engine that connects.
     """
 
     gone: int
     dial: Callable[..., Answer]
     table: np.ndarray
+    caller: str = ""
 
 
 def _nobody(*_: object, **__: object) -> Answer:

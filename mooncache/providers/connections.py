@@ -22,6 +22,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError
 from mooncache.kernels.atomics import add, call_write, fence, poke, store, u32
+from mooncache.kernels.inbox import sender
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, aligned
 from mooncache.kernels.linux import (
@@ -172,6 +173,8 @@ class Lane:
             self.row[field] = value
         self.row[lanes.L_FD] = sock.detach()
         self.row[lanes.L_QUEUE] = 0 if queue is None else address_of(queue.words)
+        self._sender = sender(peer)
+        self.row[lanes.L_SENDER] = address_of(self._sender)
 
     @property
     def busy(self) -> bool:

@@ -92,8 +92,8 @@ class Reason(IntEnum):
     L_STATE, L_FD, L_QUEUE, L_PORT, L_LISTED, L_READABLE, L_WRITABLE, L_REASON, L_ERRNO, L_MOVING, L_PROGRESS, L_SEQ,
     L_IN_STAGE, L_IN_GOT, L_IN_HEAD, L_IN_NEXT, L_IN_NEXT_GOT, L_IN_IOV, L_IN_AT, L_IN_END, L_IN_STATUS, L_IN_NOTE,
     L_OUT_HEAD, L_OUT_IOV, L_OUT_AT, L_OUT_END, L_OUT_KIND, L_FLIGHTS, L_FLIGHT_HEAD, L_FLIGHT_TAIL, L_TRAILER,
-    L_OUT_TRAILER, L_CUT, LANE_WORDS,
-) = (*range(33), 40)  # fmt: skip
+    L_OUT_TRAILER, L_CUT, L_SENDER, LANE_WORDS,
+) = (*range(34), 40)  # fmt: skip
 FLIGHTS = 16  # frames sent and not answered, on one lane
 F_FIRST, F_COUNT, F_OPCODE, FLIGHT_WORDS = 0, 1, 2, 3
 HEADER, TABLE, BODY = 0, 1, 2  # what an incoming frame waits for

@@ -66,6 +66,7 @@ from mooncache.providers.lanes import (
     L_PROGRESS,
     L_QUEUE,
     L_READABLE,
+    L_SENDER,
     L_STATE,
     L_TRAILER,
     P_INBOX,
@@ -142,7 +143,8 @@ def answer_request(lane):
     answer, iov = word_at(lane, L_OUT_HEAD), word_at(lane, L_OUT_IOV)
     kind, count = peek(frame + H_KIND) - MAGIC, peek(frame + H_COUNT)
     if kind == Frame.NOTE:
-        put = deliver(word_at(word_at(lane, L_PORT), P_INBOX), word_at(lane, L_IN_NOTE), peek(frame + H_BYTES))
+        inbox, who = word_at(word_at(lane, L_PORT), P_INBOX), word_at(lane, L_SENDER)
+        put = deliver(inbox, who, word_at(lane, L_IN_NOTE), peek(frame + H_BYTES))
         poke(status, WcStatus.SUCCESS if put else WcStatus.RNR_RETRY_EXC_ERR)
     failed, ranges, size = 0, 1, 0
     for i in range(count):

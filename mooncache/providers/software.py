@@ -23,7 +23,7 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
-from mooncache.kernels.inbox import deliver
+from mooncache.kernels.inbox import deliver, sender
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
 from mooncache.kernels.publication import publish, withdraw_key
@@ -48,8 +48,8 @@ KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_INBOX, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 31, 32  # scratch: a timespec; from Q_OWN on: the provider's
-# Q_CUT: set to 1 by the kernels to get back what is in flight
+Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 31, 32  # scratch: a timespec; from Q_OWN on: the
+# provider's. Q_CUT: set to 1 by the kernels to get back what is in flight
 # completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
 CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 
@@ -96,7 +96,7 @@ def move_bytes(queue, keys, rkey, opcode, local, remote, length):
 def send_note(queue, local, length):
     """Put a notification into the inbox of a peer in the same process; returns a WcStatus."""
     inbox = peek(queue + Q_INBOX * WORD)
-    if inbox != 0 and deliver(inbox, local, length):
+    if inbox != 0 and deliver(inbox, peek(queue + Q_SENDER * WORD), local, length):
         return np.int64(WcStatus.SUCCESS)
     return np.int64(WcStatus.RNR_RETRY_EXC_ERR)
 
@@ -202,11 +202,14 @@ class Queue:
         self.qp = device.queue_pair(self.words)
         _queues.add(self)
 
-    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None) -> None:
-        """Let what is posted from now on reach the device with this key table, and the engine with this inbox."""
+    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
+        """Let what is posted from now on reach the device with this key table, and the inbox, where it comes from
+        `caller`."""
         if self.words[Q_KEYS] != keys.address:
             self.held += [keys.entries] if inbox is None else [keys.entries, inbox]
         self.words[Q_KEYS] = keys.address
+        self._sender = sender(caller)
+        self.words[Q_SENDER] = address_of(self._sender)
         self.words[Q_INBOX] = 0 if inbox is None else address_of(inbox)
 
     def rest(self, keys: KeyTable) -> None:
@@ -349,7 +352,7 @@ class InProcessProvider(SoftwareProvider):
         ours = [queues[first : first + self.rails] for queues in self.queues]
         for queues in ours:
             for queue in queues:
-                queue.lead_to(data.keys, data.inbox)
+                queue.lead_to(data.keys, data.inbox, link.caller)
         self._tables[peer.name] = data.keys
         return [[self.pair_of(queue, data) for queue in queues] for queues in ours]
 

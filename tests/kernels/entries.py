@@ -73,16 +73,21 @@ def stream_copy(target, source, length):
     return np.int64(length)
 
 
-@kernel("int64(int64, int64, int64, int64)", nogil=True)
-def deliver_many(box, address, length, n):
+@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
+def deliver_many(box, who, address, length, n):
     """Deliver n times, however often the inbox is full meanwhile; returns how often it was."""
     full = np.int64(0)
     for i in range(n):
         poke(address, i)
-        while not inbox.deliver(box, address, length):
+        while not inbox.deliver(box, who, address, length):
             full += 1
             pause()
     return full
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def try_deliver(box, who, address, length):
+    return np.int64(inbox.deliver(box, who, address, length))
 
 
 @kernel("int64(int64, int64, int64)", nogil=True)

@@ -6,19 +6,40 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncache.inbox import Inbox
+from mooncache.inbox import Inbox, unpack
 from mooncache.kernels import inbox as kernels
-from mooncache.limits import INBOX_NOTES, NOTE_BYTES
+from mooncache.kernels.state import address_of
+from mooncache.limits import INBOX_NOTES, NOTE_BYTES, SENDER_BYTES
 from tests.helpers import in_threads, until
 from tests.kernels import entries
 
 N = 5000
 
 
+SENDERS = [kernels.sender(name) for name in ("a", "ü" * 255, "c" * 2000)]
+for number, words in enumerate(SENDERS):
+    words[kernels.S_COUNT] = number  # by their hashes they could share one
+A, B = map(address_of, SENDERS[:2])
+
+
 def fetch(inbox: Inbox) -> bytes | None:
-    buffer = np.zeros(NOTE_BYTES, np.uint8)
+    """The note alone."""
+    entry = fetch_entry(inbox)
+    return (
+        None
+        if entry is None
+        else entry[kernels.LENGTH_BYTES + int.from_bytes(entry[: kernels.LENGTH_BYTES], "little") :]
+    )
+
+
+def fetch_entry(inbox: Inbox) -> bytes | None:
+    buffer = np.zeros(kernels.ENTRY_BYTES, np.uint8)
     length = kernels.fetch(inbox._address, buffer)
     return None if length == kernels.EMPTY else buffer[:length].tobytes()
+
+
+def waiting(inbox: Inbox) -> int:
+    return int(inbox.words[kernels.I_HEAD] - inbox.words[kernels.I_TAIL])
 
 
 def readable(inbox: Inbox) -> bool:
@@ -34,7 +55,7 @@ def test_what_goes_in_comes_out_in_order(moves):
         if move:
             length = 8 + (i * 37) % (NOTE_BYTES - 8)
             note[1:] = i
-            assert entries.deliver_many(inbox._address, note.ctypes.data, length, 1) == 0
+            assert entries.deliver_many(inbox._address, A, note.ctypes.data, length, 1) == 0
             queue.append(note.tobytes()[:length])
         else:
             assert fetch(inbox) == (queue.pop(0) if queue else None)
@@ -62,26 +83,55 @@ def test_two_threads_deliver_while_another_fetches():
                 heard.append((int(who), int(number)))
 
     in_threads(
-        listen, *[lambda note=note: entries.deliver_many(inbox._address, note.ctypes.data, 16, N) for note in notes]
+        listen, *[lambda note=note: entries.deliver_many(inbox._address, A, note.ctypes.data, 16, N) for note in notes]
     )
     for who in range(2):
         assert [number for w, number in heard if w == who] == list(range(N))
     inbox.close()
 
 
-def test_a_full_inbox_takes_nothing_until_there_is_room():
+def test_a_sender_has_room_as_long_as_it_has_less_than_is_free():
+    """So one alone fills half, and leaves room to the next, however many come."""
     inbox, note = Inbox(), np.zeros(1, np.int64)
-    for _ in range(INBOX_NOTES):
-        assert entries.deliver_many(inbox._address, note.ctypes.data, 8, 1) == 0
+    free = INBOX_NOTES
+    for words in SENDERS:
+        own = 0
+        while own < free:
+            assert entries.deliver_many(inbox._address, address_of(words), note.ctypes.data, 8, 1) == 0
+            own, free = own + 1, free - 1
+        assert not entries.try_deliver(inbox._address, address_of(words), note.ctypes.data, 8)
+    assert waiting(inbox) == INBOX_NOTES - free
+    assert free > 0
+    while fetch(inbox) is not None:
+        pass
+    assert not inbox.words[kernels.I_COUNTS : kernels.I_ENTRIES].any()
+    inbox.close()
+
+
+def test_a_sender_without_room_gets_in_when_one_of_its_notes_is_fetched():
+    inbox, note = Inbox(), np.zeros(1, np.int64)
+    for _ in range(INBOX_NOTES // 2):
+        assert entries.deliver_many(inbox._address, A, note.ctypes.data, 8, 1) == 0
+    assert entries.try_deliver(inbox._address, B, note.ctypes.data, 8)
+    assert not entries.try_deliver(inbox._address, A, note.ctypes.data, 8)
     head = int(inbox.words[kernels.I_HEAD])
 
     def room() -> None:
         until(lambda: int(inbox.words[kernels.I_HEAD]) == head, "nothing put in")
         assert fetch(inbox) is not None
 
-    full, _ = in_threads(lambda: entries.deliver_many(inbox._address, note.ctypes.data, 8, 1), room)
+    full, _ = in_threads(lambda: entries.deliver_many(inbox._address, A, note.ctypes.data, 8, 1), room)
     assert full >= 0
-    assert inbox.words[kernels.I_HEAD] - inbox.words[kernels.I_TAIL] == INBOX_NOTES
+    assert waiting(inbox) == INBOX_NOTES // 2 + 1
+    inbox.close()
+
+
+def test_an_entry_says_who_sent_it():
+    inbox, note = Inbox(), np.zeros(1, np.int64)
+    for words in SENDERS:
+        assert entries.try_deliver(inbox._address, address_of(words), note.ctypes.data, 8)
+    names = [unpack(fetch_entry(inbox)).peer for _ in SENDERS]
+    assert names == ["a", "ü" * 255, "c" * (SENDER_BYTES - kernels.LENGTH_BYTES)]
     inbox.close()
 
 

@@ -109,7 +109,7 @@ def test_notifications_arrive_after_their_data_in_the_order_of_submission(pair):
 
 def test_a_full_inbox_refuses_and_takes_again_when_it_was_fetched(pair):
     list(pair.there.notifications())
-    for i in range(INBOX_NOTES):
+    for i in range(INBOX_NOTES // 2):  # as many as one sender may leave there
         with pair.write(np.zeros(0, np.int64), length=8, notify=b"%d" % i) as batch:
             batch.wait(WAIT)
     refused = pair.write(np.zeros(0, np.int64), length=8, notify=b"one too many")
@@ -117,7 +117,7 @@ def test_a_full_inbox_refuses_and_takes_again_when_it_was_fetched(pair):
         refused.wait(WAIT)
     assert [failure.status for failure in failed.value.failures] == [Status.INBOX_FULL]
     refused.close()
-    assert [int(note.message) for note in pair.there.notifications()] == list(range(INBOX_NOTES))
+    assert [int(note.message) for note in pair.there.notifications()] == list(range(INBOX_NOTES // 2))
     with pair.write(np.zeros(0, np.int64), length=8, notify=b"again") as batch:
         batch.wait(WAIT)
     assert [note.message for note in pair.there.notifications()] == [b"again"]

@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mooncache import Engine, TransportError
+from mooncache import Engine, Notification, TransportError
 from mooncache.discovery.credentials import has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer, dial
 from mooncache.discovery.listener import Reply, Request
 from mooncache.kernels.state import address_of
+from mooncache.limits import NOTE_BYTES
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
+from mooncache.providers.frames import Frame
 from mooncache.providers.shm import GUARD_BYTES, reachable
-from tests.helpers import until
+from tests.helpers import LIMIT, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget
+from tests.wires.raw import frame, lane_to, receive_head
 
 KiB = 1 << 10
 TABLE_BYTES = 32 * KiB
@@ -271,6 +274,18 @@ def test_memory_that_is_not_handed_out_is_reached_all_the_same(engines, far, acc
     far(there.send, here.address, region.address, 32 * KiB, op="write" if access == "write" else "read")
     assert array[: 32 * KiB].tobytes() == far(there.read)
     assert (array[32 * KiB :] == 9).all()
+
+
+# ------------------------------------------------------------------------------ notifications
+@pytest.mark.parametrize("provider", ["tcp", "shm"])
+@pytest.mark.parametrize("text", [b"", b"\5\0legit: forged", b"\xff" * NOTE_BYTES], ids=["empty", "a name", "long"])
+def test_a_notification_is_of_the_engine_that_connected_whatever_it_says(engines, provider, text):
+    there = engines(provider=provider)
+    note = b"\0" + text[1:]
+    with lane_to(there.address, caller="a stranger") as sock:
+        sock.sendall(frame(Frame.NOTE, 0, [(0, len(note), 0)], note))
+        assert receive_head(sock).entries == []
+    assert there.notifications().get(LIMIT) == Notification("a stranger", text[1:])
 
 
 # ------------------------------------------------------------------------------ other users

@@ -11,6 +11,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
+from mooncache.kernels.inbox import sender
 from mooncache.kernels.layout import WORD, Access, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
@@ -85,9 +86,11 @@ class Record:
             row[[notes.RAIL_ADDRESS, notes.RAIL_RKEY, notes.RAIL_BUFFER]] = rail.address, rail.rkey, self.mailboxes[i]
         words[notes.R_INCARNATION] = hub.incarnation
 
-    def serve(self) -> None:
-        """It is a mailbox: what it writes are answers, from a word of their own."""
+    def serve(self, caller: str) -> None:
+        """It is a mailbox of this peer's: what it writes are answers, from a word of their own."""
         self.words[notes.R_BUFFER] = self.buffer
+        self._sender = sender(caller)
+        self.words[notes.R_SENDER] = address_of(self._sender)
 
     def raise_rail(self, rail: int, receives: int) -> None:
         """A rail's queue pair is connected: post its receives and use it."""

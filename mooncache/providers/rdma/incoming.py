@@ -100,7 +100,7 @@ class Incoming:
             Rail(ours.address, self._plans[path].path.local, answer, rkeys[path]) for path, _, ours in self._note_queues
         ]
         self._record.open(rails, address_of(self._provider.never))
-        self._record.serve()
+        self._record.serve(self.caller)
         for i, (path, _, _) in enumerate(self._note_queues):
             if self._plans[path].up:
                 self._record.raise_rail(i, RECEIVES)

@@ -72,6 +72,7 @@ LOT = 16  # completions taken at once
 N_CQ, N_CHANNEL, N_ARMED, N_DUE, N_EVENTS, NIC_WORDS = 0, 1, 2, 3, 4, 8
 # records: an outbox (a connection of ours) or a mailbox (a peer's); `INCARNATION` 0: not in use
 R_INCARNATION, R_NUMBER, R_BUFFER, R_ANSWER, R_RAILS, R_RAIL, R_LENGTH, R_GONE, R_OUTCOME, R_SENT = range(10)
+R_SENDER = 10  # of a mailbox: who writes to it
 R_OWN = 16  # then the rails' rows
 RAILS = limits.NICS
 RAIL_QP, RAIL_LKEY, RAIL_ADDRESS, RAIL_RKEY, RAIL_UP, RAIL_BUFFER, RAIL_WORDS = 0, 1, 2, 3, 4, 5, 8
@@ -231,7 +232,8 @@ def take_mail(hub, record, rail, imm):
     """A notification lies in a mailbox: deliver it unless that was done before, and answer."""
     number, length = imm >> LENGTH_BITS, imm & ((1 << LENGTH_BITS) - 1)
     if number != peek(record + R_NUMBER * WORD):
-        put = deliver(peek(hub + H_INBOX * WORD), peek(rail_at(record, rail) + RAIL_BUFFER * WORD), length)
+        inbox, who = peek(hub + H_INBOX * WORD), peek(record + R_SENDER * WORD)
+        put = deliver(inbox, who, peek(rail_at(record, rail) + RAIL_BUFFER * WORD), length)
         poke(record + R_NUMBER * WORD, number)
         poke(record + R_OUTCOME * WORD, DELIVERED if put else FULL)
     word = peek(record + R_BUFFER * WORD)
