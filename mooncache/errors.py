@@ -57,8 +57,8 @@ REASON: dict[Status, str] = {
     Status.REMOTE_ERROR: "the target could not carry the operation out",
     Status.RETRIES_EXCEEDED: "the wire lost it more often than the engine retries",
     Status.FLUSHED: "the connection broke down with this request on it",
-    Status.INBOX_FULL: "the data arrived, but the target's inbox has no room for more notifications of this engine: does "
-    "it fetch them?",
+    Status.INBOX_FULL: "the data arrived, but the target's inbox has no room for more notifications of this engine: "
+    "does it fetch them?",
     Status.PEER_GONE: "the connection to the peer is gone; whether the bytes arrived is not known. Submit it again: "
     "that connects anew",
 }

@@ -36,12 +36,26 @@ def test_the_readme_lists_all_wires() -> None:
     assert {*table_of("Wires"), "auto"} == set(PROVIDERS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md"])
 def test_paths_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:mooncache|sim|configs|notebooks|tests|kernels)/[\w/.]*)`", text)
     missing = [name for name in named if not ((ROOT / name).exists() or (ROOT / "mooncache" / name).exists())]
     assert not missing
+
+
+def test_what_the_threat_model_says_has_tests() -> None:
+    """Each line that says what somebody cannot do names some, and all that are named exist."""
+    there = {
+        name
+        for path in ROOT.glob("tests/**/test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    model = (ROOT / "SECURITY.md").read_text()
+    assert set(re.findall(r"`(test_\w+)`", model)) <= there
+    cannot = [line for line in model.splitlines() if line.startswith("| cannot |")]
+    assert len(cannot) > 20
+    assert [line for line in cannot if "`test_" not in line] == []
 
 
 def test_make_targets_that_the_readme_names_exist() -> None:

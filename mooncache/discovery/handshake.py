@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, parse
 from mooncache.discovery.record import RECORD_BYTES
 from mooncache.errors import CapacityError, DiscoveryError
-from mooncache.limits import REGIONS, KiB
+from mooncache.limits import NICS, QUEUE_PAIRS, REGIONS, WORKERS, KiB
 
 MAGIC = b"MOON"
 HEADER = struct.Struct(">4sI")
@@ -34,6 +34,12 @@ NONCE_BYTES = 32
 
 HANDSHAKE_S = 5.0
 """For a whole handshake: a thousand times what three messages take on a busy network, and no test of patience."""
+
+FDS = (
+    REGIONS  # a segment each
+    + 2  # a key table and guards
+)
+"""File descriptors that an answer can bring."""
 
 FDS_A_MESSAGE = 250
 """File descriptors behind one byte; the kernel's limit is 253 (SCM_MAX_FD)."""
@@ -52,15 +58,29 @@ bytes that nobody acknowledged for 10 s, since no probes are sent while there ar
 HELLO_BYTES = 1 * KiB
 """Largest hello, whatever version it speaks: a nonce in hex and three field names."""
 
-CALL_BYTES = (
-    8 * KiB  # a provider's way to connect: 16 workers x 8 NICs x 64 bytes
-    + 4 * KiB  # the caller's name, 255 characters of 12 bytes when escaped, and the rest
+COMMON_BYTES = (
+    255 * 12  # the caller's name, each character escaped as two halves
+    + 2 * 64  # nonce and proof
+    + 20  # generation
+    + 884  # the names of fields, version, purpose, what else a body says; rounded up to 4 KiB
 )
-"""Largest call: 256 strangers at once hold 3 MiB."""
+"""Of each call, and of each answer, besides what grows with an engine."""
 
-ANSWER_BYTES = (
-    RECORD_BYTES + 4 * KiB  # what goes with a record, and the proof
+CONNECT_BYTES = (
+    NICS * 96  # paths: GID of 39 characters, LID, MTU, rkey, three small numbers
+    + WORKERS * QUEUE_PAIRS * 24  # path, number of the queue pair and of its first packet, 24 bits each
+    + NICS * 96  # the same for notifications; in answers with an address and an rkey of 19 digits
+    + 20  # address of the answer word
 )
+"""What a peer over RDMA says of its queue pairs when it connects, or is answered."""
+
+SEGMENTS_BYTES = REGIONS * 64
+"""Number, address and length of each segment that a peer on this host may map, 19 digits each; asked by number."""
+
+CALL_BYTES = COMMON_BYTES + max(CONNECT_BYTES, REGIONS * 20)
+"""Largest call: 256 strangers at once hold 6 MiB."""
+
+ANSWER_BYTES = COMMON_BYTES + max(RECORD_BYTES, CONNECT_BYTES, SEGMENTS_BYTES)
 """Largest answer."""
 
 MESSAGE_LENGTH = 1000
@@ -203,7 +223,7 @@ class Call:
         if "error" in content:
             error = Fields(content["error"], source, ("kind", "message"))
             return Refused(error.name("kind"), error.get("message", str))
-        return Answered(fields.get("body", dict), fields.integer("fds", 0, REGIONS + 1))
+        return Answered(fields.get("body", dict), fields.integer("fds", 0, FDS + 1))
 
     def _proof(self, key: bytes | None, role: str, content: object) -> str:
         if key is None:

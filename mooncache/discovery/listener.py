@@ -12,26 +12,32 @@ import logging
 import re
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mooncache.background import Background
 from mooncache.discovery import handshake
 from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
+from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.credentials import process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
-from mooncache.errors import DiscoveryError, MooncacheError, TransportError, UsageError
+from mooncache.discovery.visitors import CROWD_S, Visitors
+from mooncache.errors import CapacityError, DiscoveryError, MooncacheError, TransportError, UsageError
 
 log = logging.getLogger("mooncache")
 
-HANDSHAKES = 256
-"""At once, of one listener: every peer an engine can have (limits.PEERS) may come in the same moment."""
+CALLS = 32
+"""Of one caller that are being answered at once: its workers connect at the same time."""
 
 BACKLOG = 512
-"""Connections that wait in the system meanwhile: as many again, and their data connections."""
+"""Connections that wait in the system meanwhile: twice as many as may be at the door (`visitors`)."""
+
+ACCEPTED = 16
+"""Connections accepted before anything else has its turn."""
 
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process had no file descriptor left; accepting at once would only spin."""
@@ -127,6 +133,9 @@ class Listener:
         self.unix: str = unix.getsockname()[1:].decode()
         self._listening = {tcp: False, unix: True}
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._visitors = Visitors()
+        self._answering: Counter[str] = Counter()  # by caller
+        self._complaints = Complaints(log)
         self._stop = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._closed = False
@@ -178,64 +187,98 @@ class Listener:
         for task in self._handshakes:
             task.cancel()
         await asyncio.gather(*self._handshakes, return_exceptions=True)
+        self._complaints.close()
 
     def _accept(self, listening: socket.socket) -> None:
-        """One connection. A plain callback: a coroutine that is cancelled could lose the socket it accepted."""
-        try:
-            sock, remote = listening.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            log.warning("engine %r cannot accept connections: %s; trying again", self._name, error)
-            self._loop.remove_reader(listening)
-            self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listening)
-            return
-        local = self._listening[listening]
-        source = "process {} of user {}".format(*process_at(sock)) if local else join_address(remote[0], remote[1])
-        if local and self._secret is None and not process_at(sock).ours:
-            log.warning("engine %r hung up on %s: another user's, and there is no secret", self._name, source)
-            sock.close()
-            return
-        if len(self._handshakes) >= HANDSHAKES:
-            log.warning("engine %r hung up on %s: %d handshakes are under way", self._name, source, HANDSHAKES)
-            sock.close()
-            return
-        sock.setblocking(False)
-        if not local:
-            handshake.set_options(sock)
-        task = self._loop.create_task(self._attend(sock, source, local))
-        self._handshakes.add(task)
-        task.add_done_callback(self._handshakes.discard)
+        """Connections that wait. A plain callback: a coroutine that is cancelled could lose the socket it accepted."""
+        for _ in range(ACCEPTED):
+            try:
+                sock, remote = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("engine %r cannot accept connections: %s; trying again", self._name, error)
+                if not len(self._visitors) or not self._make_room(listening):
+                    self._pause(listening, ACCEPT_PAUSE_S)
+                return
+            self._admit(sock, remote, self._listening[listening])
+            while self._visitors.too_many:
+                if not self._make_room(listening):
+                    return
+
+    def _make_room(self, listening: socket.socket) -> bool:
+        """Hang up on who has to go; False when that is too early, and nobody is accepted until then."""
+        visitor, when = self._visitors.next_to_go()
+        early = when - self._loop.time()
+        if early > 0:
+            self._pause(listening, early)
+            return False
+        self._visitors.leave(visitor)
+        cast("asyncio.Task[None]", visitor).cancel()
+        return True
+
+    def _pause(self, listening: socket.socket, seconds: float) -> None:
+        self._loop.remove_reader(listening)
+        self._loop.call_later(seconds, self._accept_again, listening)
 
     def _accept_again(self, listening: socket.socket) -> None:
         if not self._closed:
             self._loop.add_reader(listening, self._accept, listening)
 
-    async def _attend(self, sock: socket.socket, source: str, local: bool) -> None:
+    def _admit(self, sock: socket.socket, remote: Any, local: bool) -> None:
+        host = f"user {process_at(sock).uid}" if local else str(remote[0])
+        source = "process {} of user {}".format(*process_at(sock)) if local else join_address(host, remote[1])
+        if local and self._secret is None and not process_at(sock).ours:
+            what = "engine %r hung up on %s: another user's, and there is no secret"
+            self._complaints.tell(host, what, self._name, source)
+            sock.close()
+            return
+        sock.setblocking(False)
+        if not local:
+            handshake.set_options(sock)
+        patience = min(self._limit_s, CROWD_S) if self._visitors.crowded else self._limit_s
+        task = self._loop.create_task(self._attend(sock, host, source, local, patience))
+        self._visitors.enter(task, host, self._loop.time())
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+        task.add_done_callback(self._visitors.leave)
+
+    async def _attend(self, sock: socket.socket, host: str, source: str, local: bool, patience: float) -> None:
         """One connection to its end, whatever that is."""
         handed_over = False
         try:
-            reply = await asyncio.wait_for(self._converse(sock, source, local), self._limit_s)
-            if reply.then is not None:
-                try:
-                    reply.then(sock)
-                except BaseException:
-                    reply.give_up()
-                    raise
-                handed_over = True
+            call = await asyncio.wait_for(self._hear(sock, host, source), patience)
+            self._visitors.leave(asyncio.current_task())
+            patience = self._limit_s
+            if call is not None:
+                reply = await asyncio.wait_for(self._reply(sock, *call, local), patience)
+                if reply.then is not None:
+                    try:
+                        reply.then(sock)
+                    except BaseException:
+                        reply.give_up()
+                        raise
+                    handed_over = True
         except asyncio.TimeoutError:
-            log.warning("engine %r hung up on %s: no handshake within %s s", self._name, source, self._limit_s)
+            what = "engine %r hung up on %s: no handshake within %s s"
+            self._complaints.tell(host, what, self._name, source, patience)
+        except asyncio.CancelledError:
+            if not self._closed:
+                what = "engine %r hung up on %s: too many are at the door, and it was the oldest"
+                self._complaints.tell(host, what, self._name, source)
+            raise
         except OSError as error:
-            log.warning("engine %r lost %s: %s", self._name, source, error)
+            self._complaints.tell(host, "engine %r lost %s: %s", self._name, source, error)
         except DiscoveryError as error:
-            log.warning("engine %r hung up on %s", self._name, error)
+            self._complaints.tell(host, "engine %r hung up on %s", self._name, error)
         except Exception:
             log.exception("engine %r could not go on with %s", self._name, source)
         finally:
             if not handed_over:
                 sock.close()
 
-    async def _converse(self, sock: socket.socket, source: str, local: bool) -> Reply:
+    async def _hear(self, sock: socket.socket, host: str, source: str) -> tuple[Call, bytes | None] | None:
+        """The call of one who has proven to know the secret, and what to prove the answer with; None when refused."""
         hello = Hello(handshake.new_nonce(), not self._open, not self._open and self._secret is None)
         await self._loop.sock_sendall(sock, handshake.frame(hello.message(), handshake.HELLO_BYTES))
         header = await self._receive(sock, handshake.HEADER.size)
@@ -243,27 +286,36 @@ class Listener:
         key = self._key()
         call, proven = Call.read(text, hello, key, source)
         if proven:
-            answer, reply = self._answer(call, key, local)
-        else:
-            log.warning(
-                "engine %r refused %s (%r): it did not prove that it knows the secret", self._name, source, call.caller
-            )
-            why = Refused(
-                "DiscoveryError", "you did not prove that you know the secret; give both engines the same one"
-            )
-            answer, reply = handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES), Reply({})
+            return call, key
+        what = "engine %r refused %s (%r): it did not prove that it knows the secret"
+        self._complaints.tell(host, what, self._name, source, call.caller)
+        why = Refused("DiscoveryError", "you did not prove that you know the secret; give both engines the same one")
+        await self._loop.sock_sendall(sock, handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES))
+        return None
+
+    async def _reply(self, sock: socket.socket, call: Call, key: bytes | None, local: bool) -> Reply:
+        """Answer a call."""
+        self._answering[call.caller] += 1
         try:
-            await self._loop.sock_sendall(sock, answer)
-            for first in range(0, len(reply.fds), FDS_A_MESSAGE):
-                await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
-        except BaseException:  # it hung up, or took too long
-            reply.give_up()
-            raise
-        return reply
+            answer, reply = self._answer(call, key, local)
+            try:
+                await self._loop.sock_sendall(sock, answer)
+                for first in range(0, len(reply.fds), FDS_A_MESSAGE):
+                    await self._send_fds(sock, reply.fds[first : first + FDS_A_MESSAGE])
+            except BaseException:  # it hung up, or took too long
+                reply.give_up()
+                raise
+            return reply
+        finally:
+            self._answering[call.caller] -= 1
+            if not self._answering[call.caller]:
+                del self._answering[call.caller]
 
     def _answer(self, call: Call, key: bytes | None, local: bool) -> tuple[bytes, Reply]:
         """The frame that answers a call, and what is to follow it."""
         try:
+            if self._answering[call.caller] > CALLS:
+                raise CapacityError(f"{CALLS} calls of {call.caller!r} are being answered, as many as may be; wait")
             reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, local))
             try:
                 if reply.fds and not local:

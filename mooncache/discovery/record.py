@@ -12,8 +12,8 @@ from mooncache.providers.base import Descriptor, RemoteRegion
 
 RECORD_BYTES = (
     REGIONS * (96 + 20 * NICS)  # four field names, two integers of 19 digits, punctuation; rkeys of 19 digits
-    + 64 * KiB  # the provider's data: 16 workers x 8 NICs x 512 bytes of queue pairs, keys and addresses
-    + 8 * KiB  # two names of 255 characters, each 12 bytes when escaped, the address, the rest
+    + REGIONS * 64  # the provider's data: numbers of segments that can be mapped, 19 digits each; or NICs, far fewer
+    + 8 * KiB  # two names of 255 characters, each 12 bytes when escaped, the address of 260, the rest
 )
 """Largest record."""
 

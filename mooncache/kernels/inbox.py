@@ -32,7 +32,7 @@ EMPTY = -1
 
 
 def sender(name: str) -> np.ndarray:
-    """int64 words that say who sends, for `deliver`. Python's hash differs by process: no name aims at another's count."""
+    """int64 words that say who sends, for `deliver`. Hashes differ by process: no name can aim at another's count."""
     text = name.encode(errors="replace")[: SENDER_BYTES - LENGTH_BYTES]
     words = aligned(S_BYTES + SENDER_BYTES // WORD)
     words[[S_COUNT, S_LENGTH]] = hash(name) % SENDERS, LENGTH_BYTES + len(text)
@@ -63,7 +63,7 @@ def stir(inbox):
 
 @kernel
 def deliver(inbox, who, address, length):
-    """Append one notification of the sender `who`; False, with nothing changed, when it has no room, or it is closed."""
+    """Append one notification of the sender `who`; False, with nothing changed, if it has no room or that is closed."""
     if length > NOTE_BYTES:
         return False
     count, name_bytes = peek(who + S_COUNT * WORD), peek(who + S_LENGTH * WORD)

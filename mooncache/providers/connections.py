@@ -158,6 +158,11 @@ class Lane:
             return self.told and not self.row[lanes.L_LISTED]
         return self.state == LaneState.EMPTY
 
+    @property
+    def incoming(self) -> bool:
+        """Whether a peer sends over it, now."""
+        return self.state in (LaneState.READY, LaneState.LIVE) and not self.row[lanes.L_QUEUE]
+
     def serves(self, queue: Queue) -> bool:
         """Whether its latest connection is one of this queue pair; once free it may become another's."""
         return int(self.row[lanes.L_QUEUE]) == address_of(queue.words)
@@ -320,9 +325,9 @@ class StreamQueue(Queue):
         """Whether its worker has reported all that was on it, and let its lanes go."""
         return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
 
-    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None) -> None:
+    def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
         """See `Queue.lead_to`. It is another peer's from now on, who has heard of no connection of it."""
-        super().lead_to(keys, inbox)
+        super().lead_to(keys, inbox, caller)
         self.ticket = Ticket(secrets.randbits(62), 0)
         self._known = int(self.words[lanes.Q_DOUBT])
 

@@ -46,6 +46,7 @@ from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.connections import STALL_S, StreamQueue
 from mooncache.providers.copying import GUARD_VALID, LOT, lead, peek_at, poll_cq, post_send
+from mooncache.providers.quotas import check_leases
 from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
 from mooncache.providers.stream import StreamProvider, wait_while_odd
 
@@ -306,6 +307,7 @@ class Shm(StreamProvider):
             return Reply(body, fds, then=lambda sock, held=held: sock.close())  # type: ignore[misc]
         lease = Lease(request.caller)
         with self._lock:
+            check_leases([lease.peer for lease in self._leases if not lease.ended], request.caller)
             self._leases.add(lease)  # the peer may copy before `_hold` is called
         own = [segment_of(address_of(array), array.nbytes) for array in (self._table, lease.guards)]
         body |= {"word": address_of(self._nonce), "nonce": int(self._nonce[0])}

@@ -48,8 +48,8 @@ KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 31, 32  # scratch: a timespec; from Q_OWN on: the
-# provider's. Q_CUT: set to 1 by the kernels to get back what is in flight
+Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 31, 32
+# Q_SCRATCH: a timespec; from Q_OWN on: the provider's; Q_CUT: set to 1 by the kernels to get back what is in flight
 # completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
 CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.background import Background
+from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.kernels.atomics import load, peek, poke, store, u32
@@ -56,6 +57,7 @@ from mooncache.providers.connections import (
     set_lane_options,
 )
 from mooncache.providers.lanes import ENTRY_WORDS, PENDING, LaneState, Reason, enlist, entry_of, word_at
+from mooncache.providers.quotas import check_lanes
 from mooncache.providers.settling import Settler
 from mooncache.providers.software import (
     CQ_COUNT,
@@ -171,6 +173,7 @@ class StreamProvider(SoftwareProvider):
         self._nowhere = aligned(TABLE_WORDS)  # header of a table for queue pairs that lead to no peer
         self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
         self._closed = False
+        self._complaints = Complaints(log)
 
     def open(
         self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
@@ -216,6 +219,7 @@ class StreamProvider(SoftwareProvider):
         ticket = Ticket(int(request.body["queue"]), int(request.body["round"]))
         self._end_rounds(ticket._replace(round=ticket.round - 1))  # whose bytes must not land over what is sent next
         with self._lock:
+            check_lanes([lane.peer for port in self.ports for lane in port.lanes if lane.incoming], request.caller)
             arrival = Arrival(request.caller, ticket, *self._reserve())
             self._arrivals.add(arrival)
         return Reply({}, then=lambda sock: self._accept(sock, arrival), undo=lambda: self._turn_away(arrival))
@@ -459,8 +463,12 @@ class StreamProvider(SoftwareProvider):
         if reason != Reason.SIBLING:
             quiet = reason == Reason.CUT or (reason == Reason.CLOSED and not lane.busy)
             way = "from" if incoming else "to"
-            level = logging.INFO if quiet else logging.WARNING
-            log.log(level, "connection %s peer %r ended: %s", way, lane.peer, lane.why())
+            if quiet:
+                log.info("connection %s peer %r ended: %s", way, lane.peer, lane.why())
+            else:
+                self._complaints.tell(
+                    f"peer {lane.peer!r}", f"connection {way} peer %r ended: %s", lane.peer, lane.why()
+                )
         lane.told = True
 
     def close(self) -> None:
@@ -472,6 +480,7 @@ class StreamProvider(SoftwareProvider):
             settler.close()
         os.eventfd_write(self._trouble_fd, 1)
         self.background.close()
+        self._complaints.close()
         for port in self.ports:
             port.close()
         self._watched.close()

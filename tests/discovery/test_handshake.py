@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.discovery import dial as dialling
-from mooncache.discovery import handshake, listener
+from mooncache.discovery import handshake, listener, visitors
 from mooncache.discovery.dial import Answer, dial
 from mooncache.discovery.handshake import Answered, Call, Hello, frame
 from mooncache.discovery.listener import Listener, Reply, Request
@@ -491,16 +493,84 @@ def test_file_descriptors_wait_for_a_slow_reader(listeners, monkeypatch):
         os.close(each)
 
 
-def test_only_so_many_handshakes_at_once(listeners, caplog, monkeypatch):
-    monkeypatch.setattr(listener, "HANDSHAKES", 3)
-    where = listeners()
-    slow = [Raw(where) for _ in range(3)]
-    with pytest.raises(TransportError, match="hung up"):
-        ask(where)
-    assert "3 handshakes are under way" in caplog.text
+def test_when_all_places_are_taken_the_oldest_has_to_go_and_a_new_caller_is_answered(listeners, caplog, monkeypatch):
+    monkeypatch.setattr(listener, "CROWD_S", LIMIT)
+    where = listeners(limit_s=LIMIT)
+    slow = [Raw(where) for _ in range(visitors.VISITORS + 10)]
+    assert asked(where)
+    assert [raw.is_hung_up() for raw in slow[:11]] == [True] * 11
+    assert len(where._visitors) == visitors.VISITORS - 1
+    assert asked("unix:" + where.unix)
+    said = [line for line in caplog.messages if "too many are at the door, and it was the oldest" in line]
+    assert len(said) == 1  # the rest is counted
     for raw in slow:
         raw.close()
     until(lambda: not where._handshakes, "room again")
+    assert not len(where._visitors)
+    where.close()
+    assert re.search(r"\d+ more lines .* because of 127.0.0.1 were not written", caplog.text)
+
+
+def test_callers_get_in_through_a_crowd_that_comes_anew_as_often_as_it_is_hung_up_on(listeners):
+    where = listeners(secret=SECRET)
+    host, _, port = where.address.rpartition(":")
+    stop = threading.Event()
+
+    def crowd() -> None:
+        with ExitStack() as undo:
+            held = deque[socket.socket]()
+            while not stop.is_set():
+                if len(held) > 300:
+                    held.popleft().close()
+                with suppress(OSError):
+                    held.append(undo.enter_context(socket.create_connection((host, int(port)), timeout=1)))
+                    held[-1].sendall(b"MOON")
+
+    tasks = [Task(crowd) for _ in range(2)]
+    until(lambda: len(where._visitors) >= visitors.VISITORS, "a crowd")
+    for _ in range(20):
+        assert asked(where, secret=SECRET, timeout=LIMIT)
+    stop.set()
+    for task in tasks:
+        task.result()
+
+
+def test_in_a_crowd_there_is_less_patience(listeners, caplog):
+    where = listeners(limit_s=LIMIT)
+    early = [Raw(where) for _ in range(visitors.CROWD)]
+    with closing(Raw(where)) as late:
+        assert late.is_hung_up()
+    assert f"no handshake within {visitors.CROWD_S} s" in caplog.text
+    until(lambda: len(where._visitors) == len(early), "the others, as they were")
+    for raw in early:
+        raw.close()
+
+
+def test_a_source_that_misbehaves_again_and_again_fills_no_log(listeners, caplog):
+    where = listeners()
+    for _ in range(200):
+        with closing(Raw(where)) as raw:
+            raw.send(b"?")
+            assert raw.is_hung_up()
+    where.close()
+    assert len(caplog.messages) < 10
+    assert sum("more lines" in line for line in caplog.messages) == 1
+
+
+def test_a_caller_has_only_so_many_calls_answered_at_once(listeners, monkeypatch):
+    monkeypatch.setattr(listener, "CALLS", 2)
+    monkeypatch.setattr(handshake, "ANSWER_BYTES", 1 << 24)  # more than the system holds for a reader
+    where = listeners(limit_s=LIMIT, serve=lambda r: Reply({"a": "x" * (1 << 23) if r.purpose == "long" else ""}))
+    slow = [Raw(where) for _ in range(2)]
+    for raw in slow:
+        raw.send(raw.call(purpose="long"))
+    until(lambda: where._answering["asking"] == 2, "two that read nothing")
+    with pytest.raises(CapacityError, match="2 calls of 'asking' are being answered, as many as may be"):
+        ask(where)
+    assert asked(where, caller="another")
+    for raw in slow:
+        raw.close()
+    until(lambda: not where._answering, "the end of both")
     assert asked(where)
 
 

@@ -289,6 +289,17 @@ def test_a_notification_is_of_the_engine_that_connected_whatever_it_says(engines
 
 
 # ------------------------------------------------------------------------------ other users
+@pytest.mark.parametrize("provider", ["tcp", "shm", "auto"])
+def test_another_user_is_refused_over_loopback(engines, far, provider):
+    here = engines(provider=provider)
+    far(there.open_engine, provider=provider)
+    if not far(there.drop_privileges):
+        pytest.skip("needs to be root, else all processes of a test are of one user")
+    error = far(there.try_connect, here.address)
+    assert error.startswith(f"DiscoveryError: {here.address} did not prove")
+    assert "it is another user's, or in another container; start both engines with the same one, by secret=" in error
+
+
 def test_another_user_gets_nothing_over_the_unix_socket(engines, far, caplog):
     here = engines(provider="shm")
     here.register(here.allocate(64 * KiB))
