@@ -45,7 +45,9 @@ def has_ended(sock: socket.socket) -> bool:
         except ProcessLookupError:
             return True
         try:
-            return bool(select.select([descriptor], [], [], 0)[0])
+            watched = select.poll()
+            watched.register(descriptor, select.POLLIN)
+            return bool(watched.poll(0))
         finally:
             os.close(descriptor)
     return False

@@ -22,7 +22,7 @@ from mooncache.background import Background
 from mooncache.discovery import handshake
 from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
 from mooncache.discovery.complaints import Complaints
-from mooncache.discovery.credentials import process_at
+from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.discovery.visitors import CROWD_S, Visitors
@@ -52,14 +52,19 @@ class Request:
         caller: name of the asking engine; proven, with all else here, if the listener has a secret.
         generation: of the asking engine.
         body: JSON object, as the service defines it; its contents are not checked yet.
-        local: it came from a process of this host, so that fds can be handed to it.
+        process: of this host, that asks, as the kernel says; fds can be handed to it. None: it came over TCP.
     """
 
     purpose: str
     caller: str
     generation: int
     body: dict[str, Any]
-    local: bool
+    process: Process | None
+
+    @property
+    def local(self) -> bool:
+        """Whether it came from a process of this host."""
+        return self.process is not None
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,12 @@ class Listener:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.warning("engine %r cannot accept connections: %s; trying again", self._name, error)
-                if not len(self._visitors) or not self._make_room(listening):
+                what = "engine %r cannot accept connections: %s; trying again"
+                self._complaints.tell("this process", what, self._name, error)
+                if not len(self._visitors):
                     self._pause(listening, ACCEPT_PAUSE_S)
+                else:
+                    self._make_room(listening)
                 return
             self._admit(sock, remote, self._listening[listening])
             while self._visitors.too_many:
@@ -226,24 +234,29 @@ class Listener:
             self._loop.add_reader(listening, self._accept, listening)
 
     def _admit(self, sock: socket.socket, remote: Any, local: bool) -> None:
-        host = f"user {process_at(sock).uid}" if local else str(remote[0])
-        source = "process {} of user {}".format(*process_at(sock)) if local else join_address(host, remote[1])
-        if local and self._secret is None and not process_at(sock).ours:
+        process = process_at(sock) if local else None
+        if process is None:
+            host, source = str(remote[0]), join_address(remote[0], remote[1])
+        else:
+            host, source = f"user {process.uid}", f"process {process.pid} of user {process.uid}"
+        if process is not None and self._secret is None and not process.ours:
             what = "engine %r hung up on %s: another user's, and there is no secret"
             self._complaints.tell(host, what, self._name, source)
             sock.close()
             return
         sock.setblocking(False)
-        if not local:
+        if process is None:
             handshake.set_options(sock)
         patience = min(self._limit_s, CROWD_S) if self._visitors.crowded else self._limit_s
-        task = self._loop.create_task(self._attend(sock, host, source, local, patience))
+        task = self._loop.create_task(self._attend(sock, host, source, process, patience))
         self._visitors.enter(task, host, self._loop.time())
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
         task.add_done_callback(self._visitors.leave)
 
-    async def _attend(self, sock: socket.socket, host: str, source: str, local: bool, patience: float) -> None:
+    async def _attend(
+        self, sock: socket.socket, host: str, source: str, process: Process | None, patience: float
+    ) -> None:
         """One connection to its end, whatever that is."""
         handed_over = False
         try:
@@ -251,7 +264,7 @@ class Listener:
             self._visitors.leave(asyncio.current_task())
             patience = self._limit_s
             if call is not None:
-                reply = await asyncio.wait_for(self._reply(sock, *call, local), patience)
+                reply = await asyncio.wait_for(self._reply(sock, *call, process), patience)
                 if reply.then is not None:
                     try:
                         reply.then(sock)
@@ -293,11 +306,11 @@ class Listener:
         await self._loop.sock_sendall(sock, handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES))
         return None
 
-    async def _reply(self, sock: socket.socket, call: Call, key: bytes | None, local: bool) -> Reply:
+    async def _reply(self, sock: socket.socket, call: Call, key: bytes | None, process: Process | None) -> Reply:
         """Answer a call."""
         self._answering[call.caller] += 1
         try:
-            answer, reply = self._answer(call, key, local)
+            answer, reply = self._answer(call, key, process)
             try:
                 await self._loop.sock_sendall(sock, answer)
                 for first in range(0, len(reply.fds), FDS_A_MESSAGE):
@@ -311,14 +324,14 @@ class Listener:
             if not self._answering[call.caller]:
                 del self._answering[call.caller]
 
-    def _answer(self, call: Call, key: bytes | None, local: bool) -> tuple[bytes, Reply]:
+    def _answer(self, call: Call, key: bytes | None, process: Process | None) -> tuple[bytes, Reply]:
         """The frame that answers a call, and what is to follow it."""
         try:
             if self._answering[call.caller] > CALLS:
                 raise CapacityError(f"{CALLS} calls of {call.caller!r} are being answered, as many as may be; wait")
-            reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, local))
+            reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, process))
             try:
-                if reply.fds and not local:
+                if reply.fds and process is None:
                     raise ValueError(f"file descriptors cannot be sent to another host: {reply!r}")
                 said = Answered(reply.body, len(reply.fds))
                 return handshake.frame(call.answer(said, key), handshake.ANSWER_BYTES), reply

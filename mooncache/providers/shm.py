@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooncache import limits
-from mooncache.discovery.credentials import has_ended, process_at
+from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
@@ -79,12 +79,14 @@ class Lease:
     """What a peer is given that maps our memory.
 
     Attributes:
+        copier: the peer and its process, which the kernel named.
         guards: one line a worker of the peer, odd while that copies.
         ended: the peer is gone, and its guards mean nothing any more.
     """
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, process: Process | None) -> None:
         self.peer, self.ended = peer, False
+        self.copier = f"peer {peer!r} (process {process.pid if process else 0} of this host)"
         self.sock: socket.socket | None = None  # to the peer, once it has it
         self.guards = allocate(GUARD_BYTES).view(np.int64)
         self.guards[VALID] = 1
@@ -305,7 +307,7 @@ class Shm(StreamProvider):
         fds = [wanted[n].descriptor for n in held]
         if request.purpose == "segments":
             return Reply(body, fds, then=lambda sock, held=held: sock.close())  # type: ignore[misc]
-        lease = Lease(request.caller)
+        lease = Lease(request.caller, request.process)
         with self._lock:
             check_leases([lease.peer for lease in self._leases if not lease.ended], request.caller)
             self._leases.add(lease)  # the peer may copy before `_hold` is called

@@ -548,7 +548,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class Copier(Protocol):
     """Whose guards are waited for."""
 
-    peer: str
+    copier: str  # as messages call it
     ended: bool
 
 
@@ -565,7 +565,7 @@ def wait_while_odd(
         while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):
             if time.monotonic() > deadline:
                 raise TransportError(
-                    f"peer {whose.peer if whose else 'unknown'!r} was stopped in the middle of a copy and may go on "
-                    "with it at any time: end that process before this memory is used for anything else"
+                    f"{whose.copier if whose else 'a worker'} was stopped in the middle of a copy and may go on with "
+                    "it at any time: end that process before this memory is used for anything else"
                 )
             time.sleep(0)

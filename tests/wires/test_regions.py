@@ -206,7 +206,8 @@ def test_while_a_peer_is_waited_for_others_are_answered(copying, fars):
 def test_a_peer_stopped_in_a_copy_is_a_typed_error_in_the_end_and_no_hang(copying, monkeypatch, caplog):
     monkeypatch.setattr(stream, "STALL_S", 0.3)
     copying.far.stop()
-    with pytest.raises(TransportError, match=r"stopped in the middle of a copy.*end that process"):
+    says = rf"\(process {copying.far.pid} of this host\) was stopped in the middle of a copy.*end that process"
+    with pytest.raises(TransportError, match=says):
         copying.withdraw().result()
     assert not copying.region.registered
     Task(copying.here.close).result()
