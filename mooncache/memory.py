@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mooncache.descriptors import none_left
 from mooncache.errors import CapacityError, TransportError, UsageError
 from mooncache.kernels.layout import Access
 
@@ -140,7 +141,8 @@ def allocate(nbytes: Any, *, huge: bool = False, for_reading: bool = False) -> n
     try:
         return _allocate(int(nbytes), mmap.PAGESIZE, 0, for_reading)
     except OSError as error:
-        raise CapacityError(f"no memory for {nbytes} bytes that can be shared: {error.strerror}") from error
+        what = f"no memory for {nbytes} bytes that can be shared"
+        raise none_left(error, what) or CapacityError(f"{what}: {error.strerror}") from error
 
 
 def _allocate(nbytes: int, page: int, flags: int, for_reading: bool) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mooncache.descriptors import none_left
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.layout import Policy, Store
 from mooncache.kernels.state import Settings
@@ -63,13 +64,12 @@ def settings(store: str, policy: str, settings: dict[str, int]) -> Settings:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """While an engine is opened: what the system refuses is a TransportError."""
+    """While an engine is opened: what the system refuses is a TransportError, no descriptor left a CapacityError."""
     try:
         yield
     except OSError as error:
-        raise TransportError(
-            f"no engine can be opened: {error.strerror}; has this process file descriptors left (`ulimit -n`)?"
-        ) from error
+        what = "no engine can be opened"
+        raise none_left(error, what) or TransportError(f"{what}: {error.strerror}") from error
 
 
 def own_prefix() -> str:

@@ -564,6 +564,7 @@ def test_engines_that_connect_to_each_other_at_the_same_time_both_succeed(engine
     in_threads(lambda: transfers(a, b, "b"), lambda: transfers(b, a, "a"))
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_thirty_engines_of_one_process_all_reach_each_other(engines):
     n, options = 30, {"provider": "tcp", "slices": 16384, "peers": 30}
     all_of_them = [engines(f"one-of-many-{i}", **options) for i in range(n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from array import array
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.credentials import Process, process_at
@@ -78,7 +80,8 @@ def dial(
             f"{address} refused the connection; is the engine there open, and is this its address?"
         ) from error
     except OSError as error:
-        raise TransportError(f"no handshake with {address}: {error.strerror or error}; try again") from error
+        what = f"no handshake with {address}"
+        raise none_left(error, what) or TransportError(f"{what}: {error.strerror or error}; try again") from error
 
 
 def _check_user(process: Process, address: str) -> None:
@@ -172,10 +175,10 @@ def _receive_fds(sock: socket.socket, n: int, source: str, deadline: float) -> l
             data, received, flags, _ = sock.recvmsg(1, space, socket.MSG_CMSG_CLOEXEC)
             for _, _, got in received:
                 fds.frombytes(got[: len(got) - len(got) % fds.itemsize])
-            if not data or not received or flags & socket.MSG_CTRUNC:
-                raise TransportError(
-                    f"{source} sent {len(fds)} of {n} file descriptors; did this process reach its limit of open files?"
-                )
+            if flags & socket.MSG_CTRUNC:  # the system had no number to give to the next
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if not data or not received:
+                raise TransportError(f"{source} sent {len(fds)} of {n} file descriptors; its log says why")
     except BaseException:
         for fd in fds:
             os.close(fd)

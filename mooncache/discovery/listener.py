@@ -14,17 +14,19 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from mooncache.background import Background
+from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
 from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
+from mooncache.discovery.spare import Spare
 from mooncache.discovery.visitors import CROWD_S, Visitors
 from mooncache.errors import CapacityError, DiscoveryError, MooncacheError, TransportError, UsageError
 
@@ -134,6 +136,7 @@ class Listener:
             self.address = _advertised(host, advertise, port)
             self.near = join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
             unix = undo.enter_context(_listen_unix())
+            self._spare = Spare()
             undo.pop_all()
         self.unix: str = unix.getsockname()[1:].decode()
         self._listening = {tcp: False, unix: True}
@@ -174,6 +177,7 @@ class Listener:
         self._loop.close()
         for sock in self._listening:
             sock.close()
+        self._spare.give()
 
     def _went_wrong(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Something in the event loop raised that nobody waits for; the loop goes on."""
@@ -202,17 +206,37 @@ class Listener:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                what = "engine %r cannot accept connections: %s; trying again"
-                self._complaints.tell("this process", what, self._name, error)
-                if not len(self._visitors):
-                    self._pause(listening, ACCEPT_PAUSE_S)
-                else:
-                    self._make_room(listening)
+                self._cannot_accept(listening, error)
                 return
+            self.background.settled(f"connections to {self._name!r}")
             self._admit(sock, remote, self._listening[listening])
             while self._visitors.too_many:
                 if not self._make_room(listening):
                     return
+
+    def _cannot_accept(self, listening: socket.socket, error: OSError) -> None:
+        """Make room, else tell one caller that no descriptor is left, by means of those kept for it; others wait."""
+        none = none_left(error, f"engine {self._name!r} takes no connections")
+        self.background.note(f"connections to {self._name!r}", str(none or error))
+        self._complaints.tell("this process", "%s", none or f"engine {self._name!r} cannot accept connections: {error}")
+        if len(self._visitors):
+            self._make_room(listening)
+            return
+        if none is not None and self._spare.give():
+            with suppress(OSError):
+                told = self._admit(*listening.accept(), self._listening[listening], none)
+                if told is not None:
+                    for each in self._listening:
+                        self._loop.remove_reader(each)
+                    told.add_done_callback(self._told)
+                    return
+        self._spare.take()
+        self._pause(listening, ACCEPT_PAUSE_S)
+
+    def _told(self, _: asyncio.Task[None]) -> None:
+        self._spare.take()
+        for each in self._listening:
+            self._accept_again(each)
 
     def _make_room(self, listening: socket.socket) -> bool:
         """Hang up on who has to go; False when that is too early, and nobody is accepted until then."""
@@ -233,7 +257,10 @@ class Listener:
         if not self._closed:
             self._loop.add_reader(listening, self._accept, listening)
 
-    def _admit(self, sock: socket.socket, remote: Any, local: bool) -> None:
+    def _admit(
+        self, sock: socket.socket, remote: Any, local: bool, none: CapacityError | None = None
+    ) -> asyncio.Task[None] | None:
+        """Attend to a connection, in the task returned; None where it was hung up on. `none`: what it is to be told."""
         process = process_at(sock) if local else None
         if process is None:
             host, source = str(remote[0]), join_address(remote[0], remote[1])
@@ -243,20 +270,22 @@ class Listener:
             what = "engine %r hung up on %s: another user's, and there is no secret"
             self._complaints.tell(host, what, self._name, source)
             sock.close()
-            return
+            return None
         sock.setblocking(False)
         if process is None:
             handshake.set_options(sock)
         patience = min(self._limit_s, CROWD_S) if self._visitors.crowded else self._limit_s
-        task = self._loop.create_task(self._attend(sock, host, source, process, patience))
+        task = self._loop.create_task(self._attend(sock, host, source, process, patience, none))
         self._visitors.enter(task, host, self._loop.time())
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
         task.add_done_callback(self._visitors.leave)
+        return task
 
     async def _attend(
-        self, sock: socket.socket, host: str, source: str, process: Process | None, patience: float
-    ) -> None:
+        self, sock: socket.socket, host: str, source: str, process: Process | None, patience: float,
+        none: CapacityError | None,
+    ) -> None:  # fmt: skip
         """One connection to its end, whatever that is."""
         handed_over = False
         try:
@@ -264,7 +293,7 @@ class Listener:
             self._visitors.leave(asyncio.current_task())
             patience = self._limit_s
             if call is not None:
-                reply = await asyncio.wait_for(self._reply(sock, *call, process), patience)
+                reply = await asyncio.wait_for(self._reply(sock, *call, process, none), patience)
                 if reply.then is not None:
                     try:
                         reply.then(sock)
@@ -306,11 +335,13 @@ class Listener:
         await self._loop.sock_sendall(sock, handshake.frame(call.answer(why, None), handshake.ANSWER_BYTES))
         return None
 
-    async def _reply(self, sock: socket.socket, call: Call, key: bytes | None, process: Process | None) -> Reply:
+    async def _reply(
+        self, sock: socket.socket, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
+    ) -> Reply:
         """Answer a call."""
         self._answering[call.caller] += 1
         try:
-            answer, reply = self._answer(call, key, process)
+            answer, reply = self._answer(call, key, process, none)
             try:
                 await self._loop.sock_sendall(sock, answer)
                 for first in range(0, len(reply.fds), FDS_A_MESSAGE):
@@ -324,9 +355,13 @@ class Listener:
             if not self._answering[call.caller]:
                 del self._answering[call.caller]
 
-    def _answer(self, call: Call, key: bytes | None, process: Process | None) -> tuple[bytes, Reply]:
+    def _answer(
+        self, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
+    ) -> tuple[bytes, Reply]:
         """The frame that answers a call, and what is to follow it."""
         try:
+            if none is not None:
+                raise none
             if self._answering[call.caller] > CALLS:
                 raise CapacityError(f"{CALLS} calls of {call.caller!r} are being answered, as many as may be; wait")
             reply = self._serve(Request(call.purpose, call.caller, call.generation, call.body, process))
@@ -340,9 +375,13 @@ class Listener:
                 raise
         except MooncacheError as error:
             refused = Refused(type(error).__name__, str(error))
-        except Exception:
-            log.exception("engine %r could not answer %r from %r", self._name, call.purpose, call.caller)
+        except Exception as error:
+            what = f"engine {self._name!r} cannot answer {call.purpose!r}"
+            none = none_left(error, what) if isinstance(error, OSError) else None
             refused = Refused("InternalError", "internal error; the log of that engine says more")
+            if none is not None:
+                refused = Refused("CapacityError", str(none))
+            log.exception("engine %r could not answer %r from %r", self._name, call.purpose, call.caller)
         return handshake.frame(call.answer(refused, key), handshake.ANSWER_BYTES), Reply({})
 
     async def _receive(self, sock: socket.socket, n: int) -> bytes:

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooncache import limits
+from mooncache.descriptors import none_left
 from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
@@ -347,9 +348,8 @@ class Shm(StreamProvider):
             elif share.segments.keys() != set(peer.data["segments"]):
                 self._learn(share, peer, link)
         except OSError as error:
-            raise TransportError(
-                f"memory of peer {peer.name!r} at {peer.address} cannot be mapped here: {error.strerror}"
-            ) from error
+            what = f"memory of peer {peer.name!r} at {peer.address} cannot be mapped here"
+            raise none_left(error, what) or TransportError(f"{what}: {error.strerror}") from error
         except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise TransportError(
                 f"what peer {peer.name!r} at {peer.address} says of its memory does not hold ({error!r}); use the same "

@@ -24,6 +24,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.background import Background
+from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
@@ -394,7 +395,8 @@ class StreamProvider(SoftwareProvider):
             for sock in socks:
                 sock.close()
             if isinstance(error, OSError):
-                raise TransportError(f"peer {peer!r} hung up while it was connected to: {error.strerror}") from error
+                hung_up = f"peer {peer!r} hung up while it was connected to: {error.strerror}"
+                raise none_left(error, f"no connection to peer {peer!r}") or TransportError(hung_up) from error
             raise
 
     def prepare(self, queue: Queue, worker: int) -> None:

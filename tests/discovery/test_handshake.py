@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
+import resource
 import socket
 import struct
 import threading
@@ -410,6 +412,53 @@ def test_what_was_made_for_a_caller_stays_when_the_answer_reached_it(listeners, 
     asked(where)
     until(lambda: not where._handshakes, "the end of the handshake")
     assert undone == []
+
+
+@pytest.fixture
+def one_descriptor() -> Iterator[Callable[[], None]]:
+    """Leaves one file descriptor to this process; all of them again after the test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+
+    def leave_one() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, hard))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(held.pop())
+
+    yield leave_one
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def test_a_listener_that_has_no_descriptor_left_tells_one_caller_after_the_other(listeners, one_descriptor, caplog):
+    where = listeners()
+    one_descriptor()
+    for _ in range(3):
+        with pytest.raises(CapacityError, match=rf"{where.address} answers: .*all \d+ file descriptors .*ulimit -n"):
+            ask(where)
+    assert ["no connections" in trouble for trouble in where.background.trouble] == [True]
+    assert len(caplog.records) == 1  # said once, not for each
+    resource.setrlimit(resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1:] * 2)
+    assert asked(where)["caller"] == "asking"
+    assert where.background.trouble == ()
+
+
+def test_who_has_no_descriptor_left_to_ask_with_is_told_so(listeners, one_descriptor):
+    where = listeners()
+    one_descriptor()
+    with open(os.devnull), pytest.raises(CapacityError, match=rf"no handshake with {where.address}: all \d+ file"):
+        ask(where)
+
+
+def test_a_service_that_finds_no_descriptor_is_told_to_the_caller(listeners):
+    def serve(_: Request) -> Reply:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(CapacityError, match=r"cannot answer 'echo': all \d+ file descriptors"):
+        ask(listeners(serve=serve))
 
 
 # ------------------------------------------------------------------------------ callers that misbehave

@@ -246,6 +246,10 @@ def fill(value: int, name: str = "it", first: int = 0, last: int | None = None) 
     memory[name][first:last] = value
 
 
+def trouble() -> tuple[str, ...]:
+    return engines["it"].stats().trouble
+
+
 def logged(part: str = "") -> list[str]:
     """All lines of the log with this in them."""
     return [line for line in lines if part in line]
