@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,22 +19,20 @@ from typing import Any, cast
 from mooncache.background import Background
 from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
-from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
+from mooncache.discovery.address import join_address, parse_address
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
+from mooncache.discovery.sockets import advertised, listen_tcp, listen_unix, resolve_own
 from mooncache.discovery.spare import Spare
 from mooncache.discovery.visitors import CROWD_S, Visitors
-from mooncache.errors import CapacityError, DiscoveryError, MooncacheError, TransportError, UsageError
+from mooncache.errors import CapacityError, DiscoveryError, MooncacheError
 
 log = logging.getLogger("mooncache")
 
 CALLS = 32
 """Of one caller that are being answered at once: its workers connect at the same time."""
-
-BACKLOG = 512
-"""Connections that wait in the system meanwhile: twice as many as may be at the door (`visitors`)."""
 
 ACCEPTED = 16
 """Connections accepted before anything else has its turn."""
@@ -129,13 +125,13 @@ class Listener:
         self._key()  # which may take a moment, or fail
         self._name, self._serve, self._limit_s = name, serve, limit_s
         host, _ = parse_address(bind)
-        family, where = _resolve_own(bind, secret is None and not insecure)
+        family, where = resolve_own(bind, secret is None and not insecure)
         with ExitStack() as undo:
-            tcp = undo.enter_context(_listen_tcp(family, where, bind))
+            tcp = undo.enter_context(listen_tcp(family, where, bind))
             port = tcp.getsockname()[1]
-            self.address = _advertised(host, advertise, port)
+            self.address = advertised(host, advertise, port)
             self.near = join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
-            unix = undo.enter_context(_listen_unix())
+            unix = undo.enter_context(listen_unix())
             self._spare = Spare()
             undo.pop_all()
         self.unix: str = unix.getsockname()[1:].decode()
@@ -406,66 +402,3 @@ class Listener:
                     await writable
                 finally:
                     self._loop.remove_writer(sock)
-
-
-def _resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
-    """Address family and socket address to listen at: the first that the system names for the host."""
-    host, port = parse_address(bind)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise TransportError(f"cannot listen at {bind}: unknown host ({error}); bind to an address") from error
-    outside = [where[0] for *_, where in found if not is_loopback(str(where[0]))]
-    if outside and loopback_only:
-        raise UsageError(
-            f"other hosts can reach {bind} ({outside[0]}), and without a secret anybody there could read and write "
-            "this engine's memory: set a secret, bind to 127.0.0.1, or say insecure=True"
-        )
-    return found[0][0], found[0][4]
-
-
-def _listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # A restart need not wait until the system has forgotten the old connections.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise TransportError(
-            f"cannot listen at {bind}: {error.strerror}; another port, or port 0 for a free one, and an address of "
-            "this machine will do"
-        ) from error
-    return sock
-
-
-def _listen_unix() -> socket.socket:
-    """An abstract name: no file that would be left behind."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(f"\0mooncache-{secrets.token_hex(16)}")
-    sock.listen(BACKLOG)
-    sock.setblocking(False)
-    return sock
-
-
-def _advertised(host: str, advertise: str | None, port: int) -> str:
-    """The "host:port" that peers are told. Raises UsageError for one that nobody could dial."""
-    if advertise is None:
-        advertise = socket.gethostname() if is_wildcard(host) else host
-    if not isinstance(advertise, str):
-        raise UsageError(f"expected advertise to be 'host' or 'host:port', got {advertise!r}")
-    try:
-        host, port = parse_address(advertise)
-    except UsageError:  # a host alone, or nothing
-        try:
-            host, _ = parse_address(join_address(re.sub(r"^\[(.*)\]$", r"\1", advertise), port))
-        except UsageError as error:
-            raise UsageError(
-                "expected advertise (else the name of this machine) to be a host or 'host:port' that peers can dial, "
-                f"such as 'prefill-3', 'prefill-3:7000' or '[fd00::3]:7000', got {advertise[:300]!r}"
-            ) from error
-    if port == 0 or is_wildcard(host):
-        raise UsageError(f"expected advertise to be one host and port for peers to dial, got {advertise!r}")
-    return join_address(host, port)
