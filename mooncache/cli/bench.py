@@ -140,7 +140,9 @@ def latency(
 
 @bench.command()
 def finality(
-    provider: list[str] = typer.Option(list(finality_bench.PROVIDERS), help="tcp or shm. Repeatable."),
+    provider: list[str] = typer.Option(
+        list(finality_bench.DEFAULT_PROVIDERS), help="tcp, shm, or rdma with a device. Repeatable."
+    ),
     cases: int = typer.Option(finality_bench.CASES, help="Transfers that end early, of each provider."),
     json: bool = JSON,
 ) -> None:

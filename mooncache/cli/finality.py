@@ -22,11 +22,13 @@ from mooncache.cli.measure import SEED, expect, progress, provenance, quantile, 
 from mooncache.cli.process import Process
 from mooncache.cli.transfer import one_of, within
 
-PROVIDERS = ("tcp", "shm")
+NBYTES = {"tcp": 16 << 20, "shm": 16 << 20, "rdma": 2 << 20}
+"""Of the pages. Moving them takes about as long as MOMENT_S; the RDMA device may be an emulated one."""
+
+DEFAULT_PROVIDERS = ("tcp", "shm")
 CASES, MOST_CASES = 1000, 100_000
-NBYTES = 16 << 20
 BLOCKS = (4096, 16384, 65536)
-MOMENT_S = 0.004  # within this the event comes: moving NBYTES takes about as long
+MOMENT_S = 0.004  # within this the event comes
 LOOK_S = 0.02  # after everybody goes on: time to land for whatever still lies in sockets
 DEADLINE_S = 0.02
 END = "mooncache.cli.finality_end"
@@ -36,7 +38,7 @@ class Fight:
     """Two processes, and what was seen so far."""
 
     def __init__(self, provider: str, seed: int) -> None:
-        self.provider = provider
+        self.provider, self.nbytes = provider, NBYTES[provider]
         self.chance = np.random.Generator(np.random.Philox(key=[seed, sum(provider.encode())]))
         self.kinds: dict[str, tuple[float, Callable[[], None]]] = {
             "fence": (0.40, self._fence),
@@ -52,15 +54,15 @@ class Fight:
         self.fences: dict[str, list[float]] = {"alive": [], "stopped or dead": []}
         self.refused = 0
         self.target, self.initiator = Process(END), Process(END)
-        self.there = self.target.ask(do="open", provider=provider, nbytes=NBYTES)
+        self.there = self.target.ask(do="open", provider=provider, nbytes=self.nbytes)
         self._open_initiator()
 
     def _open_initiator(self) -> None:
         """With one transfer that arrives: else the cases would prove nothing."""
-        self.here = self.initiator.ask(do="open", provider=self.provider, nbytes=NBYTES)
+        self.here = self.initiator.ask(do="open", provider=self.provider, nbytes=self.nbytes)
         self._write()
         self._hear("wait")
-        expect("bytes of the first transfer", self.target.ask(do="late")["written"], NBYTES)
+        expect("bytes of the first transfer", self.target.ask(do="late")["written"], self.nbytes)
         self.target.ask(do="fill", value=CANARY)
 
     def case(self) -> None:
@@ -172,7 +174,7 @@ def measure(provider: str, cases: int, step: Callable[[], None]) -> dict[str, An
 def run(providers: Sequence[str], cases: int) -> dict[str, Any]:
     """Try every provider; the report that `--json` prints."""
     for name in providers:
-        one_of("provider", name, PROVIDERS)
+        one_of("provider", name, tuple(NBYTES))
     within("cases", cases, MOST_CASES)
     chosen = list(dict.fromkeys(providers))
     with progress("finality", cases * len(chosen)) as bar:

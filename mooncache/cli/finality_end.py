@@ -30,7 +30,7 @@ class End:
         """Open the engine; returns where it is."""
         self.provider, self.nbytes = provider, nbytes
         self.engine = engine = Engine(provider=provider, slices=1 << 16, batches=64)
-        self.pages = engine.allocate(nbytes) if provider in ("shm", "auto") else np.zeros(nbytes, np.uint8)
+        self.pages = engine.allocate(nbytes) if provider == "shm" else np.zeros(nbytes, np.uint8)
         self.region = engine.register(self.pages)
         self.fill(CANARY)
         return {"name": engine.name, "address": engine.address, "base": self.region.address}

@@ -42,7 +42,7 @@ def test_bytes_that_come_late_are_noticed(monkeypatch):
 
     monkeypatch.setattr(Process, "ask", careless)
     result, report = bench("--provider", "tcp", "--cases", 1, "--json", status=1)
-    assert report["results"][0]["late_bytes_target"] == finality.NBYTES
+    assert report["results"][0]["late_bytes_target"] == finality.NBYTES["tcp"]
     assert not result.stderr
 
 

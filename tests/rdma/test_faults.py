@@ -3,7 +3,7 @@
 import gc
 import os
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -100,6 +100,39 @@ def test_a_wrong_key_and_a_range_beyond_the_region_are_refused_by_the_peers_nic(
     with pytest.raises(TransferFailed, match="REMOTE_ACCESS"):
         pair.write(0, to=len(pair.target), length=64).wait(WAIT)
     table.ends[0] -= 4096
+    write_right(pair)
+
+
+def test_nothing_that_was_submitted_before_a_fence_lands_after_it(pair):
+    offsets = np.arange(2000) * 1024
+    for round in range(5):
+        batch = pair.write(offsets, length=1000)
+        until(lambda batch=batch: pair.target.any() or batch.done, "the first bytes")
+        assert pair.there.fence(pair.here.name) == 1 or round > 0
+        pair.target[:] = 255
+        with suppress(TransferFailed):
+            batch.wait(WAIT)
+        batch.wait_quiesced(WAIT)
+        batch.close()
+        assert (pair.target == 255).all()
+        until(lambda: outgoing(pair).gone, "the end of the connection, noticed")
+        pair.target[:] = 0
+    write_right(pair)
+
+
+def test_a_batch_past_its_deadline_ends_alone_and_final_at_both_ends(pair):
+    write_right(pair)
+    offsets = np.arange(2000) * 1024
+    other = pair.write(offsets, length=1000)
+    late = pair.write(offsets, length=1000, timeout=0.01)
+    with suppress(TransferFailed):
+        late.wait(WAIT)
+    assert {failure.status for failure in late.failures} <= {Status.TIMED_OUT}
+    other.wait(WAIT).close()
+    late.wait_quiesced(WAIT)
+    late.close()
+    assert pair.here.stats().unsettled_slices == 0
+    until(lambda: all_ready(pair), "all queue pairs ready")
     write_right(pair)
 
 
