@@ -469,9 +469,8 @@ class Engine:
             target: addresses at the peer, likewise.
             length: bytes, each at least 1, likewise.
             timeout: seconds, for the whole batch: until then slots are waited for if too few are free, and slices
-                are posted. What is not answered by then fails as TIMED_OUT, within 100 ms whatever the wire does. Where
-                bytes are under way on a connection, that connection ends, and what else was under way on it fails as
-                PEER_GONE. None: no limit.
+                are posted. What is not answered by then fails as TIMED_OUT, within 100 ms whatever the wire does. A
+                connection that carries bytes of it is made anew, and others' slices travel again. None: no limit.
             notify: up to 1,024 bytes that the peer's `notifications` gets when all data is in its memory, after those
                 of batches submitted to it before. Never sent for a batch that fails. The batch is done when the peer
                 has it; with n = 0 it travels alone.

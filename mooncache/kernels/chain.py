@@ -54,6 +54,7 @@ from mooncache.kernels.queue import (
     in_flight,
 )
 from mooncache.kernels.verbs import (
+    EAGAIN,
     ENOMEM,
     SEND_INLINE,
     SEND_SIGNALED,
@@ -182,7 +183,7 @@ def ring_doorbell(ctl, worker, queue, n):
     """Post the first `n` prepared work requests as one chain.
 
     Returns how many the provider accepted, and whether the first refused one can never be accepted: an errno other
-    than ENOMEM (the queue is full), or a full queue with nothing in it.
+    than ENOMEM (the queue is full) and EAGAIN (not now, whatever is in it), or a full queue with nothing in it.
     """
     account(ctl, Kind.WORK_REQUESTS, n)
     account(ctl, Kind.DOORBELLS, 1)
@@ -196,7 +197,8 @@ def ring_doorbell(ctl, worker, queue, n):
     if error != 0:
         accepted = (peek(ctl + BAD_WR * WORD) - wr) // WR_BYTES
         raise_word(word(ctl, COUNTERS) + Kind.WORK_REQUESTS * WORD, accepted - n)
-        hopeless = error != ENOMEM or (accepted == 0 and in_flight(queue) == 0)
+        full = error == ENOMEM and (accepted > 0 or in_flight(queue) > 0)
+        hopeless = not full and error != EAGAIN
     raise_word(queue + QUEUE_HEAD * WORD, accepted)
     raise_word(worker + WORKER_OUTSTANDING * WORD, accepted)
     raise_word(peek(queue + QUEUE_CQ * WORD) + CQ_CREDITS * WORD, -accepted)

@@ -292,7 +292,6 @@ def work_waits(ctl, worker):
         return busy(ctl, worker)
     return (
         first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
-        or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0
         or load(worker + WORKER_ORDERS * WORD) > 0
         or retired_waits(ctl)
     )

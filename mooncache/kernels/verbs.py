@@ -30,6 +30,7 @@ WC_BYTES = 48  # struct ibv_wc
 WC_WR_ID, WC_STATUS = 0, 8
 
 SEND_SIGNALED, SEND_INLINE = 2, 8
+EAGAIN = 11  # what post_send answers while its connection is made anew: later, whatever is in flight
 ENOMEM = 12  # what post_send answers when its queue is full
 EINVAL = 22  # and what to a work request that it can never take
 POLL_AGAIN = -11  # what poll_cq of a software wire answers when it moved bytes and has nothing to report yet

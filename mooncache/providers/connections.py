@@ -12,6 +12,7 @@ import secrets
 import select
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -21,7 +22,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
-from mooncache.kernels.atomics import add, call_write, fence, poke, store, u32
+from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
 from mooncache.kernels.inbox import sender
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, aligned
@@ -37,7 +38,7 @@ from mooncache.kernels.linux import (
 from mooncache.kernels.state import address_of, function_address
 from mooncache.providers import lanes
 from mooncache.providers.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
-from mooncache.providers.lanes import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, LaneState, Reason, word_at
+from mooncache.providers.lanes import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at
 from mooncache.providers.software import Q_HEAD, Device, KeyTable, Queue
 
 STALL_S = 10.0
@@ -64,6 +65,15 @@ def cut(port, lane):
     """Let the worker of `port` end a lane."""
     store(lane + lanes.L_CUT * WORD, 1)
     return stir(port)
+
+
+@kernel("int64(int64)")
+def give_up(queue):
+    """A queue pair whose connections were to be renewed is gone: what waits for it fails. Nothing else is touched."""
+    if cas(queue + lanes.Q_BROKEN * WORD, lanes.Broken.RENEWING, lanes.Broken.GONE) == lanes.Broken.RENEWING:
+        lanes.end_epoch(queue)
+        stir(word_at(queue, lanes.Q_PORT))
+    return 0
 
 
 @kernel
@@ -304,12 +314,23 @@ class StreamQueue(Queue):
         self._known = 0  # slices that were in doubt, and are not any more
         super().__init__(device, keys, depth, entry_words)
         self._table = aligned(LANES_MOST)
-        self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), 1
+        self.connecting = threading.Lock()  # held while the network is waited for
+        self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), Broken.GONE
 
     @property
     def broken(self) -> bool:
         """Whether it has no connection, yet or any more."""
-        return bool(self.words[lanes.Q_BROKEN])
+        return bool(self.words[lanes.Q_BROKEN] != Broken.CONNECTED)
+
+    @property
+    def renewing(self) -> bool:
+        """Whether this end broke its connections and has yet to connect it anew."""
+        return bool(self.words[lanes.Q_BROKEN] == Broken.RENEWING)
+
+    @property
+    def address(self) -> int:
+        """Of its words, for kernels."""
+        return address_of(self.words)
 
     @property
     def in_doubt(self) -> int:

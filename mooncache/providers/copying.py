@@ -13,7 +13,6 @@ from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, 
 from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
-    ENOMEM,
     SGE_LENGTH,
     WR_NEXT,
     WR_OPCODE,
@@ -28,7 +27,7 @@ from mooncache.providers.frames import set_range
 from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
 from mooncache.providers.serving import turn_lanes
 from mooncache.providers.software import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
-from mooncache.providers.stream import answer_poll, list_lanes, post_entry, report_all
+from mooncache.providers.stream import answer_poll, list_lanes, post_entry, refusal, report_all
 
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
@@ -62,7 +61,7 @@ def route_of(queue, opcode, remote, length):
 
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
-    """Queue each work request, to be copied or for the lanes; ENOMEM when the queue is full.
+    """Queue each work request, to be copied or for the lanes; ENOMEM when there is no room, EAGAIN while renewed.
 
     Q_POSTING is odd meanwhile, for `lead`.
     """
@@ -84,7 +83,7 @@ def post_send(qp, wr, bad_wr):
             wr = peek(wr + WR_NEXT)
         else:
             poke(bad_wr, wr)
-            error = np.int32(ENOMEM)
+            error = refusal(queue)
     if direct > 0:
         poke(queue + lanes.Q_DIRECT * WORD, word_at(queue, lanes.Q_DIRECT) + direct)
     store(queue + lanes.Q_POSTING * WORD, posting + 2)

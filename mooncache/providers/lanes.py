@@ -63,6 +63,14 @@ class Route(IntEnum):
     PROCESS = 1  # by process_vm_writev and readv
 
 
+class Broken(IntEnum):
+    """Whether a queue pair is connected: its word Q_BROKEN."""
+
+    CONNECTED = 0
+    GONE = 1  # not yet, or no more: what is posted fails, until a submit connects anew
+    RENEWING = 2  # this end broke it, and connects it anew by itself: nothing is taken meanwhile
+
+
 class LaneState(IntEnum):
     """Who may touch a lane's row."""
 
@@ -166,7 +174,7 @@ def break_lane(lane, reason, error):
             other = word_at(port, P_LANES) + i * LANE_WORDS * WORD
             if load(other + L_STATE * WORD) == LaneState.LIVE and word_at(other, L_QUEUE) == queue:
                 close_lane(other, Reason.SIBLING, 0)
-        break_queue(queue, reason != Reason.EXPIRED)
+        break_queue(queue, reason == Reason.EXPIRED)
     report_trouble(port)
 
 
@@ -178,29 +186,35 @@ def report_trouble(port):
 
 
 @kernel
-def break_queue(queue, peer_ended):
-    """Answer what was to go by lane as gone, and say so to submitters.
+def break_queue(queue, expired):
+    """Answer what was to go by lane, and say so to submitters.
 
-    What had been sent is in doubt until the peer confirms: it may still lie in the peer's socket. If the peer ended the
-    connection, nothing that was submitted before is posted any more, to whatever connection comes next.
+    As gone; but if this end broke the connection because a batch has `expired`, as flushed, so that the others' slices
+    are posted again once it is renewed. Not a notification that was sent: it must not come twice. What was sent is in
+    doubt until the peer confirms, or is connected to anew: it may still lie in the peer's socket.
     """
-    store(queue + Q_BROKEN * WORD, 1)
-    gone, sent = word_at(queue, Q_GONE), np.int64(0)
-    for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_SENT)):
-        entry = entry_of(queue, at)
-        if word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE:
-            sent += word_at(entry, E_OPCODE) != Opcode.READ
-    if sent > 0:
-        add(queue + Q_DOUBT * WORD, sent)
-        add(gone + (TABLE_BREAKS - TABLE_GONE) * WORD, 1)
-    if peer_ended:
-        end_epoch(queue)
+    store(queue + Q_BROKEN * WORD, Broken.RENEWING if expired else Broken.GONE)
+    sent, doubtful = word_at(queue, Q_SENT), np.int64(0)
+    for at in range(word_at(queue, Q_TAIL), sent):
+        if waits_for_lane(entry_of(queue, at)):
+            doubtful += word_at(entry_of(queue, at), E_OPCODE) != Opcode.READ
+    if doubtful > 0:
+        add(queue + Q_DOUBT * WORD, doubtful)
+        add(word_at(queue, Q_GONE) + (TABLE_BREAKS - TABLE_GONE) * WORD, 1)
     poke(queue + Q_SENT * WORD, word_at(queue, Q_HEAD))
     for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_HEAD)):
         entry = entry_of(queue, at)
-        if word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE:
-            store(entry + E_STATUS * WORD, WcStatus.REM_ABORT_ERR)
-    store(gone, 1)  # last: whoever clears it, believing to be connected, looks at Q_BROKEN next
+        if waits_for_lane(entry):
+            again = expired and (at >= sent or word_at(entry, E_OPCODE) != Opcode.SEND)
+            store(entry + E_STATUS * WORD, WcStatus.WR_FLUSH_ERR if again else WcStatus.REM_ABORT_ERR)
+    if not expired:
+        end_epoch(queue)  # last: whoever believes to be connected then looks at Q_BROKEN next
+
+
+@kernel
+def waits_for_lane(entry):
+    """Whether an entry that goes by lane is not answered."""
+    return word_at(entry, E_STATUS) == PENDING and word_at(entry, E_ROUTE) == Route.LANE
 
 
 @kernel

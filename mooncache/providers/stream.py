@@ -23,16 +23,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from mooncache import limits
-from mooncache.background import Background
 from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
-from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, MooncacheError, TransportError, UsageError
 from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import TABLE_GONE, TABLE_WORDS, WORD, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
+    EAGAIN,
+    ENOMEM,
     POLL_AGAIN,
     SGE_ADDR,
     SGE_LENGTH,
@@ -55,9 +56,10 @@ from mooncache.providers.connections import (
     StreamQueue,
     Ticket,
     cut,
+    give_up,
     set_lane_options,
 )
-from mooncache.providers.lanes import ENTRY_WORDS, PENDING, LaneState, Reason, enlist, entry_of, word_at
+from mooncache.providers.lanes import ENTRY_WORDS, PENDING, Broken, LaneState, Reason, enlist, entry_of, word_at
 from mooncache.providers.quotas import check_lanes
 from mooncache.providers.settling import Settler
 from mooncache.providers.software import (
@@ -82,12 +84,12 @@ SETTLE_S = 5.0
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def post_entry(queue, wr, route):
-    """Append one work request to the queue's ring; False when the queue is full."""
-    head = word_at(queue, Q_HEAD)
-    if head - word_at(queue, Q_TAIL) >= word_at(queue, Q_LIMIT):
+    """Append one work request to the queue's ring; False when the queue is full, or its connections are renewed."""
+    head, broken = word_at(queue, Q_HEAD), load(queue + lanes.Q_BROKEN * WORD)
+    if head - word_at(queue, Q_TAIL) >= word_at(queue, Q_LIMIT) or broken == Broken.RENEWING:
         return False
     sge, entry = peek(wr + WR_SG_LIST), entry_of(queue, head)
-    gone = word_at(queue, lanes.Q_BROKEN) != 0
+    gone = broken == Broken.GONE
     poke(entry + lanes.E_ID * WORD, peek(wr + WR_ID))
     poke(entry + lanes.E_LOCAL * WORD, peek(sge + SGE_ADDR))
     poke(entry + lanes.E_REMOTE * WORD, peek(wr + WR_REMOTE_ADDR))
@@ -98,6 +100,12 @@ def post_entry(queue, wr, route):
     poke(entry + lanes.E_STATUS * WORD, np.int64(WcStatus.REM_ABORT_ERR) if gone else np.int64(PENDING))
     store(queue + Q_HEAD * WORD, head + 1)
     return True
+
+
+@kernel
+def refusal(queue):
+    """The errno for a work request that `post_entry` did not take."""
+    return np.int32(EAGAIN if load(queue + lanes.Q_BROKEN * WORD) == Broken.RENEWING else ENOMEM)
 
 
 @kernel
@@ -315,7 +323,7 @@ class StreamProvider(SoftwareProvider):
     def _settler_of(self, peer: str, link: Link, queues: Sequence[StreamQueue]) -> StreamSettler:
         """A new one, that asks where the peer is now."""
         former = self._settlers.get(peer)
-        settler = self._settlers[peer] = StreamSettler(peer, link, self.background, queues, self._lock)
+        settler = self._settlers[peer] = StreamSettler(peer, link, self, queues)
         if former is not None:
             former.close()
         settler.look()
@@ -333,6 +341,8 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.disconnect`."""
         if peer in self.peers:
             self._parting.add(peer)
+            for queue in self.queues_of(peer):
+                give_up(queue.address)
             self.let_go(peer)
             self._cut(self.queues_of(peer))
 
@@ -379,6 +389,11 @@ class StreamProvider(SoftwareProvider):
 
     def _open_lanes(self, port: Port, queue: StreamQueue, peer: str, link: Link) -> None:
         """Connect a queue pair that is new or broken."""
+        with queue.connecting:
+            if queue.broken:
+                self._connect_anew(port, queue, peer, link)
+
+    def _connect_anew(self, port: Port, queue: StreamQueue, peer: str, link: Link) -> None:
         wait_until(lambda: queue.settled, f"what is under way to peer {peer!r}")
         queue.ticket = Ticket(queue.ticket.queue, queue.ticket.round + 1)
         socks: list[socket.socket] = []
@@ -503,13 +518,16 @@ def has_ended(sock: socket.socket) -> bool:
 
 
 class StreamSettler(Settler):
-    """Asks a peer to retire the connections of queue pairs that have ended."""
+    """Asks a peer to retire the connections of queue pairs that have ended, and renews those that this end broke."""
 
-    def __init__(
-        self, peer: str, link: Link, background: Background, queues: Sequence[StreamQueue], lock: threading.Lock
-    ) -> None:
-        super().__init__(peer, link, background)
-        self._queues, self._connecting = queues, lock
+    def __init__(self, peer: str, link: Link, provider: StreamProvider, queues: Sequence[StreamQueue]) -> None:
+        super().__init__(peer, link, provider.background)
+        self._provider, self._queues = provider, queues
+
+    @property
+    def in_doubt(self) -> bool:
+        """See `Settler.in_doubt`; also whether a connection waits to be renewed."""
+        return super().in_doubt or any(queue.renewing for queue in self._queues)
 
     @property
     def slices(self) -> int:
@@ -518,12 +536,23 @@ class StreamSettler(Settler):
 
     def ask(self) -> None:
         """See `Settler.ask`. What is connected by now has been retired by that."""
-        with self._connecting:
+        for port, queue in zip(self._provider.ports, self._queues, strict=True):
+            if queue.renewing:
+                self._renew(port, queue)
+        with self._provider._lock:
             owed = [(q, int(q.words[lanes.Q_DOUBT]), q.ticket) for q in self._queues if q.in_doubt and q.broken]
         if owed:
             self.link.dial("retire", {"tickets": [list(ticket) for _, _, ticket in owed]}).sock.close()
         for queue, total, _ in owed:
             queue.settle(total)
+
+    def _renew(self, port: Port, queue: StreamQueue) -> None:
+        """Connect a queue pair anew; if that fails, what waits for it fails, too."""
+        try:
+            self._provider._open_lanes(port, queue, self.peer, self.link)
+        except MooncacheError:
+            give_up(queue.address)
+            raise
 
     def forgive(self) -> None:
         """See `Settler.forgive`."""

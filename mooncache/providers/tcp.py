@@ -4,23 +4,23 @@ import numpy as np
 
 from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import callback
-from mooncache.kernels.verbs import CQ_CQ_CONTEXT, ENOMEM, WR_NEXT
+from mooncache.kernels.verbs import CQ_CQ_CONTEXT, WR_NEXT
 from mooncache.providers.lanes import Route
 from mooncache.providers.serving import turn_lanes
 from mooncache.providers.software import queue_of
-from mooncache.providers.stream import StreamProvider, answer_poll, list_lanes, post_entry, report_all
+from mooncache.providers.stream import StreamProvider, answer_poll, list_lanes, post_entry, refusal, report_all
 
 
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
-    """Queue each work request for the lanes; ENOMEM when the queue is full."""
+    """Queue each work request for the lanes; ENOMEM when the queue is full, EAGAIN while it is renewed."""
     queue, error = queue_of(qp), np.int32(0)
     while wr != 0 and error == 0:
         if post_entry(queue, wr, Route.LANE):
             wr = peek(wr + WR_NEXT)
         else:
             poke(bad_wr, wr)
-            error = np.int32(ENOMEM)
+            error = refusal(queue)
     list_lanes(queue)
     return error
 

@@ -168,13 +168,12 @@ def test_a_lane_that_breaks_while_its_siblings_are_made_takes_them_along(engines
     attach, first = connections.Port.attach, queue.Queue[socket.socket]()
     attached: list[Any] = []
 
-    def slowly(port: Any, sock: Any, queue: Any, peer: str) -> Any:
-        lane = attach(port, sock, queue, peer)
+    def slowly(port: Any, lane: Any, sock: Any, queue: Any, peer: str) -> None:
+        attach(port, lane, sock, queue, peer)
         attached.append(lane)
         if len(attached) == 1:
             first.get(timeout=LIMIT).close()
             until(lambda: lane.state == LaneState.BROKEN, "the first lane, broken")
-        return lane
 
     monkeypatch.setattr(connections.Port, "attach", slowly)
     with FakeTarget() as fake:

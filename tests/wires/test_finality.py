@@ -70,6 +70,39 @@ def test_nothing_lands_at_a_peer_that_was_stopped_when_its_batch_failed(join, wi
     assert late(pair) == 0
 
 
+@over(*OVER_SOCKETS)
+@pytest.mark.parametrize("op", ["write", "read"])
+def test_a_deadline_costs_other_batches_nothing(join, wire, op):
+    """Their slices travel again, over connections made anew, once the peer has let go of the former ones."""
+    pair = join(wire, 8 * MiB)
+    lasting = [getattr(pair, op)(0, 0, 64), getattr(pair, op)(MiB, MiB, 4 * MiB)]
+    for batch in lasting:
+        batch.wait(LIMIT).close()
+    pair.far.stop()
+    others = [getattr(pair, op)(MiB, MiB, 3 * MiB), getattr(pair, op)(4 * MiB, 4 * MiB, MiB, notify=b"all of it")]
+    assert statuses(begin(pair, timeout=0.05)) == {Status.TIMED_OUT}
+    assert not any(batch.done for batch in others)
+    others.append(getattr(pair, op)(5 * MiB, 5 * MiB, MiB))  # nobody has to know
+    pair.far.go_on()
+    for batch in others:
+        assert statuses(batch) == set()
+        batch.close()
+    a, b = (pair.data, pair.there()) if op == "write" else (pair.data, pair.there_at_first)
+    assert (a[MiB : 6 * MiB] == b[MiB : 6 * MiB]).all()
+
+
+@over(*OVER_SOCKETS)
+def test_what_waits_for_a_renewed_connection_fails_when_the_peer_is_dead(join, wire):
+    pair = join(wire, 8 * MiB)
+    pair.write(0, 0, 64).wait(LIMIT).close()
+    pair.far.stop()
+    other = pair.write(MiB, MiB, 3 * MiB)
+    assert statuses(begin(pair, timeout=0.05)) == {Status.TIMED_OUT}
+    pair.far.kill()
+    assert statuses(other) == {Status.PEER_GONE}
+    other.wait_quiesced(LIMIT)
+
+
 def test_a_dead_peer_leaves_nothing_in_doubt(join, wire):
     pair = join(wire, 8 * MiB)
     batches = [begin(pair) for _ in range(4)]
