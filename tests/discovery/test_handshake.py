@@ -560,6 +560,7 @@ def test_when_all_places_are_taken_the_oldest_has_to_go_and_a_new_caller_is_answ
     assert re.search(r"\d+ more lines .* because of 127.0.0.1 were not written", caplog.text)
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_callers_get_in_through_a_crowd_that_comes_anew_as_often_as_it_is_hung_up_on(listeners):
     where = listeners(secret=SECRET)
     host, _, port = where.address.rpartition(":")
@@ -577,8 +578,15 @@ def test_callers_get_in_through_a_crowd_that_comes_anew_as_often_as_it_is_hung_u
 
     tasks = [Task(crowd) for _ in range(2)]
     until(lambda: len(where._visitors) >= visitors.VISITORS, "a crowd")
+
+    def gets_in() -> bool:
+        """On a busy machine a caller may be the oldest at the door before it has had its turn to speak."""
+        with suppress(TransportError):
+            return bool(asked(where, secret=SECRET, timeout=LIMIT))
+        return False
+
     for _ in range(20):
-        assert asked(where, secret=SECRET, timeout=LIMIT)
+        until(gets_in, "an answer")
     stop.set()
     for task in tasks:
         task.result()
