@@ -1,5 +1,7 @@
 """Run pytest in the worst surroundings that it may inherit: `python -m tests.surroundings [pytest's arguments]`.
 
+Without a test or folder among these it runs those that depend on what they inherit.
+
 Interrupts are ignored as under `nohup`, signals are blocked, there is no terminal and no home, the locale is C, files
 are for their owner only, the folder for temporary files has a space in its name, and 1,024 files may be open. Where
 root starts it, and another user can read this Python, it is another user.
@@ -60,6 +62,7 @@ def endure(user: int | None) -> None:
 
 def run(arguments: list[str]) -> int:
     """pytest's exit status."""
+    named = any(argument.startswith("tests") for argument in arguments)
     warm()
     user = None
     if os.getuid() == 0:
@@ -69,12 +72,14 @@ def run(arguments: list[str]) -> int:
             print(f"As root: another user cannot read {sys.executable} or {ROOT}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="worst surroundings ") as place:
         folder = Path(place)
-        shutil.copytree(jit.cache_dir(), folder / "kernels" / jit.cache_dir().name)
+        kernels = jit.place()
+        if kernels is not None:
+            shutil.copytree(kernels.path, folder / "kernels" / kernels.path.name)
         if user is not None:
             for path in [folder, *folder.rglob("*")]:
                 os.chown(path, user, user)
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(arguments or REPRESENTATIVE)],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *(() if named else REPRESENTATIVE)],
             cwd=ROOT, env=environment(folder), stdin=subprocess.DEVNULL, check=False, preexec_fn=lambda: endure(user),
         ).returncode  # fmt: skip
 
