@@ -22,7 +22,7 @@ from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
-from mooncache.kernels import calls, jit, layout, publication, pump, submit
+from mooncache.kernels import calls, hand, jit, layout, publication, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, State, address_of
@@ -135,7 +135,7 @@ class Engine:
         """Tell all actors, those yet to come as well, how to turn a worker: compiled only now."""
         blocks = (self._reaper, self._orders, *self._workers)
         for words in (self._state.template, *(block.words for block in blocks)):
-            words[layout.TURN] = pump.turn_once.address
+            words[layout.TURN] = hand.turn_once.address
 
     def _start_threads(self) -> list[threading.Thread]:
         # The threads hold the blocks, not the engine: one that is forgotten can be collected, which closes it.

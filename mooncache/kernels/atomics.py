@@ -189,6 +189,12 @@ def call_word(typing: Any, function: Any, argument: Any) -> Any:
 
 
 @intrinsic
+def call_words(typing: Any, function: Any, first: Any, second: Any) -> Any:
+    """int64_t function(int64_t, int64_t)"""
+    return _call(_I64, [_I64, _I64], types.int64)
+
+
+@intrinsic
 def call_clock_gettime(typing: Any, function: Any, clock: Any, timespec: Any) -> Any:
     """int clock_gettime(clockid_t, struct timespec *)"""
     return _call(_I32, [_I32, _I64], types.int64)

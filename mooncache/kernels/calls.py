@@ -6,7 +6,7 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock, word
 from mooncache.kernels.atomics import (
     add,
-    call_word,
+    call_words,
     exchange,
     fence,
     futex_wake,
@@ -139,7 +139,7 @@ def turn_until(ctl, worker, row, handle, end):
     """
     its_ctl, happened = peek(worker + WORKER_CTL * WORD), np.int64(1)
     while not finished(row) and resolve(ctl, handle) != 0:
-        happened = call_word(word(ctl, TURN), its_ctl)
+        happened = call_words(word(ctl, TURN), its_ctl, np.int64(0))
         if happened > 0:
             continue
         left = end - clock(ctl)

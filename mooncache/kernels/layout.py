@@ -183,7 +183,7 @@ SYSCALL = _next()
 WRITE = _next()
 MALLOC = _next()  # 0: heap objects are accounted for, not made (the simulation)
 FREE = _next()
-TURN = _next()  # function(ctl of a worker) -> how much happened; see kernels/worker.py
+TURN = _next()  # function(ctl of a worker, batch row or 0); see kernels/hand.py
 
 # ------------------------------------------------------------------ the actor's own
 ACTOR = _next()  # index of its worker row, or -1
@@ -294,6 +294,7 @@ QUEUE_ORDER = 17  # Order
 QUEUE_CAUSE = 18  # wc_status of the error that broke it
 QUEUE_ENDPOINT = 19  # address of its endpoint's row
 QUEUE_CUT = 20  # where nothing breaks it: address of a word that is set to 1 to get back what is in flight, or 0
+QUEUE_PUSH = 21  # software wires that a submitter may push at once: the address of `verbs.push`, else 0
 QUEUE_WORDS = 24
 WEIGHT_ONE = 1024
 
@@ -321,6 +322,14 @@ class Order(IntEnum):
     RETURN = 2  # drained, and nothing of it can reach the peer any more: post it again
     LOSE = 3  # the peer is gone: fail everything
     PROBE = 4  # the queue pair is connected anew
+
+
+class AtOnce(IntEnum):
+    """What a submitter has done of its own batch in the place of a sleeping worker."""
+
+    REFUSED = 0  # nothing
+    POSTED = 1  # all; descriptors tell of the rest
+    BEGUN = 2  # ring the bell: there is more for the worker to do
 
 
 # ------------------------------------------------------------------ worker rows

@@ -15,7 +15,7 @@ from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, 
 from mooncache.kernels.batch import DRAINING, SEALED
 from mooncache.kernels.complete import answer_held, look_drained, poll, settle
 from mooncache.kernels.handle import batch_row, row_of
-from mooncache.kernels.jit import callback, kernel
+from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     ACTOR,
     BATCH_CANCELLED,
@@ -129,20 +129,25 @@ def take(ctl, worker, index):
             return taken
         taken += 1
         if entry >= 0:
-            row = batch_row(ctl, entry)
-            account(ctl, Kind.BATCHES_TAKEN, 1)
-            peer = peek(row + BATCH_PEER * WORD)
-            poke(row + BATCH_TAKEN * WORD, 1)
-            note_deadline(worker, peek(row + BATCH_DEADLINE * WORD))
-            poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
-            if peek(row + BATCH_NOTE * WORD) >= 0:
-                enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), row)
-            if peek(row + BATCH_UNPOSTED * WORD) > 0:
-                enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
-            else:
-                settle(ctl, row)
+            take_batch(ctl, worker, index, batch_row(ctl, entry))
         else:
             cancel_entry(ctl, worker, index, ~entry)
+
+
+@kernel
+def take_batch(ctl, worker, index, row):
+    """Let a batch queue at its endpoint for its slices to be posted, and for its notification."""
+    account(ctl, Kind.BATCHES_TAKEN, 1)
+    peer = peek(row + BATCH_PEER * WORD)
+    poke(row + BATCH_TAKEN * WORD, 1)
+    note_deadline(worker, peek(row + BATCH_DEADLINE * WORD))
+    poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
+    if peek(row + BATCH_NOTE * WORD) >= 0:
+        enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), row)
+    if peek(row + BATCH_UNPOSTED * WORD) > 0:
+        enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
+    else:
+        settle(ctl, row)
 
 
 @kernel
@@ -392,17 +397,6 @@ def turn(ctl, worker, index):
         happened += poll(ctl, worker)
     if happened > 0:
         poke(worker + WORKER_IDLE_SINCE * WORD, 0)
-    return happened
-
-
-@callback("int64(int64)")
-def turn_once(ctl):
-    """One round, by whoever holds the turn of the worker that `ctl` belongs to; returns how much happened."""
-    since = clock(ctl)
-    happened = np.int64(turn(ctl, worker_row(ctl, word(ctl, ACTOR)), word(ctl, ACTOR)))
-    if happened == 0 and on_idle(ctl):
-        happened = np.int64(1)
-    raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
     return happened
 
 

@@ -198,6 +198,7 @@ class QueuePair(NamedTuple):
     breaks: bool = False  # any error breaks it; it is posted to only after an order to probe it
     notes: bool = False  # for notifications only
     cut: int = 0  # where nothing breaks it: address of a word that is set to 1 to get back what is in flight, or 0
+    push: int = 0  # address of its `verbs.push`, if it has one
 
 
 class QueueRow:
@@ -226,6 +227,7 @@ class QueueRow:
             (layout.QUEUE_STATE, QueueState.CLOSED if pair.breaks else QueueState.READY),
             (layout.QUEUE_ENDPOINT, endpoint),
             (layout.QUEUE_CUT, pair.cut),
+            (layout.QUEUE_PUSH, pair.push),
         ):
             self.words[field] = value
 

@@ -9,7 +9,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, address_of, call_word, cas, i16, i64, load, peek, poke
+from mooncache.kernels.atomics import add, address_of, call_words, cas, i16, i32, i64, load, peek, poke
 from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
 from mooncache.kernels.handle import GENERATION_MASK, handle_of, resolve
 from mooncache.kernels.jit import kernel
@@ -39,7 +39,7 @@ from mooncache.kernels.layout import (
     SHARED,
     SHARED_NEXT_WORKER,
     SHARED_STOP,
-    SLICE_BYTES,
+    SLICE_LENGTH,
     SLICE_STATE,
     STORE,
     TABLE_EPOCH,
@@ -49,10 +49,9 @@ from mooncache.kernels.layout import (
     WORD,
     WORKER_CTL,
     WORKER_EPOLL,
-    WORKER_OUTSTANDING,
     WORKER_RING,
-    WORKER_SPINS,
     WORKERS,
+    AtOnce,
     Kind,
     Slice,
     Store,
@@ -64,14 +63,11 @@ from mooncache.kernels.split import COUNT_ONLY, REQUESTS, walk
 from mooncache.kernels.worker import end_turn, ring_bell, try_turn, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
-AT_ONCE_BYTES = 256 * 1024
+AT_ONCE_BYTES = 64 * 1024
 """A batch up to this long is posted by its submitter while the worker sleeps: some ten microseconds, GIL held."""
 
 FREE = int(Slice.FREE)
 PEER_MASK = (1 << PEER_BITS) - 1
-
-HAND_ROUNDS = 8
-"""Take and post, send, fetch an answer that is there already, and see that nothing is left."""
 
 
 @kernel
@@ -186,25 +182,36 @@ def publish_row(ctl, row):
         worker = add(word(ctl, SHARED) + SHARED_NEXT_WORKER * WORD, 1) % word(ctl, WORKERS)
     poke(row + BATCH_WORKER * WORD, worker)
     target = worker_row(ctl, worker)
-    at_once = peek(row + BATCH_SLICES * WORD) * word(ctl, SLICE_BYTES) <= AT_ONCE_BYTES
-    push(peek(target + WORKER_RING * WORD), slot_of(ctl, row))
-    if not (at_once and peek(target + WORKER_EPOLL * WORD) >= 0 and lend_a_hand(ctl, target)):
+    if peek(target + WORKER_EPOLL * WORD) < 0 or not is_small(ctl, row) or not lend_a_hand(ctl, target, row):
+        push(peek(target + WORKER_RING * WORD), slot_of(ctl, row))
         ring_bell(ctl, target)
 
 
 @kernel
-def lend_a_hand(ctl, worker):
-    """Be the worker for some rounds while its thread sleeps; False, with nothing done, when somebody else is."""
+def is_small(ctl, row):
+    """Whether the submitter may post the batch itself: it is within one chunk, and at most AT_ONCE_BYTES long."""
+    if peek(row + BATCH_SLICES * WORD) > SLOTS:
+        return False
+    length, first = i32(word(ctl, SLICE_LENGTH)), peek(row + BATCH_FIRST * WORD) * SLOTS
+    size = np.int64(0)
+    for slot in range(first, first + peek(row + BATCH_SLICES * WORD)):
+        size += length[slot]
+    return size <= AT_ONCE_BYTES
+
+
+@kernel
+def lend_a_hand(ctl, worker, row):
+    """Post a small batch in the place of a worker whose thread sleeps; False, with nothing done, when that is not so.
+
+    Holds the GIL, so it does what this batch needs and nothing else of what there is to do.
+    """
     if not try_turn(worker):
         return False
-    happened, rounds = np.int64(1), 0
-    while happened > 0 and rounds < HAND_ROUNDS:
-        happened = call_word(word(ctl, TURN), peek(worker + WORKER_CTL * WORD))
-        rounds += 1
+    done = call_words(word(ctl, TURN), peek(worker + WORKER_CTL * WORD), row)
     end_turn(ctl, worker)
-    if happened > 0 or (peek(worker + WORKER_SPINS * WORD) != 0 and peek(worker + WORKER_OUTSTANDING * WORD) > 0):
-        ring_bell(ctl, worker)  # there is more to do, and no descriptor tells of it
-    return True
+    if done == AtOnce.BEGUN:
+        ring_bell(ctl, worker)
+    return done != AtOnce.REFUSED
 
 
 @kernel

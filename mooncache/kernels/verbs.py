@@ -69,6 +69,16 @@ def post_send(qp, wr, bad_wr):
 
 
 @kernel
+def push(function, qp, posted, wc):
+    """Software wires only: send or copy at once the `posted` work requests that were posted last to `qp`.
+
+    Moves nothing else, and declines where others wait in front of them. Returns how many completions of theirs were
+    written to `wc`, or POLL_AGAIN: `poll_cq` has to go on, and no descriptor tells of it.
+    """
+    return call_poll_cq(function, qp, posted, wc)
+
+
+@kernel
 def poll_cq(cq, entries, wc):
     """`ibv_poll_cq`: how many of up to `entries` completions were written to `wc`."""
     return call_poll_cq(peek(peek(cq) + CONTEXT_POLL_CQ), cq, entries, wc)

@@ -13,6 +13,7 @@ from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, 
 from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
+    POLL_AGAIN,
     SGE_LENGTH,
     WR_NEXT,
     WR_OPCODE,
@@ -25,9 +26,9 @@ from mooncache.providers import lanes
 from mooncache.providers.connections import nudge
 from mooncache.providers.frames import set_range
 from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
-from mooncache.providers.serving import turn_lanes
+from mooncache.providers.serving import push_lanes, turn_lanes
 from mooncache.providers.software import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
-from mooncache.providers.stream import answer_poll, list_lanes, post_entry, refusal, report_all
+from mooncache.providers.stream import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
 
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
@@ -283,6 +284,22 @@ def lead(queue, maps):
     former = exchange(queue + lanes.Q_MAPS * WORD, maps)
     fence()
     return former
+
+
+@callback("int32(int64, int32, int64)")
+def push(qp, posted, wc):
+    """Copy what was posted last, and send what is for the lanes. See `verbs.push`."""
+    queue = queue_of(qp)
+    port = word_at(queue, lanes.Q_PORT)
+    waiting = word_at(queue, lanes.Q_DIRECT) - load(queue + lanes.Q_COPIED * WORD)
+    if waiting > posted:
+        return np.int32(POLL_AGAIN)
+    copied = np.int64(1)
+    while copied > 0 and word_at(queue, lanes.Q_DIRECT) != load(queue + lanes.Q_COPIED * WORD):
+        copied = copy_lot(port, queue, True)  # none: another worker of the engine is at it
+    alone = word_at(queue, Q_HEAD) - word_at(queue, Q_TAIL) == posted
+    told = copied > 0 and (alone or waiting == 0)  # no descriptor tells of what was copied
+    return answer_push(queue, posted, wc, push_lanes(queue, posted) and told)
 
 
 @kernel("int64(int64, int64, int64, int64, int64)")

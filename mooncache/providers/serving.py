@@ -16,6 +16,7 @@ from mooncache.kernels.linux import (
 from mooncache.providers.frames import H_COUNT, HEADER_BYTES, head_bytes
 from mooncache.providers.lanes import (
     CALLS,
+    E_ROUTE,
     ENDED,
     EVENTS,
     HEADER,
@@ -44,19 +45,26 @@ from mooncache.providers.lanes import (
     P_SYSCALL,
     P_TIMESPEC,
     P_TURNS,
+    Q_LANE_COUNT,
+    Q_LANES,
+    Q_PORT,
+    Q_SENT,
     TABLE,
     LaneState,
     Reason,
+    Route,
     adopt,
     break_lane,
     check_stalls,
     drop_incoming,
     enlist,
+    entry_of,
     has_output,
     word_at,
 )
 from mooncache.providers.receiving import next_frame, receive
 from mooncache.providers.sending import send
+from mooncache.providers.software import Q_HEAD, Q_TAIL
 
 
 @kernel
@@ -111,6 +119,43 @@ def wants_more(lane):
     if word_at(lane, L_QUEUE) == 0 and answering(lane):
         return False
     return word_at(lane, L_READABLE) != 0 or has_whole_header(lane)
+
+
+# ------------------------------------------------------------------------------ what was posted just now
+@kernel
+def push_lanes(queue, posted):
+    """Send what is for the lanes of the `posted` newest entries of a queue, on a lane that is free for it.
+
+    Returns whether descriptors tell of the rest. False, with nothing sent, where others wait in front or no lane is.
+    """
+    port, head = word_at(queue, Q_PORT), word_at(queue, Q_HEAD)
+    at = max(word_at(queue, Q_SENT), word_at(queue, Q_TAIL))
+    if head - at > posted:
+        return False
+    while at < head and word_at(entry_of(queue, at), E_ROUTE) != Route.LANE:
+        at += 1
+    if at == head:
+        return True
+    for i in range(word_at(queue, Q_LANE_COUNT)):
+        lane = peek(word_at(queue, Q_LANES) + i * WORD)
+        free = word_at(lane, L_WRITABLE) != 0 and word_at(lane, L_OUT_AT) == word_at(lane, L_OUT_END)
+        if word_at(lane, L_STATE) == LaneState.LIVE and free:
+            tell_time(port)
+            send(lane)
+            strike_off(port, queue)
+            return not wants_more(lane)
+    return False
+
+
+@kernel
+def strike_off(port, queue):
+    """Take a queue's lanes that need nothing more off the end of the port's list, where posting has put them."""
+    while word_at(port, P_LISTED) > 0:
+        lane = peek(word_at(port, P_LIST) + (word_at(port, P_LISTED) - 1) * WORD)
+        if word_at(lane, L_QUEUE) != queue or wants_more(lane):
+            return
+        poke(lane + L_LISTED * WORD, 0)
+        poke(port + P_LISTED * WORD, word_at(port, P_LISTED) - 1)
 
 
 # ------------------------------------------------------------------------------ the port

@@ -46,7 +46,7 @@ from mooncache.memory import Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.connections import STALL_S, StreamQueue
-from mooncache.providers.copying import GUARD_VALID, LOT, lead, peek_at, poll_cq, post_send
+from mooncache.providers.copying import GUARD_VALID, LOT, lead, peek_at, poll_cq, post_send, push
 from mooncache.providers.quotas import check_leases
 from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
 from mooncache.providers.stream import StreamProvider, wait_while_odd
@@ -219,6 +219,7 @@ class Shm(StreamProvider):
     name = "shm"
     post_send = post_send
     poll_cq = poll_cq
+    push = push
 
     def __init__(self, *, elsewhere: bool = False, lanes: int = 1) -> None:
         super().__init__(lanes)

@@ -28,7 +28,7 @@ from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, MooncacheError, TransportError, UsageError
 from mooncache.kernels.atomics import load, peek, poke, store, u32
-from mooncache.kernels.jit import kernel
+from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import TABLE_GONE, TABLE_WORDS, WORD, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import (
@@ -156,6 +156,18 @@ def answer_poll(taken, moved):
     return np.int32(taken)
 
 
+@kernel
+def answer_push(queue, posted, wc, all_told):
+    """What push returns: completions if nothing else is on the queue, or whether to call poll_cq.
+
+    all_told: descriptors tell of all that is not answered yet.
+    """
+    alone = word_at(queue, Q_HEAD) - word_at(queue, Q_TAIL) == posted
+    if not all_told:
+        return np.int32(POLL_AGAIN)
+    return np.int32(report(queue, np.int64(posted), wc) if alone else 0)
+
+
 # ------------------------------------------------------------------------------ the provider
 class StreamProvider(SoftwareProvider):
     """A provider whose peers are reached over connections. Subclasses say how entries travel.
@@ -164,6 +176,7 @@ class StreamProvider(SoftwareProvider):
         lanes: connections of each worker to each peer.
     """
 
+    push: Callback
     entry_words = ENTRY_WORDS
     queue_type = StreamQueue
     spins = False
@@ -318,7 +331,7 @@ class StreamProvider(SoftwareProvider):
                 self._cut(queue for _, queue in broken[:i])
                 raise
         settler.counters.confirm(seen)  # by now the peer has retired whatever had ended
-        return [[queue.pair] for queue in ours]
+        return [[queue.pair._replace(push=self.push.address)] for queue in ours]
 
     def _settler_of(self, peer: str, link: Link, queues: Sequence[StreamQueue]) -> StreamSettler:
         """A new one, that asks where the peer is now."""

@@ -6,9 +6,17 @@ from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import callback
 from mooncache.kernels.verbs import CQ_CQ_CONTEXT, WR_NEXT
 from mooncache.providers.lanes import Route
-from mooncache.providers.serving import turn_lanes
+from mooncache.providers.serving import push_lanes, turn_lanes
 from mooncache.providers.software import queue_of
-from mooncache.providers.stream import StreamProvider, answer_poll, list_lanes, post_entry, refusal, report_all
+from mooncache.providers.stream import (
+    StreamProvider,
+    answer_poll,
+    answer_push,
+    list_lanes,
+    post_entry,
+    refusal,
+    report_all,
+)
 
 
 @callback("int32(int64, int64, int64)")
@@ -33,9 +41,17 @@ def poll_cq(cq, entries, wc):
     return answer_poll(report_all(port, np.int64(entries), wc), moved)
 
 
+@callback("int32(int64, int32, int64)")
+def push(qp, posted, wc):
+    """Send what was posted last, if it can be sent now. See `verbs.push`."""
+    queue = queue_of(qp)
+    return answer_push(queue, posted, wc, push_lanes(queue, posted))
+
+
 class Tcp(StreamProvider):
     """Engines of other processes and hosts, over TCP."""
 
     name = "tcp"
     post_send = post_send
     poll_cq = poll_cq
+    push = push

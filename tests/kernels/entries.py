@@ -14,6 +14,7 @@ from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import BATCH_FIRST, BATCH_ROWS, BATCH_WORDS, CHUNK_NEXT, RING_EMPTY, WORD
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
+    POLL_AGAIN,
     SGE_BYTES,
     WC_BYTES,
     WR_ID,
@@ -368,6 +369,21 @@ def gated_poll_cq(cq, entries, wc):
 def never(cq):
     """`next_completion` of a wire that does not say: beyond every horizon."""
     return np.int64((1 << 62) - 1)
+
+
+@callback("int32(int64, int32, int64)")
+def push_now(qp, n, wc):
+    """Report what was posted last, if nothing else is on the queue."""
+    queue = queue_of(qp)
+    if peek(queue + Q_HEAD * WORD) - peek(queue + Q_TAIL * WORD) != n:
+        return np.int32(0)
+    return np.int32(loopback.drain(queue, np.int64(n), wc))
+
+
+@callback("int32(int64, int32, int64)")
+def push_nothing(qp, n, wc):
+    """Decline."""
+    return np.int32(POLL_AGAIN)
 
 
 class Gated(Loopback):
