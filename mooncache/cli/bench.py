@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from mooncache.cli import beside as beside_bench
 from mooncache.cli import finality as finality_bench
 from mooncache.cli import gil as gil_bench
 from mooncache.cli import latency as latency_bench
@@ -16,6 +17,7 @@ from mooncache.cli import rdma as rdma_bench
 from mooncache.cli import soak as soak_bench
 from mooncache.cli import transfer as transfer_bench
 from mooncache.cli.measure import show_json
+from mooncache.errors import UsageError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine with the real engine.")
 
@@ -132,9 +134,18 @@ def latency(
     op: list[str] = typer.Option(["write"], help="write or read. Repeatable."),
     block: list[str] = typer.Option(list(latency_bench.BLOCKS), help="Bytes of an operation. Repeatable."),
     operations: int = typer.Option(latency_bench.OPERATIONS, help="Of each combination, of its reference as well."),
+    beside_stream: bool = typer.Option(
+        False, "--beside-stream", help="Instead: how long the call of a small write takes beside a stream; tcp and shm."
+    ),
     json: bool = JSON,
 ) -> None:
     """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
+    if beside_stream:
+        if op != ["write"] or block != list(latency_bench.BLOCKS):
+            raise UsageError("--beside-stream measures writes of blocks of 4 KiB: leave --op and --block out")
+        named = provider != list(latency_bench.DEFAULT_PROVIDERS)
+        show(beside_bench.run(provider if named else list(beside_bench.STREAMS), operations), json, beside_bench.show)
+        return
     show(latency_bench.run(provider, op, block, operations), json, latency_bench.show)
 
 
