@@ -144,8 +144,6 @@ class Batch:
                     Failure(int(i), Status(int(code)), REASON[Status(int(code))])
                     for i, code in zip(request[:count], why[:count], strict=True)
                 )
-                if Status.REMOTE_ACCESS in why[:count]:
-                    self._engine.refresh(self._to.name)
         return Status.OK if count >= 0 else Status(-count)
 
     def wait(self, timeout: float | None = None) -> Batch:
@@ -185,10 +183,13 @@ class Batch:
 
     def _tell(self) -> None:
         """The batch is done or closed: return if all arrived, else raise."""
-        if self._learn() == Status.STALE_HANDLE and self._failures is None:
+        if self._learn() == Status.STALE_HANDLE:
             if self._engine.closed:
                 raise self._engine_closed()
-            raise UsageError("another thread closed this batch before its outcome was known; wait first, then close")
+            if self._failures is None:
+                raise UsageError(
+                    "another thread closed this batch before its outcome was known; wait first, then close"
+                )
         if self._failures:
             raise TransferFailed(self._failures, self.requests, self.peer)
 

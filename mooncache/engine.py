@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import secrets
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from time import monotonic, monotonic_ns, sleep
@@ -20,13 +21,14 @@ from mooncache import opening
 from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
-from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Status, TransportError, UsageError
+from mooncache.errors import CapacityError, EngineClosed, MooncacheError, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
-from mooncache.kernels import calls, hand, jit, layout, publication, pump, submit
+from mooncache.kernels import calls, hand, jit, layout, look, publication, pump, submit
 from mooncache.kernels.layout import Access, Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, State, address_of
 from mooncache.limits import CHUNK_SLICES
+from mooncache.looker import Looker
 from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
 from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
 from mooncache.peer import Peer, directory
@@ -34,6 +36,8 @@ from mooncache.providers.base import HERE, Descriptor, Link, Provider, RemoteReg
 from mooncache.providers.software import InProcessProvider
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
+
+log = logging.getLogger("mooncache")
 
 JOIN_SECONDS = 5.0
 REST_SECONDS = 5.0
@@ -98,7 +102,9 @@ class Engine:
         with opening.system_errors(), ExitStack() as undo:  # if anything fails, what stands above it is given back
             self.awaiting = Awaiting()
             undo.callback(self.awaiting.close)
-            self._state = State(self._settings, event_fd=self.awaiting.event_fd)
+            self._looker = Looker()
+            undo.callback(self._looker.close)
+            self._state = State(self._settings, event_fd=self.awaiting.event_fd, look_fd=self._looker.event_fd)
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
             self._orders = Block(self._state)  # of the thread that looks after connections
@@ -124,6 +130,7 @@ class Engine:
                 self._service = Service(self, listen, secret, insecure, discovery, advertise)
             undo.pop_all()
         self._threads = self._start_threads()
+        self._looker.start(self.name, self._look_where_asked)
         if self._service is not None:
             try:
                 self._service.announce()
@@ -337,12 +344,20 @@ class Engine:
         gone = peer.gone or (peer.met > 0 and not self.provider.connected(peer.name))
         return gone and not (peer.connecting.locked() and not peer.met)
 
-    def refresh(self, name: str) -> None:
-        """Look at a peer again, since it refused what this engine believed it had. No error if it is gone."""
-        peer = self._peers.get(name)
-        if peer is not None:
-            with suppress(TransportError, DiscoveryError):
-                self._look_again(peer)
+    def _look_where_asked(self) -> None:
+        """Look again at peers that refused what workers believed they had; each in a thread, which may have to wait."""
+        for peer in set(self._peers.values()):
+            if number := look.begin(address_of(peer.table.header)):
+                self._looker.background.start(f"{self.name}-look", partial(self._look, peer, number))
+
+    def _look(self, peer: Peer, number: int) -> None:
+        try:
+            self._look_again(peer)
+        except MooncacheError as error:
+            log.info("peer %r refused a range and could not be asked again: %s", peer.name, error)
+        finally:
+            if not self.closed:
+                look.end(self.ctl, address_of(peer.table.header), number)
 
     def _reconnect(self, peer: Peer, described: Descriptor | None = None) -> bool:
         """Connect to a peer, unless it is connected or another thread does it; False when it has been forgotten."""
@@ -613,7 +628,7 @@ class Engine:
         """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
         with self._lock:
             callers = list(self._blocks.values())
-        trouble = self.provider.background.trouble
+        trouble = self.provider.background.trouble + self._looker.background.trouble
         if self._service is not None:
             trouble += self._service.trouble
         return collect(self._state, callers, self._workers, self._reaper, trouble, self.provider.unsettled)
@@ -655,13 +670,15 @@ class Engine:
             _join(workers, JOIN_SECONDS / 10)
         calls.stop_reaper(self.ctl)
         _join(reapers, JOIN_SECONDS)
+        self._looker.stop()
         self.awaiting.release()
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
             actors = (self._workers, self._reaper, self._orders)
-            _abandoned.append((self._state, actors, self.provider, self._peers, self._bells, self._inbox))
+            _abandoned.append((self._state, actors, self.provider, self._peers, self._bells, self._inbox, self._looker))
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         for block in [*self._blocks.values(), *self._workers]:
             thread_cache.drop(block.ctl)
+        self._looker.close()
         self.provider.settle(SETTLE_S)
         self.provider.close()
         self._bells.close()

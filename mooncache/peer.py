@@ -68,7 +68,8 @@ class Peer:
         """Bring the table up to date with what the peer says of itself.
 
         Slices that are not posted yet name a region by its slot: so another region gets a slot only when every batch
-        that was submitted before its former region went has ended.
+        that was submitted before its former region went has ended. But one that covers a former one takes over its
+        slot at once, and the slices go on under the new key.
 
         Args:
             oldest: when the oldest batch to this peer that is under way was submitted, ns.
@@ -85,19 +86,22 @@ class Peer:
             self._retired.remove((when, slot))
             self.table.recycle(slot)
         new = sorted(now - self._known.keys())
-        if len(new) > self.table.room:
+        gone = [region for region in self._known if region not in now]
+        heirs = {heir: region for region in gone if (heir := next(filter(region.covered_by, new), None)) is not None}
+        if len(new) - len(heirs) > self.table.room:
             raise CapacityError(
                 f"peer {self.name!r} has {len(now)} regions registered, and of {limits.REGIONS} this engine can know "
                 f"{len(self._retired)} are still used by batches under way: wait for those, or register fewer"
             )
         self.generation, self.engine = described.generation, described.name
-        for gone in [region for region in self._known if region not in now]:
-            slot = self._known.pop(gone)
-            self.table.take_out(slot)
-            self._retired.append((monotonic_ns(), slot))
         self.table.forgive()
+        slots = {region: self._known.pop(region) for region in gone}
+        for region, slot in slots.items():
+            self.table.take_out(slot)
+            if region not in heirs.values():
+                self._retired.append((monotonic_ns(), slot))
         for region in new:
-            self._known[region] = self.table.add(*region)
+            self._known[region] = self.table.add(*region, slot=slots[heirs[region]] if region in heirs else None)
 
     def __repr__(self) -> str:
         return f"<Peer {self.name!r}, {len(self.table)} regions>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import itertools
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -82,6 +83,24 @@ def until(condition: Callable[[], Any], what: str) -> None:
     while not condition():
         sleep(1e-3)
         assert monotonic() < end, f"never saw: {what}"
+
+
+@contextlib.contextmanager
+def looks_held(engine: Engine) -> Iterator[threading.Event]:
+    """Whoever asks a peer what it has registered gets no answer meanwhile; the event says that somebody does."""
+    asked, answer, look_up = threading.Event(), threading.Event(), engine._look_up
+
+    def slowly(*arguments: Any) -> Descriptor:
+        asked.set()
+        answer.wait(LIMIT)
+        return look_up(*arguments)
+
+    engine._look_up = slowly
+    try:
+        yield asked
+    finally:
+        engine._look_up = look_up
+        answer.set()
 
 
 async def awaited(batch: Batch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import gc
 import itertools
 import mmap
@@ -268,13 +267,3 @@ def test_a_region_registered_at_the_target_after_connecting_is_found(pair):
     later = pair.there.register(late := np.zeros(64, np.uint8))
     pair.here.write(pair.peer, pair.local.address, later.address, 64).wait(20).close()
     np.testing.assert_array_equal(late, pair.source[:64])
-
-
-def test_a_region_registered_anew_at_the_target_is_reached_after_one_failure(pair):
-    pair.write(0, length=8).wait(20).close()
-    pair.remote.unregister()
-    pair.remote = pair.there.register(pair.target)  # the same range under another key
-    with contextlib.suppress(TransferFailed):
-        pair.scattered(5).wait(20)
-    pair.scattered(5).wait(20).close()
-    np.testing.assert_array_equal(pair.target[:64], pair.source[:64])

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import add, i8, i16, i32, i64, peek, poke, store, u32
+from mooncache.kernels.atomics import add, i16, i64, peek, poke, store, u32
 from mooncache.kernels.batch import finish
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
@@ -31,8 +31,6 @@ from mooncache.kernels.layout import (
     QUEUE_STATE,
     QUEUE_TAIL,
     RETRIES,
-    SLICE_ATTEMPTS,
-    SLICE_NEXT,
     SLICE_REMOTE,
     SLICE_STATE,
     STORE,
@@ -44,13 +42,13 @@ from mooncache.kernels.layout import (
     WORKER_CQS,
     WORKER_OUTSTANDING,
     WORKER_RETRY_FIRST,
-    WORKER_RETRY_LAST,
     Kind,
     QueueState,
     Slice,
     Store,
 )
-from mooncache.kernels.note import NOWHERE, settle_note
+from mooncache.kernels.look import NOWHERE, append_slice, attempts_of, count_attempt, keep_refused, may_keep
+from mooncache.kernels.note import settle_note
 from mooncache.kernels.queue import (
     ANSWERED,
     BLAMED,
@@ -132,29 +130,26 @@ def given_back(row, wc_status):
 @kernel
 def post_later(ctl, worker, slot):
     """Append a slice to those that are to be posted again."""
-    next_ = i32(word(ctl, SLICE_NEXT))
-    next_[slot] = -1
-    if peek(worker + WORKER_RETRY_FIRST * WORD) < 0:
-        poke(worker + WORKER_RETRY_FIRST * WORD, slot)
-    else:
-        next_[peek(worker + WORKER_RETRY_LAST * WORD)] = slot
-    poke(worker + WORKER_RETRY_LAST * WORD, slot)
+    append_slice(ctl, worker + WORKER_RETRY_FIRST * WORD, slot)
 
 
 @kernel
 def answer_failure(ctl, worker, row, slot, wc_status, blamed):
-    """A slice's work request failed: post it again later, or let it fail.
+    """A slice's work request failed: post it again later, perhaps after the peer was asked, or let it fail.
 
     What is not `blamed`, since it only was on a queue pair when that broke, may be posted again as often as it takes.
     """
-    attempts = i8(word(ctl, SLICE_ATTEMPTS))
     cancelled = peek(row + BATCH_CANCELLED * WORD)
     if inbox_full(ctl, slot, wc_status):
         fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
-    elif passing(wc_status) and cancelled == 0 and (not blamed or attempts[slot] < word(ctl, RETRIES)):
-        attempts[slot] += np.int8(blamed)
+    elif passing(wc_status) and cancelled == 0 and (not blamed or attempts_of(ctl, slot) < word(ctl, RETRIES)):
+        if blamed:
+            count_attempt(ctl, slot)
         i16(word(ctl, SLICE_STATE))[slot] = WAITING
         post_later(ctl, worker, slot)
+        account(ctl, Kind.RETRIED, 1)
+    elif wc_status == WcStatus.REM_ACCESS_ERR and cancelled == 0 and may_keep(ctl, slot):
+        keep_refused(ctl, worker, row, slot)
         account(ctl, Kind.RETRIED, 1)
     elif cancelled != 0 and (passing(wc_status) or given_back(row, wc_status)):
         fail_slice(ctl, row, slot, cancelled)

@@ -13,10 +13,13 @@ from mooncache.kernels.complete import apply_lot
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import (
     ACTOR,
+    BATCH_DEADLINE,
     BATCH_NOTE,
     BATCH_NOTE_STATE,
     BATCH_PEER,
+    BATCH_REMAINING,
     COMPLETIONS,
+    ENDPOINT_COUNT,
     ENDPOINT_FIRST,
     ENDPOINT_NOTE_FIRST,
     ENDPOINT_NOTES,
@@ -36,7 +39,7 @@ from mooncache.kernels.layout import (
     Note,
 )
 from mooncache.kernels.post import post_batches, post_note
-from mooncache.kernels.pump import take_batch, turn, work_waits
+from mooncache.kernels.pump import HEARTBEAT_NS, take_batch, turn, work_waits
 from mooncache.kernels.reclaim.dispatch import on_idle
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.ring import first
@@ -67,10 +70,12 @@ def post_at_once(ctl, worker, index, row):
 
     Returns an AtOnce: REFUSED, with nothing changed, where other batches are before it.
     """
+    announce_epoch(ctl, worker)
     endpoint = endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD))
     if first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY or peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
         return np.int64(AtOnce.REFUSED)
-    announce_epoch(ctl, worker)
+    if peek(endpoint + ENDPOINT_COUNT * WORD) == 0:
+        return np.int64(AtOnce.REFUSED)
     poke(worker + WORKER_IDLE_SINCE * WORD, 0)
     queue = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))[0]
     head = peek(queue + QUEUE_HEAD * WORD)
@@ -79,9 +84,16 @@ def post_at_once(ctl, worker, index, row):
     left = push_posted(ctl, worker, queue, head)
     if peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_NOTE_STATE * WORD) == Note.TURN:
         left = not note_at_once(ctl, worker, index, endpoint, row) or left
-    if left or peek(worker + WORKER_OWES * WORD) != 0 or work_waits(ctl, worker):
+    if left or wakes_late(ctl, row) or peek(worker + WORKER_OWES * WORD) != 0 or work_waits(ctl, worker):
         return np.int64(AtOnce.BEGUN)
     return np.int64(AtOnce.POSTED)
+
+
+@kernel
+def wakes_late(ctl, row):
+    """Whether the worker, which went to sleep without knowing the batch, may sleep on beyond its deadline."""
+    deadline = peek(row + BATCH_DEADLINE * WORD)
+    return deadline != 0 and peek(row + BATCH_REMAINING * WORD) > 0 and deadline - clock(ctl) < HEARTBEAT_NS
 
 
 @kernel

@@ -137,7 +137,7 @@ SLICE_LAST = _next()  # int32[capacity]   last request it carries bytes of
 SLICE_LOCAL = _next()  # int16[capacity]   slot of the local region
 SLICE_REMOTE = _next()  # int16[capacity]   slot of the remote region in the peer's table
 SLICE_STATE = _next()  # int16[capacity]   Slice, or the Status it failed with
-SLICE_ATTEMPTS = _next()  # int8[capacity]    times posted again
+SLICE_ATTEMPTS = _next()  # int8[capacity]    times posted again, n, or ~n once its peer was asked for it
 SLICE_NEXT = _next()  # int32[capacity]   next slice of those to post again, -1; meaningful while it is one
 SLICE_OBJECT = _next()  # int64[capacity]   heap store only: address of the slice object
 # Chunks of 256 slots.
@@ -176,6 +176,7 @@ REAPER_LOT = _next()  # slices
 REAPER_PERIOD = _next()  # ns
 SPIN = _next()  # ns
 EVENT_FD = _next()  # eventfd that awaiting event loops watch, or -1
+LOOK_FD = _next()  # eventfd that the engine's looker sleeps on, or -1
 VIRTUAL = _next()  # 1: time is the words below, turned by account; 0: time is the clock's
 # functions by address
 CLOCK_GETTIME = _next()
@@ -258,6 +259,8 @@ BATCH_NOTE_STATE = 26  # Note
 BATCH_NOTE_NEXT = 27  # next batch in the endpoint's queue of those with a notification, -1
 BATCH_TAKEN = 28  # 1: its worker knows it
 BATCH_EPOCH = 29  # TABLE_EPOCH of its peer when it was submitted
+BATCH_LOOK = 30  # number of the look at its peer that its refused slices wait for
+BATCH_RENEWALS = 31  # TABLE_RENEWALS of its peer when it was submitted
 BATCH_WORDS = 32  # four cache lines, so that two workers never share one
 
 # ------------------------------------------------------------------ endpoint rows: a worker's side of one peer
@@ -342,7 +345,7 @@ WORKER_OUTSTANDING = 5  # work requests posted, all endpoints
 WORKER_QUEUED = 6  # batches with slices to post
 WORKER_NEXT_DEADLINE = 7  # when a batch of its may have to be stopped, ns; 0: never
 WORKER_RETRY_FIRST = 8  # first slice to post again, -1
-WORKER_PEERS = 9  # highest peer it has had batches for, + 1
+WORKER_RETRY_LAST = 9  # right behind the first, see `look.append_slice`
 WORKER_TURN = 10  # 1: somebody is this worker, see kernels/worker.py; also the futex of its own thread
 WORKER_HELD = 11  # 1: that thread waits for its turn
 WORKER_EPOLL = 12  # epoll set that the thread sleeps on, or -1: it sleeps on the bell
@@ -360,8 +363,11 @@ WORKER_ORDERS = 23  # orders given to its queues and not yet seen; anyone
 WORKER_SPINS = 24  # 1: no descriptor tells of completions, so it polls while there is anything in flight
 WORKER_TROUBLE_FD = 25  # eventfd that is written to when a queue's state changes, or -1
 WORKER_UNDECIDED = 26  # queues that are broken or drained
-WORKER_RETRY_LAST = 27  # last slice to post again
+WORKER_PEERS = 27  # highest peer it has had batches for, + 1
 WORKER_OWES = 28  # 1: a queue may need a marker, see `post.post_markers`
+WORKER_KEPT_FIRST = 29  # first slice that waits for its peer to be asked, -1; see kernels/look.py
+WORKER_KEPT_LAST = 30
+WORKER_LOOKED = 31  # 1: one was asked; set by the looker
 WORKER_WORDS = 32
 EPOCH_QUIET = (1 << 62) - 1
 
@@ -380,7 +386,11 @@ TABLE_PEER = 9  # how submits name the peer: its row, and above PEER_BITS how of
 TABLE_EPOCH = 10  # rises when a connection to this peer ends: what was submitted before is posted no more
 TABLE_BREAKS = 11  # rises when a connection ends on which slices had been sent and were not answered
 TABLE_CONFIRMED = 12  # of those, how many are known to land nothing any more; written by the provider's threads
-TABLE_WORDS = 16
+TABLE_ASKED = 13  # 1: workers want the owner to be asked what is registered; see kernels/look.py
+TABLE_BEGUN = 14  # looks begun
+TABLE_LOOKED = 15  # number of the latest that has ended
+TABLE_RENEWALS = 16  # how often a region has taken over a former one's slot
+TABLE_WORDS = 24
 
 
 class Access(IntEnum):

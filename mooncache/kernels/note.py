@@ -42,11 +42,10 @@ from mooncache.kernels.layout import (
     Note,
     Slice,
 )
+from mooncache.kernels.look import NOWHERE
 from mooncache.kernels.worker import endpoint_row, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
 from mooncache.limits import NOTE_BYTES
-
-NOWHERE = -1  # its local and remote region
 
 
 @kernel

@@ -65,6 +65,7 @@ from mooncache.kernels.layout import (
     QueueState,
     Slice,
 )
+from mooncache.kernels.look import in_vain, keep, keep_refused, look_is_due, may_keep, resume
 from mooncache.kernels.queue import (
     ANSWERED,
     HELD,
@@ -121,18 +122,24 @@ def post_markers(ctl, worker):
 
 
 @kernel
-def answer_unposted(ctl, row, n, status):
-    """Let the next `n` slices at the batch's cursor fail with `status`, unposted."""
+def pass_over(ctl, row, n, now):
+    """Move the batch's cursor over its next `n` slices, whose state becomes `now`."""
     state, next_, used = i16(word(ctl, SLICE_STATE)), i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
     chunk, offset = peek(row + BATCH_CURSOR * WORD), peek(row + BATCH_OFFSET * WORD)
     for _ in range(n):
-        state[chunk * SLOTS + offset] = status
+        state[chunk * SLOTS + offset] = now
         offset += 1
         if offset == used[chunk]:
             chunk, offset = next_[chunk], np.int64(0)
     poke(row + BATCH_CURSOR * WORD, chunk)
     poke(row + BATCH_OFFSET * WORD, offset)
     raise_word(row + BATCH_UNPOSTED * WORD, -n)
+
+
+@kernel
+def answer_unposted(ctl, row, n, status):
+    """Let the next `n` slices at the batch's cursor fail with `status`, unposted."""
+    pass_over(ctl, row, n, status)
     raise_word(row + BATCH_FAILED * WORD, n)
     raise_word(row + BATCH_REMAINING * WORD, -n)
     account(ctl, Kind.FAILED, n)
@@ -202,14 +209,19 @@ def dequeue(ctl, worker, endpoint, row):
 
 
 @kernel
-def refuse_unposted(ctl, row):
-    """Answer the next slices of a batch as far as the peer is known to refuse their region; returns how many."""
+def refuse_unposted(ctl, worker, row):
+    """Keep or answer the next slices of a batch as far as the peer is known to refuse their region; how many."""
     table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
     n = np.int64(0)
     while peek(table + TABLE_REFUSALS * WORD) != 0 and peek(row + BATCH_UNPOSTED * WORD) > 0:
-        if not region_refused(ctl, peek(row + BATCH_CURSOR * WORD) * SLOTS + peek(row + BATCH_OFFSET * WORD)):
+        slot = peek(row + BATCH_CURSOR * WORD) * SLOTS + peek(row + BATCH_OFFSET * WORD)
+        if not region_refused(ctl, slot):
             break
-        answer_unposted(ctl, row, 1, Status.REMOTE_ACCESS)
+        if may_keep(ctl, slot):
+            pass_over(ctl, row, 1, WAITING)
+            keep_refused(ctl, worker, row, slot)
+        else:
+            answer_unposted(ctl, row, 1, Status.REMOTE_ACCESS)
         n += 1
     return n
 
@@ -227,7 +239,7 @@ def post_batches(ctl, worker, index, endpoint):
             moved += peek(row + BATCH_UNPOSTED * WORD)
             stop_posting(ctl, worker, index, row, Status.PEER_GONE)
             continue
-        moved += refuse_unposted(ctl, row)
+        moved += refuse_unposted(ctl, worker, row)
         n = min(word(ctl, CHAIN), peek(row + BATCH_UNPOSTED * WORD))
         if n == 0:
             dequeue(ctl, worker, endpoint, row)
@@ -292,9 +304,12 @@ def post_retries(ctl, worker, index):
         status = peek(row + BATCH_CANCELLED * WORD)
         if status == 0 and cut_off(ctl, endpoint, row):
             status = np.int64(Status.PEER_GONE)
-        if status == 0 and region_refused(ctl, slot):
+        due = status == 0 and look_is_due(ctl, row, slot)
+        if status == 0 and not due and (in_vain(ctl, row, slot) or region_refused(ctl, slot)):
             status = np.int64(Status.REMOTE_ACCESS)
-        if status == 0 and post_again(ctl, worker, row, endpoint, slot):
+        if due:
+            keep(ctl, worker, slot)
+        elif status == 0 and not due and post_again(ctl, worker, row, endpoint, slot):
             moved += 1
         elif status == 0:
             post_later(ctl, worker, slot)
@@ -338,6 +353,7 @@ def stop_posting(ctl, worker, index, row, status):
     if left > 0:
         dequeue(ctl, worker, endpoint_row(ctl, index, peek(row + BATCH_PEER * WORD)), row)
         answer_unposted(ctl, row, left, status)
+    resume(ctl, worker)  # some that are kept may be this batch's
     if left > 0 or (peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_NOTE_STATE * WORD) != Note.ANSWER):
         settle(ctl, row)
 

@@ -60,6 +60,7 @@ from mooncache.kernels.layout import (
     WORKER_CQS,
     WORKER_EPOLL,
     WORKER_IDLE_SINCE,
+    WORKER_LOOKED,
     WORKER_NEXT_DEADLINE,
     WORKER_NOTES,
     WORKER_ORDERS,
@@ -83,6 +84,7 @@ from mooncache.kernels.layout import (
     QueueState,
 )
 from mooncache.kernels.linux import epoll_wait, sched_yield
+from mooncache.kernels.look import resume
 from mooncache.kernels.note import enqueue_note
 from mooncache.kernels.post import (
     enqueue,
@@ -270,6 +272,7 @@ def busy(ctl, worker):
         or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0
         or peek(worker + WORKER_UNDECIDED * WORD) > 0
         or load(worker + WORKER_ORDERS * WORD) > 0
+        or load(worker + WORKER_LOOKED * WORD) != 0
         or retired_waits(ctl)
     )
 
@@ -281,12 +284,16 @@ def retired_waits(ctl):
 
 
 @kernel
+def nap(ctl, worker, ns):
+    """How long to sleep, ns: no longer than until the next deadline, or the next look around."""
+    ns, due = min(ns, HEARTBEAT_NS), peek(worker + WORKER_NEXT_DEADLINE * WORD)
+    return ns if due == 0 else max(min(ns, due - clock(ctl)), np.int64(0))
+
+
+@kernel
 def sleep_on_descriptors(ctl, worker, ns):
     """Sleep until the worker's eventfd, or a descriptor of its wire, stirs; for at most `ns`."""
-    ns, due = min(ns, HEARTBEAT_NS), peek(worker + WORKER_NEXT_DEADLINE * WORD)
-    if due != 0:
-        ns = max(min(ns, due - clock(ctl)), np.int64(0))
-    ms = -(-ns // NS_PER_MS)
+    ms = -(-nap(ctl, worker, ns) // NS_PER_MS)
     epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SLEEPING * WORD, 1, ms)
 
 
@@ -298,6 +305,7 @@ def work_waits(ctl, worker):
     return (
         first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
         or load(worker + WORKER_ORDERS * WORD) > 0
+        or load(worker + WORKER_LOOKED * WORD) != 0
         or retired_waits(ctl)
     )
 
@@ -312,7 +320,7 @@ def park(ctl, worker):
         account(ctl, Kind.PARKS, 1)
         end_turn(ctl, worker)
         if peek(worker + WORKER_EPOLL * WORD) < 0:
-            sleep_on(ctl, worker + WORKER_BELL * WORD, seen, HEARTBEAT_NS)
+            sleep_on(ctl, worker + WORKER_BELL * WORD, seen, nap(ctl, worker, HEARTBEAT_NS))
         else:
             sleep_on_descriptors(ctl, worker, HEARTBEAT_NS)
         take_turn(ctl, worker)
@@ -392,6 +400,9 @@ def turn(ctl, worker, index):
         expire(ctl, worker, index)
     if load(worker + WORKER_ORDERS * WORD) > 0:
         happened += decide(ctl, worker)
+    if load(worker + WORKER_LOOKED * WORD) != 0:
+        store(worker + WORKER_LOOKED * WORD, 0)
+        resume(ctl, worker)
     happened += post(ctl, worker, index)
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:
         happened += poll(ctl, worker)

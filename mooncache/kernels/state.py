@@ -96,7 +96,8 @@ class RegionTable:
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.header = aligned(layout.TABLE_WORDS)
-        self.bases, self.ends, self.slots, self.access, self.refused = np.zeros((5, limits.REGIONS), np.int64)
+        columns = [zeros(limits.REGIONS, np.int64) for _ in range(5)]
+        self.bases, self.ends, self.slots, self.access, self.refused = columns
         self.keys = np.zeros((limits.NICS, limits.REGIONS), np.int64)
         for field, column in (
             (layout.TABLE_BASES, self.bases),
@@ -129,17 +130,24 @@ class RegionTable:
             return int(self.bases[at]), int(self.ends[at] - self.bases[at])
         return None
 
-    def add(self, address: int, length: int, keys: Sequence[int], access: int) -> int:
-        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`."""
+    def add(self, address: int, length: int, keys: Sequence[int], access: int, slot: int | None = None) -> int:
+        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`.
+
+        `slot`: that of a range that was taken out, whose place this one takes; by default a free one.
+        """
         taken = self.overlapping(address, length)
         if taken is not None:
             raise UsageError(
                 f"{self.owner}: the range [{address:#x}, +{length}) overlaps the registered region "
                 f"[{taken[0]:#x}, +{taken[1]}); register each byte once"
             )
-        if not self._free:
-            raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
-        n, slot = len(self), self._free.pop()
+        if slot is None:
+            if not self._free:
+                raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
+            slot = self._free.pop()
+        else:
+            self.header[layout.TABLE_RENEWALS] += 1
+        n = len(self)
         self.keys[: len(keys), slot], self.access[slot], self.refused[slot] = keys, access, 0
         at = int(np.searchsorted(self.bases[:n], address))
         regions.insert(address_of(self.header), at, address, address + length, slot)
@@ -155,8 +163,9 @@ class RegionTable:
         return len(self._free)
 
     def take_out(self, slot: int) -> None:
-        """Forget a range. No other gets its slot until `recycle`."""
+        """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
         regions.remove(address_of(self.header), self.position(slot))
+        self.refused[slot] = self.header[layout.TABLE_REFUSALS] = 1
 
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""
@@ -297,7 +306,7 @@ class Block:
 class State:
     """All memory of one engine, and the template of its control blocks."""
 
-    def __init__(self, settings: Settings, *, virtual: bool = False, event_fd: int = -1) -> None:
+    def __init__(self, settings: Settings, *, virtual: bool = False, event_fd: int = -1, look_fd: int = -1) -> None:
         self.settings = settings
         chunks, slots = settings.chunks, settings.chunks * limits.CHUNK_SLICES
         self.template = np.zeros(layout.BLOCK_WORDS, np.int64)
@@ -325,7 +334,7 @@ class State:
             layout.CHUNK_SLICES,
             layout.CHUNK_LIVE,
         ):
-            self._hold(field, np.zeros(chunks, np.int64))
+            self._hold(field, zeros(chunks, np.int64))
         self.batch_rows = self._hold(layout.BATCH_ROWS, aligned(settings.batches * layout.BATCH_WORDS)).reshape(
             settings.batches, layout.BATCH_WORDS
         )
@@ -357,7 +366,8 @@ class State:
         for row in self.worker_rows:
             submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
             self.rings.append(submissions)
-            row[layout.WORKER_RING], row[layout.WORKER_RETRY_FIRST] = address_of(submissions), -1
+            row[layout.WORKER_RING] = address_of(submissions)
+            row[[layout.WORKER_RETRY_FIRST, layout.WORKER_KEPT_FIRST]] = -1
             table = aligned(min(settings.peers * limits.QUEUE_PAIRS, QUEUES_MAX))
             self.queue_tables.append(table)
             row[layout.WORKER_QUEUES] = address_of(table)
@@ -369,7 +379,7 @@ class State:
         self.shared[layout.SHARED_LOW] = chunks
         self.regions = RegionTable("this engine")
         self.template[layout.LOCAL_TABLE] = address_of(self.regions.header)
-        self._set_scalars(virtual, event_fd)
+        self._set_scalars(virtual, event_fd, look_fd)
 
     def _hold(self, field: int, array: np.ndarray) -> np.ndarray:
         """Keep an array alive and note its address in the template."""
@@ -377,7 +387,7 @@ class State:
         self.template[field] = address_of(array)
         return array
 
-    def _set_scalars(self, virtual: bool, event_fd: int) -> None:
+    def _set_scalars(self, virtual: bool, event_fd: int, look_fd: int) -> None:
         s, t = self.settings, self.template
         for field, value in (
             (layout.CAPACITY, s.chunks * limits.CHUNK_SLICES),
@@ -397,6 +407,7 @@ class State:
             (layout.REAPER_PERIOD, s.reaper_period_ns),
             (layout.SPIN, s.spin_ns),
             (layout.EVENT_FD, event_fd),
+            (layout.LOOK_FD, look_fd),
             (layout.VIRTUAL, virtual),
             (layout.CLOCK_GETTIME, function_address("clock_gettime")),
             (layout.SYSCALL, function_address("syscall")),

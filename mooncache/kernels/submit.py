@@ -24,6 +24,7 @@ from mooncache.kernels.layout import (
     BATCH_OPCODE,
     BATCH_PEER,
     BATCH_REMAINING,
+    BATCH_RENEWALS,
     BATCH_REQUESTS,
     BATCH_SLICES,
     BATCH_STATE,
@@ -45,6 +46,7 @@ from mooncache.kernels.layout import (
     TABLE_EPOCH,
     TABLE_GONE,
     TABLE_PEER,
+    TABLE_RENEWALS,
     TURN,
     WORD,
     WORKER_CTL,
@@ -161,6 +163,7 @@ def prepare_words(
     poke(row + BATCH_OPCODE * WORD, opcode)
     poke(row + BATCH_DEADLINE * WORD, deadline)
     poke(row + BATCH_EPOCH * WORD, epoch)
+    poke(row + BATCH_RENEWALS * WORD, peek(table + TABLE_RENEWALS * WORD))
     poke(row + BATCH_REQUESTS * WORD, n)
     return handle_of(peek(row + BATCH_GENERATION * WORD), slot_of(ctl, row))
 

@@ -40,6 +40,11 @@ class RemoteRegion(NamedTuple):
     rkeys: tuple[int, ...]  # one for each of its NICs
     access: int  # bits of layout.Access
 
+    def covered_by(self, other: RemoteRegion) -> bool:
+        """Whether every byte of this one can be reached through the other, in every way."""
+        end, others = self.address + self.length, other.address + other.length
+        return other.address <= self.address and end <= others and self.access & ~other.access == 0
+
 
 @dataclass(frozen=True)
 class Descriptor:

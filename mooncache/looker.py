@@ -1,0 +1,54 @@
+"""An engine's looker: the thread that hears from workers that a peer refused what this engine believed it had.
+
+Workers keep the refused slices until the peer was asked again, and write to an eventfd: see `kernels/look.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+from mooncache.background import Background
+
+
+class Looker:
+    """Calls `look` of its engine whenever workers ask for it.
+
+    Attributes:
+        event_fd: what workers write to.
+        background: its thread, and those that `look` starts.
+    """
+
+    def __init__(self) -> None:
+        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.background = Background()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def start(self, name: str, look: Callable[[], None]) -> None:
+        """Begin. `look`: a method of the engine, which is not held: one that is forgotten can be collected."""
+        self._thread = self.background.start(f"{name}-looker", partial(self._run, weakref.WeakMethod(look)))
+
+    def _run(self, method: weakref.WeakMethod[Callable[[], None]]) -> None:
+        while True:
+            os.eventfd_read(self.event_fd)
+            look = method()
+            if self._closed or look is None:
+                return
+            look()
+            del look
+
+    def stop(self) -> None:
+        """End the thread. What a look still waits for, the network, is not waited for."""
+        self._closed = True
+        self.background.stop()
+        os.eventfd_write(self.event_fd, 1)
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Close the eventfd. The thread must have been stopped, and the workers must have left."""
+        os.close(self.event_fd)
