@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-short test-pythons test-surroundings test-rdma test-rdma-two-hosts check bench fuzz notebooks clean another-interpreter
+.PHONY: help setup demo test test-fence test-short test-pythons test-surroundings test-rdma test-rdma-two-hosts check bench fuzz notebooks clean another-interpreter
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
@@ -37,6 +37,10 @@ demo: setup  ## reproduce the incident and compare where deletion happens
 
 test: setup  ## run all tests, on all cores (ARGS="-k name")
 	$(PYTEST) $(ARGS)
+
+test-fence: setup  ## run the tests of kernels with guard pages around all that they index
+	FENCE=low $(PYTEST) -p tests.fence tests/kernels
+	FENCE=high $(PYTEST) -p tests.fence tests/kernels
 
 test-short: setup  ## run the tests of what differs between Pythons
 	$(PYTEST) $(SHORT) $(ARGS)
