@@ -34,6 +34,7 @@ from mooncache.kernels.layout import (
     WORD,
     WORKER_IDLE_SINCE,
     WORKER_OWES,
+    WORKER_RETRY_FIRST,
     WORKER_RING,
     AtOnce,
     Note,
@@ -84,7 +85,8 @@ def post_at_once(ctl, worker, index, row):
     left = push_posted(ctl, worker, queue, head)
     if peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_NOTE_STATE * WORD) == Note.TURN:
         left = not note_at_once(ctl, worker, index, endpoint, row) or left
-    if left or wakes_late(ctl, row) or peek(worker + WORKER_OWES * WORD) != 0 or work_waits(ctl, worker):
+    left = left or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0 or peek(worker + WORKER_OWES * WORD) != 0
+    if left or wakes_late(ctl, row) or work_waits(ctl, worker):
         return np.int64(AtOnce.BEGUN)
     return np.int64(AtOnce.POSTED)
 
