@@ -23,8 +23,8 @@ class Complaints:
         self._log, self._lock = log, threading.Lock()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}  # until when, and how many were not written
 
-    def tell(self, source: str, message: str, *arguments: object) -> None:
-        """Write a warning, or count it. `message` with its places open is the kind."""
+    def tell(self, source: str, message: str, *arguments: object, trace: bool = False) -> None:
+        """Write a warning, or count it. `message`, its places open, is the kind. `trace`: of the exception at hand."""
         now = monotonic()
         with self._lock:
             self._tell_counts(now)
@@ -35,7 +35,7 @@ class Complaints:
             until, more = (now + PERIOD_S, 0) if first else self._told[key]
             self._told[key] = until, more + (not first)
         if first:
-            self._log.warning(message, *arguments)
+            self._log.warning(message, *arguments, exc_info=trace)
 
     def close(self) -> None:
         """Write what was only counted."""

@@ -310,7 +310,7 @@ class Listener:
         except DiscoveryError as error:
             self._complaints.tell(host, "engine %r hung up on %s", self._name, error)
         except Exception:
-            log.exception("engine %r could not go on with %s", self._name, source)
+            self._complaints.tell(host, "engine %r could not go on with %s", self._name, source, trace=True)
         finally:
             if not handed_over:
                 sock.close()
@@ -377,7 +377,8 @@ class Listener:
             refused = Refused("InternalError", "internal error; the log of that engine says more")
             if none is not None:
                 refused = Refused("CapacityError", str(none))
-            log.exception("engine %r could not answer %r from %r", self._name, call.purpose, call.caller)
+            what = "engine %r could not answer %r from %r"
+            self._complaints.tell(f"peer {call.caller!r}", what, self._name, call.purpose, call.caller, trace=True)
         return handshake.frame(call.answer(refused, key), handshake.ANSWER_BYTES), Reply({})
 
     async def _receive(self, sock: socket.socket, n: int) -> bytes:

@@ -614,6 +614,19 @@ def test_a_source_that_misbehaves_again_and_again_fills_no_log(listeners, caplog
     assert sum("more lines" in line for line in caplog.messages) == 1
 
 
+def test_a_peer_that_makes_it_fail_again_and_again_fills_no_log(listeners, caplog):
+    def serve(_: Request) -> Reply:
+        raise RuntimeError("of some length, with all its lines")
+
+    where = listeners(serve=serve)
+    for _ in range(50):
+        with pytest.raises(DiscoveryError, match="internal error"):
+            ask(where)
+    assert caplog.text.count("Traceback") == 1
+    where.close()
+    assert "49 more lines of the kind 'engine %r could not answer" in caplog.text
+
+
 def test_a_caller_has_only_so_many_calls_answered_at_once(listeners, monkeypatch):
     monkeypatch.setattr(listener, "CALLS", 2)
     monkeypatch.setattr(handshake, "ANSWER_BYTES", 1 << 24)  # more than the system holds for a reader
