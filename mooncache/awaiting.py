@@ -1,7 +1,7 @@
-"""`await batch`: one eventfd an engine, watched by every event loop that awaits its batches.
+"""`await batch`: one eventfd an engine, watched by every event loop that awaits its batches, or room for another.
 
-A worker that finishes an awaited batch writes to the eventfd; the loop that wakes resolves the futures of all finished
-batches, in whichever loop they are.
+A worker that finishes an awaited batch writes to the eventfd, and so does whoever gives back awaited slots; the loop
+that wakes resolves the futures of all finished batches and of all who wait for slots, in whichever loop they are.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import NamedTuple
 from mooncache.errors import Status
 from mooncache.kernels import calls
 
+ROOM = -1
+"""Instead of a handle: slots or batch rows are awaited."""
+
 
 class _Waiter(NamedTuple):
-    """A coroutine that awaits a batch."""
+    """A coroutine that awaits a batch, or room for one."""
 
     handle: int
     loop: asyncio.AbstractEventLoop
@@ -43,6 +46,21 @@ class Awaiting:
 
     def finished(self, handle: int) -> asyncio.Future[None]:
         """A future of the running event loop that is resolved when the batch is done, closed, or its engine is."""
+        future = self._enter(handle)
+        if not future.done() and calls.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
+            future.set_result(None)
+        return future
+
+    async def room(self, seen: int, timeout: float | None) -> None:
+        """Return when slots or batch rows came back since the capacity bell was `seen`, the engine closed, or so many
+        seconds have passed."""
+        future = self._enter(ROOM)
+        if not future.done() and calls.await_capacity(self.ctl, seen):
+            future.set_result(None)
+        await asyncio.wait([future], timeout=timeout)
+        future.cancel()
+
+    def _enter(self, handle: int) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         with self._lock:
@@ -53,16 +71,14 @@ class Awaiting:
             loop.add_reader(self.event_fd, self._announce)
         self._waiters[id(future)] = _Waiter(handle, loop, future)
         future.add_done_callback(lambda f: self._waiters.pop(id(f), None))
-        if calls.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
-            future.set_result(None)
         return future
 
     def _announce(self) -> None:
-        """The eventfd was written: resolve the futures of all batches that are done, in whichever loop they are."""
+        """The eventfd was written: resolve the futures of all batches that are done, and of who waits for room."""
         with suppress(BlockingIOError):  # another event loop was faster
             os.eventfd_read(self.event_fd)
         for waiter in list(self._waiters.values()):
-            if calls.status(self.ctl, waiter.handle) != Status.NOT_FINISHED:
+            if waiter.handle == ROOM or calls.status(self.ctl, waiter.handle) != Status.NOT_FINISHED:
                 self._resolve(waiter)
 
     def _resolve(self, waiter: _Waiter) -> None:

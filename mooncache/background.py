@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from time import monotonic
 
 log = logging.getLogger("mooncache")
 
@@ -94,13 +95,15 @@ class Background:
         """Begin no work again that fails from now on."""
         self._closing.set()
 
-    def close(self) -> None:
-        """Wait for all threads, which must have been told to end; not from one of them."""
+    def close(self, seconds: float = threading.TIMEOUT_MAX) -> bool:
+        """Wait for all threads, which must have been told to end; not from one of them. Returns whether all have."""
         self.stop()
         with self._lock:
             threads = self._threads
+        end = monotonic() + seconds
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, end - monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     def __repr__(self) -> str:
         return f"<Background of {len(self._threads)} threads, {len(self._trouble)} in trouble>"

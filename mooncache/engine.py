@@ -7,11 +7,11 @@ import atexit
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from time import monotonic, monotonic_ns, sleep
+from time import monotonic, monotonic_ns
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ from mooncache import opening
 from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
+from mooncache.deadline import Deadline
 from mooncache.errors import CapacityError, EngineClosed, MooncacheError, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, hand, jit, layout, look, publication, pump, submit
@@ -30,12 +31,13 @@ from mooncache.kernels.state import Block, State, address_of
 from mooncache.limits import CHUNK_SLICES
 from mooncache.looker import Looker
 from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
-from mooncache.operands import Operand, as_arrays, as_words, deadline_ns, refusal
+from mooncache.operands import Call, Operand, as_arrays, as_words, deadline_at, deadline_ns, deadline_of, refusal
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import HERE, Descriptor, Link, Provider, RemoteRegion
 from mooncache.providers.software import InProcessProvider
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
+from mooncache.ways import Asked, Ways
 
 log = logging.getLogger("mooncache")
 
@@ -124,6 +126,7 @@ class Engine:
             networked = bool(self.provider.descriptors)
             self.name = directory.enter(self, name, opening.own_prefix() if networked else "engine")
             undo.callback(directory.leave, self)
+            self._ways = Ways(self.name)
             self.generation = secrets.randbits(62) + 1
             self._service: Service | None = None
             if networked:
@@ -285,42 +288,78 @@ class Engine:
                 "peers": {peer.name: self.provider.wire(peer.name) for peer in self._peers.values()},
             }
 
-    def connect(self, name: str) -> Peer:
+    def connect(self, name: str, timeout: float | None = None) -> Peer:
         """Connect to the engine called `name`; the same peer every time. `write` and `read` do this by themselves.
+
+        Threads that want the same peer at the same time share one try, and its failure. It goes on without those whose
+        timeout has passed, so that the next call may find the peer connected.
 
         Args:
             name: as its engine calls itself, in this process or in the store of names; or "host:port".
+            timeout: seconds. None: until the try has ended, which takes 30 s at most (`ways.CONNECT_S`), 5 s for each
+                answer of the peer.
 
         Raises:
             DiscoveryError: nobody has that name, or it did not prove to know the secret.
-            TransportError: it cannot be reached, or uses another provider.
+            TransportError: it cannot be reached in time, or uses another provider.
             CapacityError: as many peers as the setting `peers` are connected. Those that are gone make room, the one
-            connected to longest ago first; `forget` others.
+                connected to longest ago first; `forget` others.
+            EngineClosed: this engine is closed, before or meanwhile.
         """
+        self._check_open()
+        deadline = deadline_of(timeout)
+        return self._connected(name) or self._ask(name, patient=False).result(deadline)
+
+    async def aconnect(self, name: str, timeout: float | None = None) -> Peer:
+        """`connect` for a coroutine, whose event loop goes on meanwhile. Cancelling it leaves the try to others."""
+        self._check_open()
+        deadline = deadline_of(timeout)
+        return self._connected(name) or await self._ask(name, patient=False).aresult(deadline)
+
+    def _connected(self, name: str) -> Peer | None:
+        """The peer, if nothing has to be asked of it first."""
+        peer = self._peers.get(name)
+        return None if peer is None or peer.gone else peer
+
+    def _ask(self, name: str, *, patient: bool = True, news: bool = False) -> Asked:
+        return self._ways.begin(name, partial(self._reach, name), patient=patient, news=news)
+
+    def _reach(self, name: str, deadline: Deadline) -> Peer:
+        """Connect to a peer, or learn what it has registered by now; it may even be another engine, opened under the
+        same name. In a thread of `Ways`."""
         while True:
-            self._check_open()
-            peer = self._peers.get(name)
-            described = None
-            if peer is None or (peer.name != name and peer.gone):  # two names of one engine may be of two later on
-                described = self._look_up(name)  # asks the peer, so never while holding one's own lock: it may ask us
-                peer = self._enter(name, described)
+            described = self._look_up(name, deadline)  # asks the peer, so never while holding one's own lock
+            peer = self._enter(name, described)
             try:
-                if self._reconnect(peer, described):
+                if self._meet(peer, described, deadline):
                     return peer
             except BaseException:
                 if not peer.connecting.locked():  # or another thread has it yet to find out
                     self._give_back(peer, lambda peer: not peer.met)
                 raise
 
-    def _look_up(self, name: str) -> Descriptor:
+    def _meet(self, peer: Peer, described: Descriptor, deadline: Deadline) -> bool:
+        """Connect, or look again; False when the peer was forgotten meanwhile."""
+        deadline.waits_for(f"another try to reach peer {peer.name!r}, by another of its names")
+        if not peer.connecting.acquire(timeout=deadline.left()):
+            raise TimeoutError
+        try:
+            if not peer.forgotten:
+                self._learn(peer, described, deadline)
+            return not peer.forgotten
+        finally:
+            peer.connecting.release()
+
+    def _look_up(self, name: str, deadline: Deadline) -> Descriptor:
         if self._service is None:
             return directory.look_up(name, self.provider.name)
-        return self._service.look_up(name)
+        return self._service.look_up(name, deadline)
 
     def _enter(self, name: str, described: Descriptor) -> Peer:
         """A peer not connected to yet, or one known by another name."""
         while True:
             with self._lock:
+                self._check_open()
                 known = [p for p in self._peers.values() if p.name == name or p.generation == described.generation]
                 if known:
                     self._peers[name] = known[0]
@@ -352,37 +391,24 @@ class Engine:
 
     def _look(self, peer: Peer, number: int) -> None:
         try:
-            self._look_again(peer)
+            self._ask(peer.name, news=True).result(Deadline())
         except MooncacheError as error:
             log.info("peer %r refused a range and could not be asked again: %s", peer.name, error)
         finally:
             if not self.closed:
                 look.end(self.ctl, address_of(peer.table.header), number)
 
-    def _reconnect(self, peer: Peer, described: Descriptor | None = None) -> bool:
-        """Connect to a peer, unless it is connected or another thread does it; False when it has been forgotten."""
-        if peer.gone:
-            with peer.connecting:
-                if not peer.forgotten and peer.gone:
-                    self._learn(peer, described or self._look_up(peer.name))
-        return not peer.forgotten
-
-    def _look_again(self, peer: Peer) -> None:
-        """Learn what a peer has registered by now; it may even be another engine, opened under the same name."""
-        with peer.connecting:
-            if not peer.forgotten:
-                self._learn(peer, self._look_up(peer.name))
-
-    def _learn(self, peer: Peer, described: Descriptor) -> None:
+    def _learn(self, peer: Peer, described: Descriptor, deadline: Deadline) -> None:
         dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
         # Providers keep the link, and their threads do: it must not hold the engine.
-        link = Link(peer.table.gone, dial, peer.table.header, self.name)
+        link = Link(peer.table.gone, dial, peer.table.header, self.name, deadline)
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         if not self._state.fits(peer.index, queue_pairs):
             peer.gone = True  # nothing is submitted meanwhile
-            self._await_rest(peer, lambda: True)
+            self._await_rest(peer, lambda: True, deadline)
             self._take_rows(peer, self._state.take_rows)
         with self._lock:
+            self._check_open()
             peer.refresh(described, calls.oldest_submit(self.ctl, peer.index))
             queues = self._state.connect(peer.index, peer.table, queue_pairs)
             peer.handle = self._state.handle(peer.index)
@@ -409,6 +435,10 @@ class Engine:
             raise UsageError(f"engine {self.name!r} is not connected to {peer!r}; its peers: {sorted(self._peers)}")
         self._forget(known, lambda peer: True)
 
+    async def aforget(self, peer: str | Peer) -> None:
+        """`forget` for a coroutine, in a thread of its event loop, which goes on with it when this is cancelled."""
+        await asyncio.to_thread(self.forget, peer)
+
     def _give_back(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
         """`_forget`, where it is no matter if that cannot be done now."""
         try:
@@ -423,7 +453,7 @@ class Engine:
                 return False
             peer.gone = True  # nothing is submitted from here on
             self.provider.disconnect(peer.name)
-            self._await_rest(peer, lambda: self.provider.quiet(peer.name))
+            self._await_rest(peer, lambda: self.provider.quiet(peer.name), Deadline())
             self._take_rows(peer, self._state.disconnect)
             self.provider.forget(peer.name)
             with self._lock:
@@ -434,39 +464,39 @@ class Engine:
             self._service.forget(peer.name)
         return True
 
-    def _await_rest(self, peer: Peer, quiet: Callable[[], bool]) -> None:
+    def _await_rest(self, peer: Peer, quiet: Callable[[], bool], deadline: Deadline) -> None:
         """Return when no batch to a peer is under way, its queue pairs rest, and so says `quiet`."""
-        deadline = monotonic() + REST_SECONDS
-        while not (
-            calls.oldest_submit(self.ctl, peer.index) == calls.NEVER
-            and all(row.at_rest for row in self._state.rows_of(peer.index))
-            and quiet()
+        limit = deadline.within(REST_SECONDS)
+        limit.waits_for(f"what is under way to peer {peer.name!r}")
+        if not limit.until(
+            lambda: (
+                calls.oldest_submit(self.ctl, peer.index) == calls.NEVER
+                and all(row.at_rest for row in self._state.rows_of(peer.index))
+                and quiet()
+            )
         ):
-            if monotonic() > deadline:
-                raise TransportError(
-                    f"what is under way to peer {peer.name!r} did not come back within {REST_SECONDS:.0f} s; try again"
-                )
-            sleep(1e-3)
-        self._let_workers_turn(deadline)
+            raise TransportError(
+                f"what is under way to peer {peer.name!r} did not come back within {limit.seconds:.3g} s; try again"
+            )
+        self._let_workers_turn()
 
     def _take_rows(self, peer: Peer, take: Callable[[int], object]) -> None:
         """Take a peer's rows, which rest, from the workers."""
         with self._lock:
             self.provider.stop(peer.name, self._state.rows_of(peer.index))
             peer.kept.append(take(peer.index))
-        self._let_workers_turn(monotonic() + REST_SECONDS)
+        self._let_workers_turn()
         peer.kept.clear()
 
-    def _let_workers_turn(self, deadline: float) -> None:
+    def _let_workers_turn(self) -> None:
         """Return when every worker has begun a new round: what was withdrawn before is in nobody's hands."""
         epoch = calls.grace(self.ctl)
-        while not calls.graced(self.ctl, epoch):
-            if monotonic() > deadline:
-                raise TransportError(f"workers of engine {self.name!r} do not get on; try again")
-            sleep(1e-4)
+        if not Deadline(REST_SECONDS).until(lambda: bool(calls.graced(self.ctl, epoch)), 1e-4):
+            raise TransportError(f"workers of engine {self.name!r} do not get on; try again")
 
     def supersede(self, name: str, generation: int) -> None:
         """A peer's name is another engine's now: the next submit connects anew. What is under way goes on."""
+        self._ways.hurry(name)
         peer = self._peers.get(name)
         if peer is not None and peer.generation != generation:
             peer.gone = True
@@ -483,9 +513,10 @@ class Engine:
             source: local addresses, int64[n] C-contiguous, or one integer that holds for all.
             target: addresses at the peer, likewise.
             length: bytes, each at least 1, likewise.
-            timeout: seconds, for the whole batch: until then slots are waited for if too few are free, and slices
-                are posted. What is not answered by then fails as TIMED_OUT, within 100 ms whatever the wire does. A
-                connection that carries bytes of it is made anew, and others' slices travel again. None: no limit.
+            timeout: seconds, for the whole batch: until then the peer is connected to if it is not yet, slots are
+                waited for if too few are free, and slices are posted. What is not answered by then fails as TIMED_OUT,
+                within 100 ms whatever the wire does. A connection that carries bytes of it is made anew, and others'
+                slices travel again. None: no limit but those of `connect`.
             notify: up to 1,024 bytes that the peer's `notifications` gets when all data is in its memory, after those
                 of batches submitted to it before. Never sent for a batch that fails. The batch is done when the peer
                 has it; with n = 0 it travels alone.
@@ -496,7 +527,8 @@ class Engine:
         Raises (nothing is submitted then):
             UsageError: unequal sizes, wrong dtype, a length that is not positive, a byte that is not registered.
             CapacityError: more slices than the pool can hold, or too few free before the timeout.
-            TransportError: the peer is unknown. EngineClosed: the engine is closed.
+            TransportError: the peer is unknown, or was not connected in time; within a short pause after a failure
+                to connect, that failure at once. DiscoveryError: see `connect`. EngineClosed: the engine is closed.
         """
         return self._submit(Opcode.WRITE, peer, source, target, length, timeout, notify)
 
@@ -507,6 +539,23 @@ class Engine:
         """Copy a peer's ranges here: `source` are addresses at the peer, `target` local ones. Else like `write`."""
         return self._submit(Opcode.READ, peer, target, source, length, timeout, notify)
 
+    async def awrite(
+        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
+        notify: bytes | str | None = None,
+    ) -> Batch:  # fmt: skip
+        """`write` for a coroutine: its event loop goes on while the peer is connected to or slots are waited for.
+
+        Cancelled meanwhile, it has submitted nothing.
+        """
+        return await self._asubmit(Opcode.WRITE, peer, source, target, length, timeout, notify)
+
+    async def aread(
+        self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
+        notify: bytes | str | None = None,
+    ) -> Batch:  # fmt: skip
+        """`read` for a coroutine, as `awrite`."""
+        return await self._asubmit(Opcode.READ, peer, target, source, length, timeout, notify)
+
     def notifications(self) -> Inbox:
         """What peers have sent along with batches: iterate to take out what is there, `async for` to wait for more."""
         return self._inbox
@@ -516,27 +565,56 @@ class Engine:
         timeout: float | None, notify: bytes | str | None,
     ) -> Batch:  # fmt: skip
         """`local` and `remote` are what the kernels call source and target: a read's bytes flow the other way."""
+        call = self._call(opcode, peer, local, remote, length, timeout, notify)
+        done = self._attempt(call)
+        if done is None:
+            steps = self._attempts(call)
+            try:
+                while True:
+                    self._wait(next(steps), call)
+            except StopIteration as last:
+                done = last.value
+        return done
+
+    async def _asubmit(self, *arguments: Any) -> Batch:
+        """`_submit`, which awaits what that waits for."""
+        call = self._call(*arguments)
+        done = self._attempt(call)
+        if done is None:
+            steps = self._attempts(call)
+            try:
+                while True:
+                    await self._await(next(steps), call)
+            except StopIteration as last:
+                done = last.value
+        return done
+
+    def _call(
+        self, opcode: Opcode, peer: str | Peer, local: Operand, remote: Operand, length: Operand,
+        timeout: float | None, notify: bytes | str | None,
+    ) -> Call:  # fmt: skip
         if self.closed:
             self._check_open()
-        to = self._own(peer) if isinstance(peer, Peer) else self._called(peer)
+        name, given = (self._own(peer).name, peer) if isinstance(peer, Peer) else (peer, None)
         deadline = deadline_ns(timeout)
-        ctl, breaks = self.ctl, to.breaks
         if type(local) is int and type(remote) is int and type(length) is int and notify is None:
-            operands: tuple[Any, ...] = as_words(local, remote, length)
-            kernel, requests = submit.submit_one, 1
-        else:
-            arrays = as_arrays(local, remote, length)
-            operands, kernel, requests = arrays, submit.submit, max(a.size for a in arrays)
-            if notify is not None:
-                operands, kernel = (*arrays, pack(notify)), submit.submit_noted
-        handle = kernel(ctl, to.handle, opcode.value, deadline, *operands)
-        if handle < 0:
-            handle = self._try_again(kernel, ctl, to, peer is to, opcode, deadline, operands)
-        return Batch(self, handle, to, requests, notify is not None, breaks)
+            words = as_words(local, remote, length)
+            return Call(name, submit.submit_one, opcode, deadline, words, 1, False, timeout, given)
+        arrays = as_arrays(local, remote, length)
+        requests = max(a.size for a in arrays)
+        if notify is None:
+            return Call(name, submit.submit, opcode, deadline, arrays, requests, False, timeout, given)
+        operands = (*arrays, pack(notify))
+        return Call(name, submit.submit_noted, opcode, deadline, operands, requests, True, timeout, given)
 
-    def _called(self, name: str) -> Peer:
-        peer = self._peers.get(name)
-        return self.connect(name) if peer is None or (peer.name != name and peer.gone) else peer
+    def _attempt(self, call: Call) -> Batch | None:
+        """The batch, unless the kernel refuses it or the peer has to be connected to first."""
+        to = self._peers.get(call.peer)
+        if to is None or (to.name != call.peer and to.gone):  # two names of one engine may be of two later on
+            return None
+        breaks = to.breaks
+        handle = call.kernel(self.ctl, to.handle, call.opcode.value, call.deadline, *call.operands)
+        return Batch(self, handle, to, call.requests, call.noted, breaks) if handle >= 0 else None
 
     def _own(self, peer: Peer) -> Peer:
         if peer.forgotten:
@@ -545,44 +623,65 @@ class Engine:
             raise UsageError(f"{peer!r} belongs to another engine; give its name, or what this one's connect() returns")
         return peer
 
-    def _try_again(
-        self, kernel: jit.Kernel, ctl: int, peer: Peer, as_object: bool, opcode: Opcode, deadline: int, operands: Any
-    ) -> int:
-        """A submit was refused: wait for capacity, look at the peer's regions once more, or say what is wrong."""
-        refreshed = reconnected = False
+    def _attempts(self, call: Call) -> Generator[Asked | int, None, Batch]:
+        """A submit was refused, or its peer is not known: yields what has to be waited for before the next attempt (a
+        way to the peer, or the value of the capacity bell that must change), or says what is wrong."""
+        ctl, looked, connects = self.ctl, False, 0
         while True:
             self._check_open()
+            if call.given is not None:
+                self._own(call.given)  # unless it was forgotten meanwhile
+            to = self._peers.get(call.peer)
+            if to is None or (to.name != call.peer and to.gone and connects == 0):
+                connects += 1
+                yield self._ask(call.peer)
+                continue
             bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
-            handle = int(kernel(ctl, peer.handle, opcode.value, deadline, *operands))
+            breaks = to.breaks
+            handle = int(call.kernel(ctl, to.handle, call.opcode.value, call.deadline, *call.operands))
             if handle >= 0:
-                return handle
+                return Batch(self, handle, to, call.requests, call.noted, breaks)
             status = Status(-handle)
             if status in (Status.POOL_EMPTY, Status.BATCHES_EMPTY):
-                self._wait_for_capacity(ctl, status, deadline, bell)
-            elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not refreshed:
-                refreshed = True
-                self._look_again(peer)
-            elif status == Status.STALE_PEER or (status == Status.PEER_GONE and not reconnected):
-                reconnected = status == Status.PEER_GONE
-                if not self._reconnect(peer):
-                    peer = self._own(peer) if as_object else self.connect(peer.name)
+                self._check_patience(status, call.deadline)
+                yield bell
+            elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not looked:
+                looked = True
+                yield self._ask(call.peer, news=True)
+            elif status == Status.STALE_PEER:
+                continue  # its row is another's now, or it has another
+            elif status == Status.PEER_GONE and connects < 2:
+                connects += 1
+                yield self._ask(call.peer)
             else:
                 raise refusal(
-                    status, opcode, calls.refused_request(ctl), operands[:3], self._state.regions, peer.table,
+                    status, call.opcode, calls.refused_request(ctl), call.operands[:3], self._state.regions, to.table,
                     self._settings.chunks * CHUNK_SLICES,
                 )  # fmt: skip
 
-    def _wait_for_capacity(self, ctl: int, status: Status, deadline: int, bell: int) -> None:
-        left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
-        if left <= 0 or self._settings.policy == Policy.LEAK:
-            what = "batch rows" if status == Status.BATCHES_EMPTY else "slots"
-            why = (
-                "the leak policy never frees any"
-                if self._settings.policy == Policy.LEAK
-                else "and none came back before the timeout; close finished batches, or give the engine more"
-            )
-            raise CapacityError(f"too few free {what}: {self!r}, {why}")
-        calls.wait_capacity(ctl, bell, left)
+    def _check_patience(self, status: Status, deadline: int) -> None:
+        """Raise CapacityError when there is no use in waiting for slots or batch rows, or no time."""
+        if self._settings.policy == Policy.LEAK:
+            why = "the leak policy never frees any"
+        elif deadline and monotonic_ns() >= deadline:
+            why = "and none came back before the timeout; close finished batches, or give the engine more"
+        else:
+            return
+        what = "batch rows" if status == Status.BATCHES_EMPTY else "slots"
+        raise CapacityError(f"too few free {what}: {self!r}, {why}")
+
+    def _wait(self, awaited: Asked | int, call: Call) -> None:
+        if isinstance(awaited, Asked):
+            awaited.result(deadline_at(call.deadline, call.timeout))
+        else:
+            left = min(NAP_NS, call.deadline - monotonic_ns()) if call.deadline else NAP_NS
+            calls.wait_capacity(self.ctl, awaited, max(1, left))
+
+    async def _await(self, awaited: Asked | int, call: Call) -> None:
+        if isinstance(awaited, Asked):
+            await awaited.aresult(deadline_at(call.deadline, call.timeout))
+        else:
+            await self.awaiting.room(awaited, (call.deadline - monotonic_ns()) / 1e9 if call.deadline else None)
 
     # ------------------------------------------------------------------------------ pages given to others
     def fence(self, peer: str | Peer, *, timeout: float = FENCE_S) -> int:
@@ -657,9 +756,12 @@ class Engine:
                 return
             self.closed = True
         directory.leave(self)
+        self._ways.stop()
+        self._inbox.close()
         if self._service is not None:
             self._service.close()
         calls.stop(self.ctl)
+        self._ways.close(JOIN_SECONDS)
         workers, reapers = self._threads[: len(self._workers)], self._threads[len(self._workers) :]
         hanging = _join(workers, JOIN_SECONDS)
         if hanging:
@@ -682,7 +784,6 @@ class Engine:
         self.provider.settle(SETTLE_S)
         self.provider.close()
         self._bells.close()
-        self._inbox.close()
         self.awaiting.close()
 
     def __enter__(self) -> Engine:

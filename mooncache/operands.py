@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from time import monotonic_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mooncache.deadline import Deadline
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
 from mooncache.kernels.layout import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
 from mooncache.kernels.state import RegionTable
+
+if TYPE_CHECKING:
+    from mooncache.kernels.jit import Kernel
+    from mooncache.peer import Peer
 
 LONGEST_S = 3.2e9  # 100 years, so that no clock in ns overflows
 Operand = int | np.integer[Any] | np.ndarray
@@ -77,6 +82,30 @@ def deadline_ns(timeout: Any) -> int:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not abs(timeout) < LONGEST_S:
         raise UsageError(f"expected a timeout in seconds, or None for no limit, got {timeout!r}")
     return monotonic_ns() + round(max(0, timeout) * 1e9)
+
+
+def deadline_of(timeout: Any) -> Deadline:
+    """The same as an object, for those who wait on the way to a batch."""
+    return deadline_at(deadline_ns(timeout), timeout)
+
+
+def deadline_at(ns: int, timeout: float | None) -> Deadline:
+    """What `deadline_ns` made of a timeout, as an object."""
+    return Deadline() if timeout is None else Deadline(timeout, left=max(0.0, (ns - monotonic_ns()) / 1e9))
+
+
+class Call(NamedTuple):
+    """A `write` or `read` as a kernel takes it, to be tried as often as that makes sense."""
+
+    peer: str
+    kernel: Kernel
+    opcode: Opcode
+    deadline: int  # ns, 0: none
+    operands: tuple[Any, ...]
+    requests: int
+    noted: bool  # a notification goes with it
+    timeout: float | None  # as it was given, for messages
+    given: Peer | None  # if the caller gave one instead of a name
 
 
 def refusal(

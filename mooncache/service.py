@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mooncache.deadline import Deadline
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.base import LEASE_S, Names, StoreDown, open_names
 from mooncache.discovery.dial import Answer, dial
@@ -75,7 +76,7 @@ class Service:
         if self._names is not None:
             self._names.changed()
 
-    def address_of(self, name: str) -> str:
+    def address_of(self, name: str, deadline: Deadline | None = None) -> str:
         """Where to reach the engine called `name`: an address already, an engine of this process, or in the store."""
         if ":" in name:
             parse_address(name)
@@ -84,6 +85,7 @@ class Service:
         if local:
             return local
         if self._names is not None:
+            (deadline or Deadline()).waits_for(f"the store of names at {self._names.where}")
             return self._address_in(self._names, name)
         if any(engine.name == name for engine in directory.engines()):
             raise TransportError(
@@ -104,11 +106,11 @@ class Service:
             log.warning("peer %r is sought where it was last: %s", name, error)
         return self._addresses[name]
 
-    def look_up(self, name: str) -> Descriptor:
+    def look_up(self, name: str, deadline: Deadline | None = None) -> Descriptor:
         """What the engine called `name` says of itself, now; its address is where it answered."""
         self._latest.pop(name, None)  # what is told from here on may be newer than what is found
-        address = self.address_of(name)
-        answer = self.dial(address, "describe", {})
+        address = self.address_of(name, deadline)
+        answer = self.dial(address, "describe", {}, deadline=deadline)
         answer.sock.close()
         described = from_json(answer.body, f"peer {name!r} at {address}")
         if ":" not in name and described.name != name:
@@ -143,10 +145,14 @@ class Service:
         self._latest.pop(name, None)
         self._addresses.pop(name, None)
 
-    def dial(self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "") -> Answer:
+    def dial(
+        self, address: str, purpose: str, body: dict[str, Any], *, unix: str = "", deadline: Deadline | None = None
+    ) -> Answer:
         """Ask the engine at an address; over its Unix socket when a name for that is given."""
         where = f"unix:{unix}" if unix else address
-        return dial(where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret)
+        return dial(
+            where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret, deadline=deadline
+        )
 
     @property
     def trouble(self) -> tuple[str, ...]:

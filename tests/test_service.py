@@ -352,9 +352,9 @@ def test_a_name_taken_over_while_it_is_being_connected_to_is_connected_to_again(
     serving = sender.engine._service
     dial = serving.dial
 
-    def late(*arguments: Any) -> Any:
+    def late(*arguments: Any, **options: Any) -> Any:
         serving._told(there_is.name, there_is.generation + 1)
-        return dial(*arguments)
+        return dial(*arguments, **options)
 
     monkeypatch.setattr(serving, "dial", late)
     peer = sender.engine.connect(there_is.name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from array import array
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
+from mooncache.deadline import Deadline
 from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
@@ -38,7 +40,7 @@ class Answer:
 
 def dial(
     address: str, purpose: str, body: dict[str, Any], *, caller: str, generation: int, secret: bytes | None,
-    timeout: float = handshake.HANDSHAKE_S,
+    deadline: Deadline | None = None,
 ) -> Answer:  # fmt: skip
     """Ask the engine at an address, and wait for its answer.
 
@@ -48,38 +50,46 @@ def dial(
         caller, generation: of the asking engine.
         secret: what the other side's `Listener` has. Without one, the user's own serves where that is asked for, and a
             Unix socket of another user's is not spoken to.
-        timeout: seconds, for everything but looking up the host's name, which the system limits.
+        deadline: of who waits for it; in any case no longer than handshake.HANDSHAKE_S.
 
     Raises:
         UsageError: a bad address or secret. CapacityError: the call is too long.
         DiscoveryError: the host's name is unknown, only one side has a secret, they differ, the versions differ, or
             what answers is no engine.
-        TransportError: the connection was refused, broke, or took longer than the timeout.
+        TransportError: the connection was refused, broke, or took longer than the deadline.
         AnotherUser: see `secret`.
-        Any of these and EngineClosed: what `serve` over there raised.
+        Any of these and EngineClosed: what `serve` over there raised. EngineClosed too: the deadline was ended.
     """
     check_secret(secret)
-    deadline = monotonic() + timeout
+    deadline = (deadline or Deadline()).within(handshake.HANDSHAKE_S)
+    deadline.waits_for(f"{address} to take a connection")
+    why = "that host is down, or a firewall does not let its port through"
     try:
         sock = _connect(address, deadline)
+        deadline.waits_for(f"{address} to answer {purpose!r}")
+        why = (
+            "it takes connections, so its process is stopped or overloaded, or some call there keeps the GIL and with "
+            "it all Python threads, or what listens there is no engine"
+        )
         try:
             if secret is None and sock.family == socket.AF_UNIX:
                 _check_user(process_at(sock), address)
-            answer = _ask(sock, address, purpose, body, caller, generation, secret, deadline)
+            with deadline.over_socket(sock):
+                answer = _ask(sock, address, purpose, body, caller, generation, secret, deadline)
             sock.settimeout(None)
             return answer
         except BaseException:
             sock.close()
             raise
     except TimeoutError as error:
-        raise TransportError(
-            f"no answer from {address} within {timeout} s; is that host up, and does a firewall let its port through?"
-        ) from error
+        raise TransportError(f"no answer from {address} within {deadline.seconds:.3g} s: {why}") from error
     except ConnectionRefusedError as error:
         raise TransportError(
             f"{address} refused the connection; is the engine there open, and is this its address?"
         ) from error
     except OSError as error:
+        if deadline.ended:
+            raise EngineClosed(deadline.ended) from error
         what = f"no handshake with {address}"
         raise none_left(error, what) or TransportError(f"{what}: {error.strerror or error}; try again") from error
 
@@ -93,12 +103,12 @@ def _check_user(process: Process, address: str) -> None:
 
 def _ask(
     sock: socket.socket, address: str, purpose: str, body: dict[str, Any], caller: str, generation: int,
-    secret: bytes | None, deadline: float,
+    secret: bytes | None, deadline: Deadline,
 ) -> Answer:  # fmt: skip
     hello = Hello.read(_receive_text(sock, handshake.HELLO_BYTES, address, deadline), address)
     key = _key_for(hello, secret, address)
     call = Call(hello, handshake.new_nonce(), purpose, caller, generation, body)
-    sock.settimeout(_left(deadline))
+    sock.settimeout(deadline.left())
     sock.sendall(handshake.frame(call.message(key), handshake.CALL_BYTES))
     text = _receive_text(sock, handshake.ANSWER_BYTES, address, deadline)
     answer = call.read_answer(text, key, address)
@@ -118,45 +128,93 @@ def _key_for(hello: Hello, secret: bytes | None, address: str) -> bytes | None:
     return of_user() if hello.user else None
 
 
-def _connect(address: str, deadline: float) -> socket.socket:
+def _connect(address: str, deadline: Deadline) -> socket.socket:
     """To the first of the host's addresses that takes the connection."""
     if address.startswith("unix:"):
         return _connect_to(socket.AF_UNIX, "\0" + address.removeprefix("unix:"), deadline)
     host, port = parse_address(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = _resolve(host, port, deadline)
+    except TimeoutError as error:
+        raise DiscoveryError(
+            f"host {host!r} was not found within {deadline.seconds:.3g} s; does the system's resolver (DNS) answer?"
+        ) from error
     except (OSError, UnicodeError) as error:
         raise DiscoveryError(f"host {host!r} of {address} is unknown ({error}); is the name right?") from error
-    for family, _, _, _, where in found[:-1]:
+    deadline.waits_for(f"{address} to take a connection")
+    for family, where in found[:-1]:
         # An address that never answers leaves the others their share of the time.
         with suppress(OSError):
-            return _connect_to(family, where, monotonic() + _left(deadline) / len(found))
-    return _connect_to(found[-1][0], found[-1][4], deadline)
+            return _connect_to(family, where, deadline.within(deadline.left() / len(found)))
+    return _connect_to(*found[-1], deadline)
 
 
-def _connect_to(family: int, where: Any, deadline: float) -> socket.socket:
+_resolving: dict[tuple[str, int], Future[list[tuple[int, Any]]]] = {}
+_resolving_lock = threading.Lock()
+
+
+def _resolve(host: str, port: int, deadline: Deadline) -> list[tuple[int, Any]]:
+    """Address family and socket address of a host. The system's look-up knows no limit: it has a thread of its own.
+
+    Whoever asks for the same meanwhile waits for the same thread, so that no more than one is left behind.
+    """
+    with suppress(OSError, UnicodeError):  # an address needs no look-up
+        return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
+    with _resolving_lock:
+        found = _resolving.get((host, port))
+        if found is None:
+            found = _resolving[host, port] = Future()
+            threading.Thread(target=_look_up, args=(host, port, found), name=f"look-up-{host}", daemon=True).start()
+    deadline.waits_for(f"the address of host {host!r}")
+    if not deadline.until(found.done):
+        raise TimeoutError
+    return found.result()
+
+
+def _look_up(host: str, port: int, found: Future[list[tuple[int, Any]]]) -> None:
+    try:
+        addresses = _getaddrinfo(host, port)
+    except BaseException as error:
+        _forget_look_up(host, port)
+        found.set_exception(error)
+    else:
+        _forget_look_up(host, port)
+        found.set_result(addresses)
+
+
+def _forget_look_up(host: str, port: int) -> None:
+    with _resolving_lock:
+        del _resolving[host, port]
+
+
+def _getaddrinfo(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:
+    return [(found[0], found[4]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)]
+
+
+def _connect_to(family: int, where: Any, deadline: Deadline) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family != socket.AF_UNIX:
             handshake.set_options(sock)
-        sock.settimeout(_left(deadline))
-        sock.connect(where)
+        sock.settimeout(deadline.left())
+        with deadline.over_socket(sock):
+            sock.connect(where)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _receive_text(sock: socket.socket, limit: int, source: str, deadline: float) -> bytes:
+def _receive_text(sock: socket.socket, limit: int, source: str, deadline: Deadline) -> bytes:
     header = _receive(sock, handshake.HEADER.size, deadline)
     return _receive(sock, handshake.text_bytes(header, limit, source), deadline)
 
 
-def _receive(sock: socket.socket, n: int, deadline: float) -> bytes:
+def _receive(sock: socket.socket, n: int, deadline: Deadline) -> bytes:
     """Exactly n bytes: what comes after the answer is the caller's."""
     got = bytearray()
     while len(got) < n:
-        sock.settimeout(_left(deadline))
+        sock.settimeout(deadline.left())
         more = sock.recv(n - len(got))
         if not more:
             raise ConnectionError("it hung up before it had answered; its log says why")
@@ -164,11 +222,11 @@ def _receive(sock: socket.socket, n: int, deadline: float) -> bytes:
     return bytes(got)
 
 
-def _receive_fds(sock: socket.socket, n: int, source: str, deadline: float) -> list[int]:
+def _receive_fds(sock: socket.socket, n: int, source: str, deadline: Deadline) -> list[int]:
     fds = array("i")
     try:
         while len(fds) < n:
-            sock.settimeout(_left(deadline))
+            sock.settimeout(deadline.left())
             lot = min(FDS_A_MESSAGE, n - len(fds))
             # Not socket.recv_fds, which ignores its flags: children would inherit the descriptors.
             space = socket.CMSG_SPACE(lot * fds.itemsize)
@@ -184,11 +242,3 @@ def _receive_fds(sock: socket.socket, n: int, source: str, deadline: float) -> l
             os.close(fd)
         raise
     return fds.tolist()
-
-
-def _left(deadline: float) -> float:
-    """Seconds until then. Raises TimeoutError when there are none."""
-    left = deadline - monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left

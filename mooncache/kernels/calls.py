@@ -18,7 +18,7 @@ from mooncache.kernels.atomics import (
     peek,
     store,
 )
-from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, finished, move
+from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, move
 from mooncache.kernels.handle import FREE, GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
@@ -42,6 +42,7 @@ from mooncache.kernels.layout import (
     LOCAL_TABLE,
     REFUSED,
     SHARED,
+    SHARED_AWAITED,
     SHARED_BELL,
     SHARED_EPOCH,
     SHARED_REAPER_BELL,
@@ -65,7 +66,7 @@ from mooncache.kernels.layout import (
     Kind,
     Slice,
 )
-from mooncache.kernels.pool import EVERY_THREAD
+from mooncache.kernels.pool import EVERY_THREAD, wake_waiters
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, lingers, sleep_on_descriptors, work_waits
 from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
@@ -185,6 +186,16 @@ def wait_capacity(ctl, seen, ns):
 
 
 @kernel("int64(int64, int64)")
+def await_capacity(ctl, seen):
+    """Ask for a write to the engine's eventfd when chunks or batch rows come back; 1 when they have since the bell was
+    `seen`, looked up after."""
+    shared = word(ctl, SHARED)
+    store(shared + SHARED_AWAITED * WORD, 1)
+    fence()
+    return np.int64(load(shared + SHARED_BELL * WORD) != seen)
+
+
+@kernel("int64(int64, int64)")
 def cancel(ctl, handle):
     """Ask the worker to answer the batch's unposted slices as cancelled. OK, or STALE_HANDLE."""
     row = resolve(ctl, handle)
@@ -207,6 +218,7 @@ def close_batch(ctl, handle, keep_failed):
         return np.int64(Status.STALE_HANDLE)
     account(ctl, Kind.BATCHES_CLOSED, 1)
     if move(row, CLOSE) == SEALED:
+        announce(ctl, row)  # to threads and coroutines that wait for it: it is closed
         request_cancel(ctl, row, handle_of(peek(row + BATCH_GENERATION * WORD), handle & SLOT_MASK))
         return np.int64(Status.NOT_FINISHED)
     retire(ctl, row)
@@ -358,6 +370,7 @@ def stop(ctl):
             close_batch(ctl, handle_of(load(row + BATCH_GENERATION * WORD), slot), False)
             closed += 1
     store(shared + SHARED_STOP * WORD, 1)
+    wake_waiters(ctl)  # for slots, which will not come
     for i in range(word(ctl, WORKERS)):
         wake_worker(ctl, worker_row(ctl, i))
     return closed

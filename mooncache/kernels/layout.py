@@ -226,7 +226,8 @@ SHARED_LOW = 88  # fewest free chunks ever seen
 SHARED_LEAKED_CHUNKS = 96  # tag << 24 | chunk + 1: chunks that the leak policy forgot
 SHARED_LEAKED_COUNT = 104
 SHARED_REAPER_STOP = 112  # 1: the reaper leaves when it has freed all; set when the workers have left
-SHARED_WORDS = 120
+SHARED_AWAITED = 120  # 1: a coroutine awaits the bell, so the next ring also writes to the engine's eventfd
+SHARED_WORDS = 128
 
 # ------------------------------------------------------------------ batch rows
 BATCH_STATE = 0  # BatchState; its low half is the futex of waiters

@@ -14,7 +14,19 @@ runs, so filling and posting stay sequential; index stacks scramble after a whil
 import numpy as np
 
 from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import add, cas, fence, futex_wake, i16, i64, load, peek, poke
+from mooncache.kernels.atomics import (
+    add,
+    call_write,
+    cas,
+    exchange,
+    fence,
+    futex_wake,
+    i16,
+    i64,
+    load,
+    peek,
+    poke,
+)
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import (
     BATCH_CHUNKS,
@@ -28,15 +40,19 @@ from mooncache.kernels.layout import (
     CHUNK_NEXT,
     CHUNK_PREVIOUS,
     CHUNK_SLICES,
+    EVENT_FD,
     SHARED,
+    SHARED_AWAITED,
     SHARED_BELL,
     SHARED_FREE_CHUNKS,
     SHARED_FREE_COUNT,
     SHARED_LOW,
     SHARED_WAITERS,
+    SLEEPING,
     SLICE_STATE,
     SYSCALL,
     WORD,
+    WRITE,
     Kind,
     Slice,
 )
@@ -94,12 +110,18 @@ def pop_chain(head, links, k):
 # ------------------------------------------------------------------------------ chunks
 @kernel
 def wake_waiters(ctl):
-    """Wake those who wait for chunks or batch rows. The bell rises even if nobody does yet: one may be about to."""
+    """Wake those who wait for chunks or batch rows: threads on the bell's futex, event loops on the engine's eventfd.
+
+    The bell rises even if nobody waits yet: one may be about to.
+    """
     shared = word(ctl, SHARED)
     add(shared + SHARED_BELL * WORD, 1)
     fence()
     if load(shared + SHARED_WAITERS * WORD) != 0:
         futex_wake(word(ctl, SYSCALL), shared + SHARED_BELL * WORD, EVERY_THREAD)
+    if load(shared + SHARED_AWAITED * WORD) != 0 and exchange(shared + SHARED_AWAITED * WORD, 0) != 0:
+        poke(ctl + SLEEPING * WORD, 1)
+        call_write(word(ctl, WRITE), word(ctl, EVENT_FD), ctl + SLEEPING * WORD, WORD)
 
 
 @kernel

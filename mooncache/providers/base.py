@@ -17,6 +17,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.background import Background
+from mooncache.deadline import Deadline
 from mooncache.errors import UsageError
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 
@@ -72,12 +73,14 @@ class Link(NamedTuple):
         dial: asks the peer `(purpose, body)`; over its Unix socket when a name for that is given. See `discovery.dial`.
         table: what the word is a part of, to be held by whoever may write to it.
         caller: name of the engine that connects.
+        deadline: for connecting; whatever `connect` and `start` wait for, they wait for under it.
     """
 
     gone: int
     dial: Callable[..., Answer]
     table: np.ndarray
     caller: str = ""
+    deadline: Deadline = Deadline()
 
 
 def _nobody(*_: object, **__: object) -> Answer:
@@ -144,8 +147,9 @@ class Provider(ABC):
         """Connect to a peer; returns the queue pairs of each worker.
 
         A peer that was connected before under its name, and may have been opened anew since, keeps its queue pairs:
-        from now on they lead to what `peer` describes. Raises TransportError. May wait for the network: the engine
-        calls it for one peer at a time, but for several peers at once.
+        from now on they lead to what `peer` describes. Raises TransportError, and EngineClosed when `link.deadline` was
+        ended. May wait for the network, as long as that lasts: the engine calls it for one peer at a time, but for
+        several peers at once.
         """
 
     def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:  # noqa: B027  (most just go on)

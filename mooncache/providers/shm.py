@@ -366,7 +366,7 @@ class Shm(StreamProvider):
             return None
         segments = peer.data["segments"]
         try:
-            answer = link.dial("share", {"have": []}, unix=unix)
+            answer = link.dial("share", {"have": []}, unix=unix, deadline=link.deadline)
         except AnotherUser as error:
             self._go_without(peer, str(error))
             return None
@@ -412,7 +412,7 @@ class Shm(StreamProvider):
 
     def _learn(self, share: Share, peer: Descriptor, link: Link) -> None:
         """The peer has registered other segments than the last time."""
-        answer = link.dial("segments", {"have": sorted(share.segments)}, unix=peer.data["unix"])
+        answer = link.dial("segments", {"have": sorted(share.segments)}, unix=peer.data["unix"], deadline=link.deadline)
         answer.sock.close()
         try:
             former, gone = share.learn(answer, peer.data["segments"], 0)

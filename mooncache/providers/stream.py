@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mooncache import limits
+from mooncache.deadline import Deadline
 from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
@@ -313,10 +314,11 @@ class StreamProvider(SoftwareProvider):
                 self._add_queues(peer.name, self.keys)
         ours = self.queues_of(peer.name)
         if peer.name in self._parting:
-            wait_until(lambda: self.quiet(peer.name), f"the end of the former connections to {peer.name!r}")
+            former = f"the end of the former connections to {peer.name!r}"
+            wait_until(lambda: self.quiet(peer.name), former, link.deadline)
             self._parting.discard(peer.name)
         if self.generations.get(peer.name, peer.generation) != peer.generation:
-            self._part(peer.name, ours)
+            self._part(peer.name, ours, link.deadline)
             self.let_go(peer.name)
         self.generations[peer.name] = peer.generation
         settler = self._settler_of(peer.name, link, ours)
@@ -385,13 +387,17 @@ class StreamProvider(SoftwareProvider):
     def let_go(self, peer: str) -> None:
         """For subclasses: the engine that had a peer's name is gone, and so is what belongs to it."""
 
-    def _part(self, peer: str, queues: Sequence[StreamQueue]) -> None:
+    def _part(self, peer: str, queues: Sequence[StreamQueue], deadline: Deadline) -> None:
         """Another engine has a peer's name. The former may still be there, or have gone without a word: what is under
         way to it may finish, then its connections end."""
         with suppress(TransportError):
-            wait_until(lambda: all(q.broken or q.outstanding == 0 for q in queues), f"what is under way to {peer!r}")
+            wait_until(
+                lambda: all(q.broken or q.outstanding == 0 for q in queues), f"what is under way to {peer!r}", deadline
+            )
         self._cut(queues)
-        wait_until(lambda: all(q.broken and q.settled for q in queues), f"the end of the former peer {peer!r}")
+        wait_until(
+            lambda: all(q.broken and q.settled for q in queues), f"the end of the former peer {peer!r}", deadline
+        )
 
     def hang_up(self) -> None:
         """See `Provider.hang_up`."""
@@ -407,12 +413,13 @@ class StreamProvider(SoftwareProvider):
                 self._connect_anew(port, queue, peer, link)
 
     def _connect_anew(self, port: Port, queue: StreamQueue, peer: str, link: Link) -> None:
-        wait_until(lambda: queue.settled, f"what is under way to peer {peer!r}")
+        wait_until(lambda: queue.settled, f"what is under way to peer {peer!r}", link.deadline)
         queue.ticket = Ticket(queue.ticket.queue, queue.ticket.round + 1)
         socks: list[socket.socket] = []
         try:
             for _ in range(self.lane_count):
-                socks.append(link.dial("lane", {"lanes": lanes.FRAMES_VERSION, **queue.ticket._asdict()}).sock)
+                asked = {"lanes": lanes.FRAMES_VERSION, **queue.ticket._asdict()}
+                socks.append(link.dial("lane", asked, deadline=link.deadline).sock)
                 set_lane_options(socks[-1], ours=True)
             with self._lock:
                 if self._closed:
@@ -455,7 +462,7 @@ class StreamProvider(SoftwareProvider):
 
     def settle(self, limit_s: float) -> None:
         """See `Provider.settle`."""
-        wait_for(lambda: not any(s.in_doubt for s in list(self._settlers.values())), limit_s)
+        Deadline(limit_s).until(lambda: not any(s.in_doubt for s in list(self._settlers.values())))
 
     def watch(self, sock: socket.socket, ended: Callable[[], None]) -> None:
         """Have `ended` called, once, when the peer's end of a socket closes; then that is closed here, too."""
@@ -562,7 +569,8 @@ class StreamSettler(Settler):
     def _renew(self, port: Port, queue: StreamQueue) -> None:
         """Connect a queue pair anew; if that fails, what waits for it fails, too."""
         try:
-            self._provider._open_lanes(port, queue, self.peer, self.link)
+            # Not under the deadline of the connect that brought the link: that has passed.
+            self._provider._open_lanes(port, queue, self.peer, self.link._replace(deadline=Deadline()))
         except MooncacheError:
             give_up(queue.address)
             raise
@@ -573,20 +581,13 @@ class StreamSettler(Settler):
             queue.settle(int(queue.words[lanes.Q_DOUBT]))
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float) -> bool:
-    """Wait for a condition that another thread makes true, for at most so long; whether it is."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1e-3)
-    return True
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return once a worker has made the condition true. Raises TransportError, naming `what`, after SETTLE_S."""
-    if not wait_for(condition, SETTLE_S):
-        raise TransportError(f"{what} did not come within {SETTLE_S:.0f} s; try again")
+def wait_until(condition: Callable[[], bool], what: str, deadline: Deadline | None = None) -> None:
+    """Return once a worker has made the condition true. Raises TransportError, naming `what`, after SETTLE_S or at the
+    deadline, and EngineClosed when that was ended."""
+    limit = (deadline or Deadline()).within(SETTLE_S)
+    limit.waits_for(what)
+    if not limit.until(condition):
+        raise TransportError(f"{what} did not come within {limit.seconds:.3g} s; try again")
 
 
 class Copier(Protocol):

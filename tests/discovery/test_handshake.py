@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mooncache.deadline import Deadline
 from mooncache.discovery import dial as dialling
 from mooncache.discovery import handshake, listener, visitors
 from mooncache.discovery.dial import Answer, dial
@@ -797,9 +798,9 @@ def test_a_peer_that_never_answers_costs_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(TransportError, match=rf"no answer from {address} within 0.05 s"):
-            ask(address, timeout=0.05)
+            ask(address, deadline=Deadline(0.05))
         with pytest.raises(TransportError, match="within 0 s"):
-            ask(address, timeout=0)
+            ask(address, deadline=Deadline(0))
 
 
 # ------------------------------------------------------------------------------ opening and closing

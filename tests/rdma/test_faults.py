@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mooncache import Engine, MooncacheError, TransferFailed, TransportError, UsageError
+from mooncache.deadline import Deadline
 from mooncache.errors import Status
 from mooncache.kernels.layout import QueueState
 from mooncache.providers.rdma import notes
@@ -72,7 +73,7 @@ def test_a_region_withdrawn_while_it_is_written_to_fails_these_requests_only(pai
     write_right(pair)
     other = np.zeros(1 << 16, np.uint8)
     second = pair.there.register(other)
-    pair.here.refresh(pair.peer)
+    pair.here._ask(pair.peer, news=True).result(Deadline())
     second.unregister()
     offsets = np.arange(20) * 1024
     targets = np.where(np.arange(20) % 2 == 0, pair.remote.address + offsets, second.address + offsets)

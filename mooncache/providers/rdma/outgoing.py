@@ -184,6 +184,7 @@ class Outgoing:
                 "notes": [lane.described() for lane in self._note_lanes],
                 "answer": self._record.answer,
             },
+            deadline=self.link.deadline,
         )
         self.socket = answer.sock
         try:
@@ -228,12 +229,10 @@ class Outgoing:
                 lane.ordered = QueueState.CLOSED
                 order(row, Order.PROBE)
                 probed.append(row)
-        deadline = time.monotonic() + PROBE_S
-        while any(row.state in (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN) for row in probed):
-            self._stirred.wait(max(0.0, deadline - time.monotonic()))
-            self._stirred.clear()
-            if time.monotonic() > deadline or self.gone:
-                break
+        limit = self.link.deadline.within(PROBE_S)
+        limit.waits_for(f"the first bytes to peer {self.peer!r} by RDMA")
+        opening = (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN)
+        limit.until(lambda: self.gone or not any(row.state in opening for row in probed))
         if self._count(QueueState.READY) == 0:
             why = ", ".join(sorted({self.why(row) for row in probed}))
             self.lose("no bytes got through")

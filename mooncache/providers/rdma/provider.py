@@ -14,7 +14,6 @@ import secrets
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mooncache import limits
+from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.kernels import calls
@@ -251,9 +251,7 @@ class Rdma(Provider):
 
     def settle(self, limit_s: float) -> None:
         """See `Provider.settle`."""
-        deadline = time.monotonic() + limit_s
-        while any(o.settler.in_doubt for o in list(self._outgoing.values())) and time.monotonic() < deadline:
-            time.sleep(1e-3)
+        Deadline(limit_s).until(lambda: not any(o.settler.in_doubt for o in list(self._outgoing.values())))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -284,7 +282,7 @@ class Rdma(Provider):
             return known.pairs
         if known is not None:
             known.lose("another engine has its name now")
-            self._end(known)
+            self._end(known, link.deadline)
             known.link = link
             known.settler.ask_now()  # nothing of it may land over what is sent next
         notes = self._note_queues.get(peer.name)
@@ -302,13 +300,12 @@ class Rdma(Provider):
         self._hold(outgoing.socket, outgoing)
         return outgoing.pairs
 
-    def _end(self, outgoing: Outgoing) -> None:
+    def _end(self, outgoing: Outgoing, deadline: Deadline) -> None:
         """Give a connection back that is gone, once the workers have nothing to do with it any more."""
-        deadline = time.monotonic() + SETTLE_S
-        while not outgoing.quiet:
-            if time.monotonic() > deadline:
-                raise TransportError(f"what is under way to peer {outgoing.peer!r} did not come back; try again")
-            time.sleep(1e-3)
+        limit = deadline.within(SETTLE_S)
+        limit.waits_for(f"what is under way to peer {outgoing.peer!r}")
+        if not limit.until(lambda: outgoing.quiet):
+            raise TransportError(f"what is under way to peer {outgoing.peer!r} did not come back; try again")
         outgoing.close()
 
     def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:
