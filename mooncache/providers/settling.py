@@ -17,7 +17,8 @@ import time
 from abc import ABC, abstractmethod
 
 from mooncache.background import Background
-from mooncache.errors import DiscoveryError, TransportError
+from mooncache.deadline import Deadline
+from mooncache.errors import DiscoveryError, EngineClosed, TransportError
 from mooncache.kernels.layout import TABLE_BREAKS, TABLE_CONFIRMED, TABLE_EPOCH, TABLE_GONE, WORD
 from mooncache.kernels.publication import publish, rise
 from mooncache.providers.base import Link
@@ -71,7 +72,8 @@ class Settler(ABC):
         self._background = background
         self._lock = threading.Lock()
         self._asking = False
-        self._closing = threading.Event()
+        self._closed = False
+        self.deadline = Deadline()  # of whatever it waits for: none, but it ends with this
 
     @abstractmethod
     def ask(self) -> None:
@@ -91,7 +93,7 @@ class Settler(ABC):
     def look(self) -> None:
         """If something is in doubt, let a thread find out. Returns at once."""
         with self._lock:
-            if self._asking or not self.in_doubt or self._closing.is_set():
+            if self._asking or not self.in_doubt or self._closed:
                 return
             self._asking = True
         self._background.start(f"mooncache-settle-{self.peer}", self._ask_until_known)
@@ -102,16 +104,18 @@ class Settler(ABC):
             try:
                 self.ask_now()
                 continue
+            except EngineClosed:  # from this end, which is about to be closed; or from the other, which is no answer
+                pass
             except (TransportError, DiscoveryError) as error:
                 if time.monotonic() - since > HOST_LOST_S:
                     log.warning("peer %r counts as dead: not heard of for %.0f s (%s)", self.peer, HOST_LOST_S, error)
                     self._bury(self.counters.breaks)
-            self._closing.wait(pause)
+            self.deadline.sleep(pause)
             pause = min(2 * pause, PAUSE_MOST_S)
 
     def _known(self) -> bool:
         with self._lock:
-            self._asking = self.in_doubt and not self._closing.is_set()
+            self._asking = self.in_doubt and not self._closed
             return not self._asking
 
     def ask_now(self) -> None:
@@ -130,5 +134,6 @@ class Settler(ABC):
         self.counters.confirm(seen)
 
     def close(self) -> None:
-        """Ask no more: what is in doubt now stays so."""
-        self._closing.set()
+        """Ask no more, and let go of whoever is asking: what is in doubt now stays so."""
+        self._closed = True
+        self.deadline.end("this engine is closed, or its peer forgotten")

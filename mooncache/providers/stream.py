@@ -562,7 +562,8 @@ class StreamSettler(Settler):
         with self._provider._lock:
             owed = [(q, int(q.words[lanes.Q_DOUBT]), q.ticket) for q in self._queues if q.in_doubt and q.broken]
         if owed:
-            self.link.dial("retire", {"tickets": [list(ticket) for _, _, ticket in owed]}).sock.close()
+            asked = {"tickets": [list(ticket) for _, _, ticket in owed]}
+            self.link.dial("retire", asked, deadline=self.deadline).sock.close()
         for queue, total, _ in owed:
             queue.settle(total)
 
@@ -570,7 +571,7 @@ class StreamSettler(Settler):
         """Connect a queue pair anew; if that fails, what waits for it fails, too."""
         try:
             # Not under the deadline of the connect that brought the link: that has passed.
-            self._provider._open_lanes(port, queue, self.peer, self.link._replace(deadline=Deadline()))
+            self._provider._open_lanes(port, queue, self.peer, self.link._replace(deadline=self.deadline))
         except MooncacheError:
             give_up(queue.address)
             raise

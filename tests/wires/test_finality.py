@@ -103,6 +103,24 @@ def test_what_waits_for_a_renewed_connection_fails_when_the_peer_is_dead(join, w
     other.wait_quiesced(LIMIT)
 
 
+@over(*OVER_SOCKETS)
+def test_an_engine_that_closes_says_what_is_still_in_doubt(join, wire):
+    """It asks the peer for a second; nobody asks afterwards."""
+    pair = join(wire, 8 * MiB)
+    pair.write(0, 0, 64).wait(LIMIT).close()
+    lay_canary(pair)
+    there.set_stall(pair.here, 0.5)
+    pair.far.stop()
+    batch = begin(pair)
+    assert statuses(batch) == {Status.PEER_GONE}
+    Task(pair.here.close).result()
+    assert batch.quiesced is Quiesced.SOURCE
+    pair.data[:] = REUSED
+    pair.far.go_on()
+    until(lambda: pair.far(there.logged, "ended"), "the end of the connection, there")
+    assert set(pair.there()) == {CANARY}
+
+
 def test_a_dead_peer_leaves_nothing_in_doubt(join, wire):
     pair = join(wire, 8 * MiB)
     batches = [begin(pair) for _ in range(4)]

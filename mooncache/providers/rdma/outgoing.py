@@ -352,7 +352,7 @@ class Outgoing:
 
     def retire(self) -> None:
         """Ask the peer to end this connection at its side. Raises TransportError or DiscoveryError."""
-        self._ask("rdma-retire", {})
+        self.link.dial("rdma-retire", {"connection": self.number}, deadline=self.settler.deadline).sock.close()
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
