@@ -14,6 +14,7 @@ from mooncache.discovery.address import parse_address
 from mooncache.discovery.base import LEASE_S, Names, StoreDown, open_names
 from mooncache.discovery.dial import Answer, dial
 from mooncache.discovery.fields import is_name
+from mooncache.discovery.handshake import HANDSHAKE_S
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import from_json, to_json
 from mooncache.errors import DiscoveryError, EngineClosed, TransportError, UsageError
@@ -150,8 +151,9 @@ class Service:
     ) -> Answer:
         """Ask the engine at an address; over its Unix socket when a name for that is given."""
         where = f"unix:{unix}" if unix else address
+        limit = (deadline or Deadline()).within(HANDSHAKE_S)
         return dial(
-            where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret, deadline=deadline
+            where, purpose, body, caller=self._name, generation=self._generation, secret=self._secret, deadline=limit
         )
 
     @property

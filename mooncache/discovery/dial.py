@@ -50,7 +50,7 @@ def dial(
         caller, generation: of the asking engine.
         secret: what the other side's `Listener` has. Without one, the user's own serves where that is asked for, and a
             Unix socket of another user's is not spoken to.
-        deadline: of who waits for it; in any case no longer than handshake.HANDSHAKE_S.
+        deadline: of who waits for it, in so many seconds; handshake.HANDSHAKE_S unless given.
 
     Raises:
         UsageError: a bad address or secret. CapacityError: the call is too long.
@@ -61,7 +61,7 @@ def dial(
         Any of these and EngineClosed: what `serve` over there raised. EngineClosed too: the deadline was ended.
     """
     check_secret(secret)
-    deadline = (deadline or Deadline()).within(handshake.HANDSHAKE_S)
+    deadline = deadline or Deadline(handshake.HANDSHAKE_S)
     deadline.waits_for(f"{address} to take a connection")
     why = "that host is down, or a firewall does not let its port through"
     try:
@@ -82,7 +82,7 @@ def dial(
             sock.close()
             raise
     except TimeoutError as error:
-        raise TransportError(f"no answer from {address} within {deadline.seconds:.3g} s: {why}") from error
+        raise TransportError(f"no answer from {address} within {deadline.seconds or 0:.3g} s: {why}") from error
     except ConnectionRefusedError as error:
         raise TransportError(
             f"{address} refused the connection; is the engine there open, and is this its address?"
@@ -137,7 +137,7 @@ def _connect(address: str, deadline: Deadline) -> socket.socket:
         found = _resolve(host, port, deadline)
     except TimeoutError as error:
         raise DiscoveryError(
-            f"host {host!r} was not found within {deadline.seconds:.3g} s; does the system's resolver (DNS) answer?"
+            f"host {host!r} was not found within {deadline.seconds or 0:.3g} s; does the system's resolver answer?"
         ) from error
     except (OSError, UnicodeError) as error:
         raise DiscoveryError(f"host {host!r} of {address} is unknown ({error}); is the name right?") from error

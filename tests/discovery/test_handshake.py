@@ -583,7 +583,7 @@ def test_callers_get_in_through_a_crowd_that_comes_anew_as_often_as_it_is_hung_u
     def gets_in() -> bool:
         """On a busy machine a caller may be the oldest at the door before it has had its turn to speak."""
         with suppress(TransportError):
-            return bool(asked(where, secret=SECRET, timeout=LIMIT))
+            return bool(asked(where, secret=SECRET, deadline=Deadline(LIMIT)))
         return False
 
     for _ in range(20):
