@@ -160,6 +160,7 @@ class Batch:
         self._check_held()
         deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
+        held = self._engine._state.memory  # by this thread, while it is in `calls.wait`
         status = calls.status(ctl, handle)
         while status == Status.NOT_FINISHED:
             left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
@@ -169,6 +170,7 @@ class Batch:
                     "and use them again after wait_quiesced()"
                 )
             status = calls.wait(ctl, handle, left)
+        del held
         self._tell()
         return self
 

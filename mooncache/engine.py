@@ -43,6 +43,7 @@ log = logging.getLogger("mooncache")
 
 JOIN_SECONDS = 5.0
 REST_SECONDS = 5.0
+ROOM_SECONDS = 0.5  # that a peer which is gone may take to make room for another
 
 FENCE_S = 1.0
 """What `fence` may take: microseconds mostly; a copy of a megabyte by a process that has to share its core, some ms."""
@@ -422,8 +423,9 @@ class Engine:
     def forget(self, peer: str | Peer) -> None:
         """Give back all that belongs to a peer: connections, mapped memory, descriptors, its place among the `peers`.
 
-        What is under way to it fails as PEER_GONE, or ends as it would have: blocks until then, 5 s at most. Batches to
-        it stay as they are. Connecting to it again makes a new `Peer`; this one is refused from now on.
+        What is under way to it fails as PEER_GONE, or ends as it would have: blocks until then, and until nothing of it
+        can land there any more, 5 s at most. Batches to it stay as they are. Connecting to it again makes a new `Peer`;
+        this one is refused from now on.
 
         Raises:
             UsageError: there is no such peer. EngineClosed: the engine is closed.
@@ -442,18 +444,18 @@ class Engine:
     def _give_back(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
         """`_forget`, where it is no matter if that cannot be done now."""
         try:
-            return self._forget(peer, still)
+            return self._forget(peer, still, ROOM_SECONDS)
         except TransportError:
             return False
 
-    def _forget(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
+    def _forget(self, peer: Peer, still: Callable[[Peer], bool], seconds: float = REST_SECONDS) -> bool:
         """Forget a peer; False if another thread has, or `still` does not hold."""
         with peer.connecting:
             if peer.forgotten or not still(peer):
                 return False
             peer.gone = True  # nothing is submitted from here on
             self.provider.disconnect(peer.name)
-            self._await_rest(peer, lambda: self.provider.quiet(peer.name), Deadline())
+            self._await_rest(peer, lambda: self.provider.quiet(peer.name), Deadline(seconds))
             self._take_rows(peer, self._state.disconnect)
             self.provider.forget(peer.name)
             with self._lock:
@@ -785,6 +787,10 @@ class Engine:
         self.provider.close()
         self._bells.close()
         self.awaiting.close()
+        with self._lock:  # regions, peers and this engine hold each other; batches may be held for long
+            self.regions.clear()
+            self._peers.clear()
+            self._state.release([*self._blocks.values(), *self._workers, self._reaper, self._orders])
 
     def __enter__(self) -> Engine:
         return self

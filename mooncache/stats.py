@@ -51,7 +51,7 @@ def collect(
     unsettled: int,
 ) -> Stats:  # fmt: skip
     """The figures of an engine with these actors."""
-    open_batches = int(np.count_nonzero(state.batch_rows[:, layout.BATCH_STATE]))
+    open_batches = state.open_batches
     blocks = [*callers, *workers, reaper]
     # What a thread keeps for itself under thread_cache on the pool is free, though only for that thread.
     kept = sum(int(b.words[layout.CACHE_COUNT]) for b in blocks) if state.settings.store == Store.POOL else 0

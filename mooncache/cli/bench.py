@@ -16,6 +16,7 @@ from mooncache.cli import placement as placement_bench
 from mooncache.cli import rdma as rdma_bench
 from mooncache.cli import soak as soak_bench
 from mooncache.cli import transfer as transfer_bench
+from mooncache.cli import turnover as turnover_bench
 from mooncache.cli.measure import show_json
 from mooncache.errors import UsageError
 
@@ -79,6 +80,26 @@ def soak(
     """
     report = soak_bench.run(layers, slices)
     show(report, json, soak_bench.show)
+    if report["violations"]:
+        raise typer.Exit(1)
+
+
+@bench.command()
+def turnover(
+    provider: str = typer.Option("shm", help="shm, tcp or auto."),
+    peers: int = typer.Option(1000, min=0, help="Peers that come and go, one after another."),
+    batches: int = typer.Option(10_000, min=1, help="Batches to one that stays, at least, beside all that."),
+    maps: int = typer.Option(100, min=0, help="Times that one registers new memory, which is written to."),
+    json: bool = JSON,
+) -> None:
+    """Peers come and go beside a steady load: do descriptors, threads, mappings and memory stay flat?
+
+    Exit status 1 if not.
+    """
+    if peers + maps == 0:
+        raise typer.BadParameter("expected at least one peer or one map")
+    report = turnover_bench.run(provider, peers, batches, maps)
+    show(report, json, turnover_bench.show)
     if report["violations"]:
         raise typer.Exit(1)
 

@@ -356,6 +356,7 @@ class State:
         self.worker_rows[:, layout.WORKER_EPOCH] = layout.EPOCH_QUIET
         self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD, layout.WORKER_TROUBLE_FD]] = -1
         self.worker_rows[:, layout.WORKER_SPINS] = 1
+        self._left = 0  # batches that held a row when the memory of all was given back
         self.queues: dict[tuple[int, int], list[QueueRow]] = {}  # by worker and peer
         self._data: dict[tuple[int, int], np.ndarray] = {}  # likewise: addresses of the rows of those for data
         self._vacant = aligned(layout.QUEUE_WORDS)  # stands where a row was: closed, and named by nothing
@@ -506,6 +507,30 @@ class State:
             table[tag >> INDEX_SHIFT] = queue.address
         row[layout.WORKER_QUEUE_COUNT] = max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags))
         return rows
+
+    @property
+    def open_batches(self) -> int:
+        """Batches that hold a row, or did at the end."""
+        return self._left + int(np.count_nonzero(self.batch_rows[:, layout.BATCH_STATE]))
+
+    @property
+    def memory(self) -> object:
+        """What a kernel looks at: whoever calls one that gives the GIL up holds this, lest `release` comes."""
+        return self.arrays, self.rings
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """Give back what batches and slices live in; the workers have left. Levels and counters stay.
+
+        No handle names anything for whoever calls with one of `blocks`, which are all there are, or with a later one.
+        """
+        for words in (self.template, *(block.words for block in blocks)):
+            words[layout.BATCHES] = 0
+        self._left = self.open_batches
+        self.batch_rows = self.batch_rows[:0].copy()
+        fields = (*range(layout.SLICE_SOURCE, layout.SLICE_OBJECT + 1), layout.BATCH_ROWS, layout.NOTES)
+        large = {int(self.template[field]) for field in fields}
+        self.arrays = [array for array in self.arrays if array.size and address_of(array) not in large]
+        self.rings = []
 
     @property
     def free_slices(self) -> int:

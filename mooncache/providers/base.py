@@ -168,7 +168,7 @@ class Provider(ABC):
         """
 
     def quiet(self, peer: str) -> bool:
-        """Whether nothing is under way to a peer whose connection has ended, so that it can be forgotten."""
+        """Whether nothing is under way or in doubt of a peer whose connection has ended: it can be forgotten."""
         return True
 
     def forget(self, peer: str) -> None:  # noqa: B027  (providers of tests need none)

@@ -47,6 +47,9 @@ STALL_S = 10.0
 BUFFER_BYTES = 4 << 20
 """Socket buffers, if the system allows: two frames of 64 KiB slices would be more, but loopback gains nothing above."""
 
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+"""A host that is gone without a word is noticed within 30 s, also by connections on which nothing is under way."""
+
 ZERO_BYTES = SLICE_BYTES_MAX
 MAP_NORESERVE = 0x4000
 LANES_MOST = 16
@@ -304,6 +307,8 @@ class Port:
                 lane.row[lanes.L_STATE] = LaneState.BROKEN
         self.epoll.close()
         os.close(self.nudge)
+        self.lanes.clear()
+        self.rows, self._hold = self.rows[:0].copy(), []
 
 
 class StreamQueue(Queue):
@@ -365,12 +370,15 @@ class StreamQueue(Queue):
 
 
 def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
-    """Of a data connection: buffers, and the congestion control that suits loopback.
+    """Of a data connection: that the end of its host is noticed, buffers, and what congestion control suits loopback.
 
     One of `ours`, which carries our requests, is reset when it is closed, by whomever, the end of the process
     included: what the peer has not taken yet is lost, and the peer drops what it has not put into its pages.
     """
     sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
     if ours:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with suppress(OSError):  # the system's limit is taken instead

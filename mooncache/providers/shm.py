@@ -478,3 +478,7 @@ class Shm(StreamProvider):
         for share in self._shares.values():
             if share is not None:
                 share.close()
+        self._shares.clear()
+        self._retired.clear()
+        self._shared.clear()
+        self._table = self._table[:0].copy()

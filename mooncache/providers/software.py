@@ -149,6 +149,10 @@ class KeyTable:
         for slot in np.flatnonzero(self.entries[:, KEY]):
             withdraw_key(self._entry(int(slot)))
 
+    def release(self) -> None:
+        """Let go of the entries. Nobody in this process looks at them any more, nor will."""
+        self.entries = self.entries[:0].copy()
+
 
 @dataclass(frozen=True)
 class InProcess:
@@ -313,6 +317,12 @@ class SoftwareProvider(Provider):
                 queue.rest(self.keys)
             self._spare.append(self.peers.pop(peer))
 
+    def give_up_memory(self) -> None:
+        """At the end of `close`: let go of what the workers used."""
+        self.queues = [[] for _ in self.queues]
+        self.peers.clear()
+        self._spare.clear()
+
     @abstractmethod
     def prepare(self, queue: Queue, worker: int) -> None:
         """Set what a new queue of this provider needs besides."""
@@ -391,3 +401,5 @@ class InProcessProvider(SoftwareProvider):
         """See `Provider.close`; peers are refused from now on."""
         self.keys.clear()
         wait_for_moves()
+        self._tables.clear()
+        self.give_up_memory()

@@ -315,7 +315,7 @@ class StreamProvider(SoftwareProvider):
         ours = self.queues_of(peer.name)
         if peer.name in self._parting:
             former = f"the end of the former connections to {peer.name!r}"
-            wait_until(lambda: self.quiet(peer.name), former, link.deadline)
+            wait_until(lambda: self._ended(peer.name), former, link.deadline)
             self._parting.discard(peer.name)
         if self.generations.get(peer.name, peer.generation) != peer.generation:
             self._part(peer.name, ours, link.deadline)
@@ -370,7 +370,14 @@ class StreamProvider(SoftwareProvider):
 
     def quiet(self, peer: str) -> bool:
         """See `Provider.quiet`."""
-        return peer not in self.peers or all(queue.broken and queue.settled for queue in self.queues_of(peer))
+        if peer not in self.peers:
+            return True
+        doubtful = peer in self._settlers and self._settlers[peer].in_doubt
+        return self._ended(peer) and not doubtful and not any(queue.in_doubt for queue in self.queues_of(peer))
+
+    def _ended(self, peer: str) -> bool:
+        """Whether all connections to a peer have ended, and workers have reported what was on them."""
+        return all(queue.broken and queue.settled for queue in self.queues_of(peer))
 
     def forget(self, peer: str) -> None:
         """See `Provider.forget`."""
@@ -524,6 +531,9 @@ class StreamProvider(SoftwareProvider):
         os.close(self._trouble_fd)
         for sock, _ in self._sockets.values():
             sock.close()
+        self._sockets.clear()
+        self.give_up_memory()
+        self.keys.release()
 
 
 def has_ended(sock: socket.socket) -> bool:

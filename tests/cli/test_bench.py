@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mooncache import Engine, cli
-from mooncache.cli import gil, lifecycle, measure, placement, soak
+from mooncache.cli import gil, lifecycle, measure, placement, soak, turnover
 from mooncache.providers.emulated import Emulated
 
 
@@ -99,6 +99,25 @@ def test_gil_notices_a_byte_that_did_not_arrive():
         transfer.traffic.target_buffer[place + 4095] ^= 1
         with pytest.raises(measure.FingerprintError, match="1 did not"):
             transfer.verify()
+
+
+# ------------------------------------------------------------------------------ turnover
+@pytest.mark.parametrize("provider", ["shm", "tcp"])
+def test_turnover_sees_every_peer_and_map_and_looks_at_both_processes(provider):
+    _, report = bench("turnover", "--provider", provider, "--peers", 20, "--batches", 50, "--maps", 5, "--json")
+    assert report["verdict"] == "ok"
+    assert (report["peers"], report["maps"]) == (20, 5)
+    assert report["batches"] >= 50
+    assert report["map_ms"]["max"] > 0
+    assert report["growth"].keys() == {"here", "there"}
+    assert [seen[0] for seen in report["seen"]] == list(range(1, 21))
+
+
+def test_turnover_exits_with_1_when_something_grows(monkeypatch):
+    monkeypatch.setitem(turnover.MOST, "threads", -1)
+    _, report = bench("turnover", "--peers", 2, "--batches", 1, "--maps", 1, "--json", status=1)
+    assert report["verdict"] == "violated"
+    assert any("threads of the process here grew by" in line for line in report["violations"])
 
 
 # ------------------------------------------------------------------------------ soak

@@ -330,7 +330,8 @@ class Rdma(Provider):
 
     def quiet(self, peer: str) -> bool:
         """See `Provider.quiet`."""
-        return peer not in self._outgoing or self._outgoing[peer].quiet
+        known = self._outgoing.get(peer)
+        return known is None or (known.quiet and not known.settler.in_doubt)
 
     def forget(self, peer: str) -> None:
         """See `Provider.forget`."""
