@@ -133,6 +133,8 @@ class Listener:
             self.near = join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
             unix = undo.enter_context(listen_unix())
             self._spare = Spare()
+            undo.callback(self._spare.give)
+            self._loop = asyncio.new_event_loop()
             undo.pop_all()
         self.unix: str = unix.getsockname()[1:].decode()
         self._listening = {tcp: False, unix: True}
@@ -141,7 +143,6 @@ class Listener:
         self._answering: Counter[str] = Counter()  # by caller
         self._complaints = Complaints(log)
         self._stop = asyncio.Event()
-        self._loop = asyncio.new_event_loop()
         self._closed = False
         self.background = Background()
         self.background.start(f"{name}-listener", self._run)
