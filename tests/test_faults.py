@@ -130,6 +130,7 @@ def test_short_queues_only_take_longer(pairs, depth, chain):
 def test_a_slow_wire_is_cancelled_by_the_deadline_and_says_which_requests_were_not_posted(pairs):
     # 4 slots on the wire, 1 ms each way; the deadline has passed when the worker sees the batch.
     pair = pairs(*emulated(latency_ns=1_000_000), queue_depth=4)
+    pair.here.connect(pair.peer)
     batch = pair.scattered(50, timeout=0)
     assert finish(batch) == dict.fromkeys(range(50), Status.TIMED_OUT)
     assert_exactly(pair, set(range(50)), 50)

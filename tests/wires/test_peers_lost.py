@@ -78,8 +78,16 @@ def test_a_peer_restarted_at_its_address_is_used_again_by_the_next_submit(join, 
     restart(pair, fars)
     pair.far(there.hold, MiB, name="more")
     more = pair.far(there.register, "more")
+
+    def submitted() -> bool:
+        """For a moment after a try that failed, what is submitted is told of that one."""
+        with contextlib.suppress(TransportError):
+            pair.write(0, 0, MiB).wait(20).close()
+            return True
+        return False
+
     # The first batch after a restart that was noticed: it connects anew, and learns what is there now.
-    pair.write(0, 0, MiB).wait(20).close()
+    until(submitted, "a batch that reaches the peer")
     assert (pair.there() == pair.data).all()
     pair.here.write(pair.peer, pair.local.address, more.base, 64).wait(20).close()
     after = pair.here.connect(pair.peer)
