@@ -586,11 +586,13 @@ def test_callers_get_in_through_a_crowd_that_comes_anew_as_often_as_it_is_hung_u
             return bool(asked(where, secret=SECRET, deadline=Deadline(LIMIT)))
         return False
 
-    for _ in range(20):
-        until(gets_in, "an answer")
-    stop.set()
-    for task in tasks:
-        task.result()
+    try:
+        for _ in range(20):
+            until(gets_in, "an answer")
+    finally:
+        stop.set()
+        for task in tasks:
+            task.result()
 
 
 def test_in_a_crowd_there_is_less_patience(listeners, caplog):
