@@ -25,16 +25,17 @@ from mooncache.deadline import Deadline
 from mooncache.errors import CapacityError, EngineClosed, MooncacheError, Status, TransportError, UsageError
 from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, hand, jit, layout, look, publication, pump, submit
-from mooncache.kernels.layout import Access, Opcode, Policy
+from mooncache.kernels.layout import Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, State, address_of
 from mooncache.limits import CHUNK_SLICES
 from mooncache.looker import Looker
-from mooncache.memory import ACCESS, Part, Range, Region, allocate, cut, range_of
+from mooncache.memory import ACCESS, Region, allocate, range_of
 from mooncache.operands import Call, Operand, as_arrays, as_words, deadline_at, deadline_ns, deadline_of, refusal
 from mooncache.peer import Peer, directory
-from mooncache.providers.base import HERE, Descriptor, Link, Provider, RemoteRegion
+from mooncache.providers.base import HERE, Descriptor, Link, Provider
 from mooncache.providers.software import InProcessProvider
+from mooncache.registry import Registry
 from mooncache.service import Service
 from mooncache.stats import Stats, collect
 from mooncache.ways import Asked, Ways
@@ -97,7 +98,6 @@ class Engine:
         self.provider = opening.provider(provider)
         self.closed = False
         self._lock = threading.RLock()
-        self.regions: dict[int, Region] = {}
         self._peers: dict[str, Peer] = {}
         self._vacant = list(range(self._settings.peers - 1, -1, -1))  # rows that no peer has
         self._blocks: dict[int, Block] = {}
@@ -108,6 +108,7 @@ class Engine:
             self._looker = Looker()
             undo.callback(self._looker.close)
             self._state = State(self._settings, event_fd=self.awaiting.event_fd, look_fd=self._looker.event_fd)
+            self._registry = Registry(self._state.regions, self.provider)
             self._workers = [Block(self._state, i) for i in range(self._settings.workers)]
             self._reaper = Block(self._state)
             self._orders = Block(self._state)  # of the thread that looks after connections
@@ -203,6 +204,8 @@ class Engine:
         Raises:
             UsageError: not such a buffer, empty, overlapping a registered region, or read-only with write access.
             CapacityError: too many regions. EngineClosed: the engine is closed.
+
+        A NIC pins memory, which may take seconds; peers are answered meanwhile, and other threads go on.
         """
         self._check_open()
         if access not in ACCESS:
@@ -215,43 +218,22 @@ class Engine:
             )
         if not memory.writable and access != "read":
             raise UsageError(f"this {type(buffer).__name__} is read-only; register it with access='read'")
-        with self._lock:
-            region = self._register(memory, access)
+        region = self._registry.register(self, memory, access)
         if self._service is not None:
             self._service.changed()
-        return region
-
-    def _register(self, memory: Range, access: str) -> Region:
-        bits = ACCESS[access] | (Access.LOCAL if memory.writable else 0)
-        table, parts = self._state.regions, list[Part]()
-        with ExitStack() as undo:
-            for address, length in cut(memory, self.provider.region_bytes):
-                slot = table.add(address, length, (), bits)
-                undo.callback(table.remove, slot)
-                keys = self.provider.register(address, length, bits)
-                undo.callback(self.provider.unregister, keys)
-                table.keys[: len(keys.lkeys), slot] = keys.lkeys
-                parts.append(Part(address, length, slot, keys))
-            undo.pop_all()
-        region = self.regions[parts[0].slot] = Region(self, memory, access, parts)
         return region
 
     def unregister(self, region: Region) -> None:
         """What `Region.unregister` does."""
-        with self._lock:
-            if not region.registered:
-                raise UsageError(f"{region!r} is not registered with engine {self.name!r}")
-            slots = np.array([part.slot for part in region._parts], np.int64)
-            busy = calls.withdraw(self.ctl, slots)
-            if busy:
-                raise UsageError(f"{region!r} is in use by {busy} slices; wait for their batches, then unregister it")
-            del self.regions[region._parts[0].slot]
+        self._registry.unregister(region, self.ctl)
         if self._service is not None:
             self._service.changed()
-        with ExitStack() as undo:
-            for part in region._parts:
-                undo.callback(self._state.regions.recycle, part.slot)
-                undo.callback(self.provider.unregister, part.keys)  # may wait for peers; others are answered meanwhile
+        self._registry.release(region)
+
+    @property
+    def regions(self) -> dict[int, Region]:
+        """What is registered, by the slot of its first part."""
+        return self._registry.regions
 
     # ------------------------------------------------------------------------------ peers
     @property
@@ -265,15 +247,10 @@ class Engine:
         return "" if self._service is None else self._service.near
 
     def descriptor(self) -> Descriptor:
-        """What peers are told, keys included."""
-        with self._lock:
-            regions = tuple(
-                RemoteRegion(part.address, part.length, part.keys.rkeys, ACCESS[region.access])
-                for region in self.regions.values()
-                for part in region._parts
-            )
-            data = self.provider.describe(self._service.unix if self._service is not None else "")
-            return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
+        """What peers are told, keys included. Waits for nobody."""
+        regions = self._registry.described  # before the rest: what they lie in is described, too
+        data = self.provider.describe(self._service.unix if self._service is not None else "")
+        return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
 
     def describe(self) -> dict[str, Any]:
         """This engine in plain values: name, address, provider, regions, and how bytes travel to each peer."""
@@ -284,7 +261,7 @@ class Engine:
                 "address": self.address,
                 "provider": self.provider.name,
                 "regions": [
-                    {"address": r.address, "length": r.length, "access": r.access} for r in self.regions.values()
+                    {"address": r.address, "length": r.length, "access": r.access} for r in list(self.regions.values())
                 ],
                 "peers": {peer.name: self.provider.wire(peer.name) for peer in self._peers.values()},
             }

@@ -58,7 +58,7 @@ class Service:
         try:
             self._listener = Listener(
                 listen, secret=self._secret, insecure=insecure, name=engine.name, serve=_weakly(engine, _answer),
-                advertise=advertise,
+                quick=("describe",), advertise=advertise,
             )  # fmt: skip
         except BaseException:
             if self._names is not None:

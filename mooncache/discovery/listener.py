@@ -11,7 +11,8 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,6 +34,10 @@ log = logging.getLogger("mooncache")
 
 CALLS = 32
 """Of one caller that are being answered at once: its workers connect at the same time."""
+
+SERVING = 8
+"""Threads that answer what may wait, for former connections to end or for a NIC's queue pairs, 5 s at most: half of the
+workers of one caller that connects."""
 
 ACCEPTED = 16
 """Connections accepted before anything else has its turn."""
@@ -74,7 +79,7 @@ class Reply:
         fds: file descriptors to send along, only to a local request. They stay the replier's, who keeps them open
             until `then` is called; without `then`, as long as the listener.
         then: takes over the connection once all is sent: a connected, non-blocking socket, which is its own from
-            now on unless it raises. Called in the listener's thread. Without it the connection is closed.
+            now on unless it raises. Called in a thread as `serve` is. Without it the connection is closed.
         undo: gives back what was made for the caller, when the answer cannot be sent, or `then` raises.
     """
 
@@ -98,8 +103,10 @@ class Listener:
         insecure: without a secret anybody may ask, also where other hosts can reach it; but over the Unix socket only
             processes of the same user.
         name: of the engine, for logs.
-        serve: answers a request, in the listener's thread, which waits for it; must not block. A MooncacheError it
-            raises is raised by the caller's `dial`.
+        serve: answers a request, in one of SERVING threads. A MooncacheError it raises is raised by the caller's
+            `dial`.
+        quick: purposes that `serve` answers without waiting for anything: in the listener's own thread, so that they
+            are answered whatever the others are at.
         advertise: "host" or "host:port" that peers are told to dial, where that is not `bind`'s: behind a mapping of
             ports, say.
         limit_s: for one handshake.
@@ -118,12 +125,13 @@ class Listener:
 
     def __init__(
         self, bind: str, *, secret: bytes | None, insecure: bool, name: str, serve: Callable[[Request], Reply],
-        advertise: str | None = None, limit_s: float = handshake.HANDSHAKE_S,
+        quick: Container[str] = (), advertise: str | None = None, limit_s: float = handshake.HANDSHAKE_S,
     ) -> None:  # fmt: skip
         check_secret(secret)
         self._secret, self._open = secret, secret is None and insecure
         self._key()  # which may take a moment, or fail
-        self._name, self._serve, self._limit_s = name, serve, limit_s
+        self._name, self._serve, self._quick, self._limit_s = name, serve, quick, limit_s
+        self._serving = ThreadPoolExecutor(SERVING, f"{name}-serving")
         host, _ = parse_address(bind)
         family, where = resolve_own(bind, secret is None and not insecure)
         with ExitStack() as undo:
@@ -171,6 +179,7 @@ class Listener:
     def _run(self) -> None:
         self._loop.set_exception_handler(self._went_wrong)
         self._loop.run_until_complete(self._listen())
+        self._serving.shutdown()
         self._loop.close()
         for sock in self._listening:
             sock.close()
@@ -292,11 +301,7 @@ class Listener:
             if call is not None:
                 reply = await asyncio.wait_for(self._reply(sock, *call, process, none), patience)
                 if reply.then is not None:
-                    try:
-                        reply.then(sock)
-                    except BaseException:
-                        reply.give_up()
-                        raise
+                    self._serving.submit(self._hand_over, sock, host, source, reply.then, reply)
                     handed_over = True
         except asyncio.TimeoutError:
             what = "engine %r hung up on %s: no handshake within %s s"
@@ -315,6 +320,17 @@ class Listener:
         finally:
             if not handed_over:
                 sock.close()
+
+    def _hand_over(
+        self, sock: socket.socket, host: str, source: str, then: Callable[[socket.socket], None], reply: Reply
+    ) -> None:
+        """In a thread: the connection becomes the provider's."""
+        try:
+            then(sock)
+        except Exception:
+            sock.close()
+            reply.give_up()
+            self._complaints.tell(host, "engine %r could not go on with %s", self._name, source, trace=True)
 
     async def _hear(self, sock: socket.socket, host: str, source: str) -> tuple[Call, bytes | None] | None:
         """The call of one who has proven to know the secret, and what to prove the answer with; None when refused."""
@@ -338,7 +354,7 @@ class Listener:
         """Answer a call."""
         self._answering[call.caller] += 1
         try:
-            answer, reply = self._answer(call, key, process, none)
+            answer, reply = await self._answered(call, key, process, none)
             try:
                 await self._loop.sock_sendall(sock, answer)
                 for first in range(0, len(reply.fds), FDS_A_MESSAGE):
@@ -351,6 +367,19 @@ class Listener:
             self._answering[call.caller] -= 1
             if not self._answering[call.caller]:
                 del self._answering[call.caller]
+
+    async def _answered(
+        self, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
+    ) -> tuple[bytes, Reply]:
+        """`_answer`, in a thread unless that is quick. What a thread makes for a caller who has left is given back."""
+        if none is not None or call.purpose in self._quick:
+            return self._answer(call, key, process, none)
+        work = self._serving.submit(self._answer, call, key, process, none)
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(_give_up)
+            raise
 
     def _answer(
         self, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
@@ -404,3 +433,9 @@ class Listener:
                     await writable
                 finally:
                     self._loop.remove_writer(sock)
+
+
+def _give_up(work: Future[tuple[bytes, Reply]]) -> None:
+    """Nobody waits for an answer any more."""
+    if not work.cancelled() and work.exception() is None:
+        work.result()[1].give_up()

@@ -92,8 +92,8 @@ HERE = Link(0, _nobody, np.zeros(0, np.int64))
 
 
 class Provider(ABC):
-    """One wire of one engine. Methods are called by one thread at a time, `serve` by the listener's; `unregister`, that
-    may have to wait, also while others are under way.
+    """One wire of one engine. Methods are called by one thread at a time; but `register` and `unregister`, which may
+    take long, also while others are under way, and by several threads; so is `serve`, by threads of the listener.
 
     Attributes:
         descriptors: for each worker those that become readable when `poll_cq` has something to do; empty when the wire
