@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from reprlib import repr as short
 from time import monotonic
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 from mooncache.background import Background
+from mooncache.discovery.fields import WORD, is_name
 from mooncache.discovery.record import decode, encode
 from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, UsageError
 from mooncache.providers.base import Descriptor
@@ -208,6 +211,28 @@ class Names(ABC):
                 self._settled = monotonic() + self.lease
             self._due.set()
             self._closing.wait(self.lease / 3)
+
+    def _holders(self, found: Iterable[tuple[bytes, object]]) -> dict[str, int]:
+        """Who holds which name, of what a store has under its keys. What cannot be an engine's record is told of once,
+        and harms nobody else."""
+        holders: dict[str, int] = {}
+        bad: list[bytes] = []
+        for key, value in found:
+            try:
+                name, generation = key.decode(), int(cast(Any, value))
+            except (TypeError, ValueError):  # which UnicodeDecodeError is, too
+                bad.append(key)
+                continue
+            if is_name(name) and 0 < generation < WORD:
+                holders[name] = generation
+            else:
+                bad.append(key)
+        what = f"records at {self.where}"
+        if not bad:
+            self.background.settled(what)
+        elif self.background.note(what, f"{len(bad)} are no engine's and are skipped: {short(sorted(bad))}"):
+            log.warning("%s: %d are no engine's and are skipped: %s", what, len(bad), short(sorted(bad)))
+        return holders
 
     # -------------------------------------------------------------------------- what a store writes
     @abstractmethod

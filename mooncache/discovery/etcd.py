@@ -80,7 +80,9 @@ class Etcd(Names):
     def _generations(self) -> dict[str, int]:
         with self._asking():
             found = self._etcd.get(PREFIX, metadata=True, range_end=PREFIX_END, keys_only=True)
-            return {about["key"].decode().removeprefix(PREFIX): int(about.get("lease", 0)) for _, about in found}
+            return self._holders(
+                (about["key"].removeprefix(PREFIX.encode()), about.get("lease", 0)) for _, about in found
+            )
 
     def _listen(self, heard: Callable[[], None]) -> None:
         # Not etcd3gw's watch: it does not say when its connection breaks, and loses events that arrive together. What

@@ -19,6 +19,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mooncache.discovery.base import Names, unreachable, where_of
+from mooncache.discovery.record import RECORD_BYTES
+from mooncache.errors import DiscoveryError
 
 NAMES = "mooncache/segments"
 CHANGES = "mooncache/changes"
@@ -28,8 +30,9 @@ LISTEN_S = 0.5
 
 # KEYS: the name's hash. ARGV: the name, its generation, then what each needs.
 PUBLISH = f"""
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
 local holder = redis.call('HGET', KEYS[1], 'generation')
-if holder and holder ~= ARGV[2] and ARGV[5] == '' then return holder end
+if holder and tonumber(holder) and holder ~= ARGV[2] and ARGV[5] == '' then return holder end
 redis.call('HSET', KEYS[1], 'generation', ARGV[2], 'record', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('SADD', '{NAMES}', ARGV[1])
@@ -37,11 +40,14 @@ if holder ~= ARGV[2] then redis.call('PUBLISH', '{CHANGES}', ARGV[1]) end
 return ARGV[2]
 """
 REFRESH = """
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return nil end
 local holder = redis.call('HGET', KEYS[1], 'generation')
+if holder and not tonumber(holder) then return nil end
 if holder == ARGV[2] then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
 return holder
 """
 REMOVE = f"""
+if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return end
 if redis.call('HGET', KEYS[1], 'generation') == ARGV[2] then
   redis.call('DEL', KEYS[1])
   redis.call('PUBLISH', '{CHANGES}', ARGV[1])
@@ -51,7 +57,8 @@ end
 GENERATIONS = """
 local found = {}
 for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local generation = redis.call('HGET', KEYS[1] .. '/' .. name, 'generation')
+  local generation = redis.pcall('HGET', KEYS[1] .. '/' .. name, 'generation')
+  if generation and type(generation) == 'table' then generation = '' end
   if generation then
     table.insert(found, name)
     table.insert(found, generation)
@@ -60,6 +67,17 @@ for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do
   end
 end
 return found
+"""
+
+
+# ARGV: the name, the most bytes. Answers 0 for what is no record: of another type, without one, or too long.
+FETCH = """
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind == 'none' then return nil end
+if kind ~= 'hash' then return 0 end
+local length = redis.call('HSTRLEN', KEYS[1], 'record')
+if length == 0 or length > tonumber(ARGV[2]) then return 0 end
+return redis.call('HGET', KEYS[1], 'record')
 """
 
 
@@ -84,14 +102,15 @@ class Redis(Names):
         self._run(REMOVE, name, generation)
 
     def _fetch(self, name: str) -> bytes | None:
-        with self._asking():
-            record: Any = self._redis.hget(_key(name), "record")
+        record = self._run(FETCH, name, RECORD_BYTES)
+        if isinstance(record, int):
+            raise DiscoveryError(f"what stands under {name!r} at {self.where} is no engine's record")
         return record  # type: ignore[no-any-return]
 
     def _generations(self) -> dict[str, int]:
         with self._asking():
             found: Any = self._redis.eval(GENERATIONS, 1, NAMES)
-        return {name.decode(): int(generation) for name, generation in zip(found[::2], found[1::2], strict=True)}
+        return self._holders(zip(found[::2], found[1::2], strict=True))
 
     def _listen(self, heard: Callable[[], None]) -> None:
         with self._asking(), self._redis.pubsub() as channel:

@@ -220,6 +220,57 @@ def test_a_publication_does_not_take_a_name_that_another_holds(stores):
     names._remove("held", 8)
 
 
+# ------------------------------------------------------------------------------ bad records
+def write_raw(names: Names, key: bytes, generation: bytes, record: bytes) -> None:
+    """As somebody else may write to the store."""
+    if names.where.startswith("redis"):
+        client: Any = names._redis  # type: ignore[attr-defined]
+        client.sadd("mooncache/segments", key)
+        if generation == b"another type":
+            client.set(b"mooncache/segments/" + key, record)
+        else:
+            client.hset(b"mooncache/segments/" + key, mapping={b"generation": generation, b"record": record})
+    else:
+        names._etcd.put(b"mooncache/segments/" + key, record)  # type: ignore[attr-defined]
+
+
+BAD = {
+    b"no-number": (b"not a number", b"{}"),
+    b"\xff\xfe": (b"5", b"{}"),
+    b"no-json": (b"-1", b"\x80\x04"),
+    b"too-large": (b"0", b"9" * 1_000_000),
+    b"of-another-type": (b"another type", b"{}"),
+    b"beyond": (b"9" * 30, b"[]"),
+    b"bell\x07": (b"7", b"{}"),
+    b"x" * 300: (b"7", b"{}"),
+    b"wrong-types": (b"0x10", b'{"version": 1, "name": 5}'),
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_a_bad_record_is_told_of_once_and_harms_nobody_else(stores, caplog, key):
+    names, other = stores(), stores()
+    own, came = described("beside-a-bad-one"), described("comes-later")
+    names.announce(lambda: own)
+    seen = Seen(names)
+    write_raw(other, key, *BAD[key])
+    until(lambda: names.background.trouble, "the trouble")
+    assert "1 are no engine's and are skipped" in names.background.trouble[0]
+    refreshed = []
+    refresh = names._refresh
+    names._refresh = lambda *a: (refreshed.append(refresh(*a)), refreshed[-1])[1]  # type: ignore[method-assign]
+    until(lambda: len(refreshed) >= 5, "five refreshes, more than a lease")
+    assert set(refreshed) == {own.generation}
+    assert other.look_up(own.name).generation == own.generation
+    other.announce(lambda: came)
+    until(lambda: seen.of(came.name) == [came.generation], "what came")
+    with pytest.raises(DiscoveryError):
+        other.look_up(key.decode(errors="replace"))
+    assert len([line for line in caplog.messages if "are skipped" in line]) == 1 + (other.background.trouble != ())
+    (other._redis.delete if "redis" in other.where else other._etcd.delete)(b"mooncache/segments/" + key)  # type: ignore[attr-defined]
+    until(lambda: not names.background.trouble, "the end of the trouble")
+
+
 # ------------------------------------------------------------------------------ outages
 def test_an_outage_is_logged_once_outlasted_and_nobody_counts_as_gone(server, stores, caplog):
     caplog.set_level(logging.INFO, "mooncache")
