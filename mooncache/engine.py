@@ -198,7 +198,7 @@ class Engine:
         Args:
             buffer: a contiguous NumPy array, torch tensor (of a GPU too with provider "rdma"), DLPack object, writable
                 or read-only buffer, or `(address, length)`. It is kept alive until `Region.unregister` (a pair: by the
-                caller).
+                caller; it must be mapped when this is called).
             access: what peers may do: "read", "write" or "both". Read-only memory takes "read" only.
 
         Raises:
@@ -213,8 +213,8 @@ class Engine:
         memory = range_of(buffer)
         if memory.device and not self.provider.reaches_gpus:
             raise UsageError(
-                f"expected memory of the host, got a tensor on {memory.device}; provider {self.provider.name!r} cannot "
-                "reach it, 'rdma' can"
+                f"expected memory of the host, got memory of {memory.device}; provider {self.provider.name!r} copies "
+                "with the CPU, which cannot reach it: 'rdma' can, or copy it to the host first"
             )
         if not memory.writable and access != "read":
             raise UsageError(f"this {type(buffer).__name__} is read-only; register it with access='read'")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mooncache import cuda
 from mooncache.descriptors import none_left
 from mooncache.errors import CapacityError, TransportError, UsageError
 from mooncache.kernels.layout import Access
@@ -51,7 +52,8 @@ def range_of(buffer: Any) -> Range:
     """Where a buffer lies. Takes an `(address, length)` pair, a torch tensor, a NumPy array, DLPack, or any buffer.
 
     Raises:
-        UsageError: not contiguous, empty, on a device other than CUDA's, or nothing of the above.
+        UsageError: not contiguous, empty, on a device other than CUDA's, a pair that names memory which is not there
+            or cannot be read, or nothing of the above.
     """
     if isinstance(buffer, tuple):
         return _pair(buffer)
@@ -73,10 +75,45 @@ def range_of(buffer: Any) -> Range:
     return _checked(buffer.ctypes.data, buffer.nbytes, buffer, bool(buffer.flags.writeable))
 
 
+def check_mapped(memory: Range) -> Range:
+    """What the system says of memory that the caller vouches for: all of it is mapped, and whether it can be written.
+
+    Looks at the list of mappings only, so that a terabyte costs no more than a page.
+
+    Raises:
+        UsageError: a part is not mapped, or cannot be read.
+    """
+    at, end, writable = memory.address, memory.address + memory.length, True
+    for start, stop, rights in _mappings():
+        if stop <= at:
+            continue
+        if start > at or "r" not in rights:
+            break
+        writable = writable and "w" in rights
+        at = stop
+        if at >= end:
+            return memory._replace(writable=writable)
+    raise UsageError(
+        f"expected memory that this process can read, got {memory.length} bytes at {memory.address:#x}, of which those "
+        f"from {at:#x} on are not mapped, or protected: is it another process's, or a device's?"
+    )
+
+
+def _mappings() -> Iterator[tuple[int, int, str]]:
+    """(first, behind the last, rights) of each stretch of this process's memory, in order."""
+    with open("/proc/self/maps") as file:
+        for line in file:
+            where, rights, _ = line.split(" ", 2)
+            start, stop = where.split("-")
+            yield int(start, 16), int(stop, 16), rights
+
+
 def _pair(pair: tuple[Any, ...]) -> Range:
     if len(pair) != 2 or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair):
         raise UsageError(f"expected (address, length) as two integers, got {pair!r}")
-    return _checked(int(pair[0]), int(pair[1]), None, True)
+    memory = _checked(int(pair[0]), int(pair[1]), None, True)
+    device = cuda.device_of(memory.address)
+    return memory._replace(device=device) if device else check_mapped(memory)
 
 
 def _torch(tensor: Any) -> Range:

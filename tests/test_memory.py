@@ -18,6 +18,7 @@ from mooncache import (
     UsageError,
 )
 from mooncache.kernels import calls, layout
+from mooncache.memory import range_of
 from mooncache.providers.emulated import Emulated, Nic
 from tests.helpers import POLICIES, STORES, unchanged, until
 from tests.kernels.entries import Gated
@@ -267,3 +268,13 @@ def test_a_region_registered_at_the_target_after_connecting_is_found(pair):
     later = pair.there.register(late := np.zeros(64, np.uint8))
     pair.here.write(pair.peer, pair.local.address, later.address, 64).wait(20).close()
     np.testing.assert_array_equal(late, pair.source[:64])
+
+
+def test_a_pair_that_names_memory_which_is_not_there_is_refused():
+    with mmap.mmap(-1, 1 << 20) as hole:
+        array = np.frombuffer(hole, np.uint8)
+        address = array.ctypes.data
+        assert range_of((address, 1 << 20)).writable
+        del array
+    with pytest.raises(UsageError, match="not mapped, or protected"):
+        range_of((1 << 12, 1 << 12))

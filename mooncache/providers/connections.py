@@ -5,7 +5,6 @@ The kernels here hand a lane to its worker, have it cut, and wake the worker to 
 
 from __future__ import annotations
 
-import ipaddress
 import mmap
 import os
 import secrets
@@ -16,11 +15,13 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mooncache import limits
+from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
 from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
 from mooncache.kernels.inbox import sender
@@ -45,7 +46,9 @@ STALL_S = 10.0
 """Seconds without a byte, with something under way, after which a lane counts as broken: a stopped or hung peer."""
 
 BUFFER_BYTES = 4 << 20
-"""Socket buffers, if the system allows: two frames of 64 KiB slices would be more, but loopback gains nothing above."""
+"""Socket buffers that are asked for, where that gives more than the system's tuning: loopback gains nothing above."""
+
+NET = Path("/proc/sys/net")
 
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 """A host that is gone without a word is noticed within 30 s, also by connections on which nothing is under way."""
@@ -369,9 +372,31 @@ class StreamQueue(Queue):
         self.words[lanes.Q_LANE_COUNT] = len(socks)
 
 
-def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
-    """Of a data connection: that the end of its host is noticed, buffers, and what congestion control suits loopback.
+class Buffers(NamedTuple):
+    """What the system gives to a direction of a connection, bytes.
 
+    Attributes:
+        fixed: to who asks: twice what is asked for, or than is allowed (socket(7)).
+        tuned: at most, to who does not: as much as the way turns out to hold (tcp(7)).
+    """
+
+    fixed: int
+    tuned: int
+
+
+def buffers(direction: str, net: Path = NET) -> Buffers:
+    """For sending, "w", or receiving, "r". Raises OSError or ValueError where the system does not tell."""
+    fixed = 2 * min(BUFFER_BYTES, int((net / f"core/{direction}mem_max").read_text()))
+    _, start, most = map(int, (net / f"ipv4/tcp_{direction}mem").read_text().split())
+    tunes = direction == "w" or (net / "ipv4/tcp_moderate_rcvbuf").read_text().strip() != "0"
+    return Buffers(fixed, most if tunes else start)
+
+
+def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
+    """Of a data connection: that the end of its host is noticed, buffers where tuning by the system gives less, and
+    what congestion control suits loopback.
+
+    A buffer that is asked for is never tuned, and over a distance is then too small by far where the limit is low.
     One of `ours`, which carries our requests, is reset when it is closed, by whomever, the end of the process
     included: what the peer has not taken yet is lost, and the peer drops what it has not put into its pages.
     """
@@ -381,9 +406,12 @@ def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
     if ours:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    with suppress(OSError):  # the system's limit is taken instead
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-    if ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback:
+    near = is_loopback(sock.getpeername()[0])
+    for direction, option in (("w", socket.SO_SNDBUF), ("r", socket.SO_RCVBUF)):
+        with suppress(OSError, ValueError):  # not told, or refused: then it is tuned
+            given = buffers(direction)
+            if given.fixed >= (min(given.tuned, 2 * BUFFER_BYTES) if near else given.tuned):
+                sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+    if near:
         with suppress(OSError):  # not in this kernel
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")

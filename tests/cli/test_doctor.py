@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mooncache import cli
 from mooncache.cli import checks
-from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, system
+from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, sockets, system
 from mooncache.cli.checks.base import Finding, attempt, check, listed
 from mooncache.cli.doctor import PROVIDERS, STYLES, summary
 from mooncache.kernels.cache import Place
@@ -280,6 +280,24 @@ def test_a_cache_elsewhere_than_asked_for_is_a_warning(tmp_path):
         elsewhere = only(cache.cache(place, cold=True))
         assert elsewhere.level == "warning"
         assert "MOONCACHE_CACHE_DIR" in elsewhere.cure
+
+
+# ------------------------------------------------------------------ sockets
+@pytest.mark.parametrize(
+    ("limit", "tuned", "level", "mib"),
+    [(212_992, 6 << 20, "ok", "6.0"), (212_992, 1 << 20, "warning", "1.0"), (4 << 20, 1 << 20, "ok", "8.0")],
+)
+def test_buffers_of_sockets_are_what_tuning_or_asking_gives(machine, limit, tuned, level, mib):
+    for way in "rw":
+        write(
+            machine,
+            {f"proc/sys/net/core/{way}mem_max": f"{limit}", f"proc/sys/net/ipv4/tcp_{way}mem": f"4096\t9\t{tuned}"},
+        )
+    write(machine, {"proc/sys/net/ipv4/tcp_moderate_rcvbuf": "1"})
+    found = only(sockets.sockets(machine))
+    assert (found.level, found.text.split()[0]) == (level, mib)
+    write(machine, {"proc/sys/net/ipv4/tcp_moderate_rcvbuf": "0"})
+    assert (only(sockets.sockets(machine)).level == "ok") == (limit > 1 << 20)
 
 
 # ------------------------------------------------------------------ cores, nodes, clock

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, DiscoveryError, Engine, MooncacheError, TransportError, UsageError
+from mooncache.providers import connections
 from tests.helpers import SMALL, Task, until
 from tests.wires import there
 from tests.wires.conftest import over
@@ -281,3 +282,13 @@ def test_more_peers_than_an_engine_may_have_are_refused(engines, far):
     with pytest.raises(CapacityError, match=r"is connected to 2 peers, as many as it may: forget\(\)"):
         here.connect(third)
     assert here.connect(first).name == first
+
+
+@pytest.mark.parametrize(("fixed", "tuned", "asked"), [(425_984, 6 << 20, False), (8 << 20, 4 << 20, True)])
+def test_buffers_are_asked_for_only_where_the_system_would_tune_them_to_less(monkeypatch, fixed, tuned, asked):
+    monkeypatch.setattr(connections, "buffers", lambda direction: connections.Buffers(fixed, tuned))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        before = [sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+        connections.set_lane_options(sock, ours=True)
+        after = [sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_SNDBUF, socket.SO_RCVBUF)]
+    assert (before != after) == asked

@@ -6,7 +6,7 @@ import os
 import resource
 from pathlib import Path
 
-from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, system
+from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, sockets, system
 from mooncache.cli.checks.base import ROOT, Finding, attempt
 from mooncache.kernels import jit
 
@@ -35,6 +35,7 @@ def examine(need: str, root: Path = ROOT) -> list[Finding]:
         *memory.huge(root),
         *memory.shareable(need),
         *processes.process_memory(root=root),
+        *sockets.sockets(root),
         *(no_ports or rdma.ports(need, ports, root)),
         *rdma.access(need, ports, root),
         *rdma.library(need, ports),

@@ -1,10 +1,9 @@
-"""Memory of NVIDIA GPUs: whether an address is in one, and how an RDMA device may reach it.
+"""Memory of NVIDIA GPUs: how an RDMA device may reach it.
 
     dma-buf      the GPU's driver hands the memory out as a file, which the NIC's driver takes
     peer memory  NVIDIA's module nvidia_peermem makes an ordinary registration find it
 
-The driver is asked only where the process uses it already: without libcuda loaded it has no memory in a GPU. Whoever
-has a GPU write to registered memory waits for that (its stream or event) before the transfer is submitted.
+Whoever has a GPU write to registered memory waits for that (its stream or event) before the transfer is submitted.
 Source: NVIDIA, GPUDirect RDMA, and the CUDA Driver API, both 12.4.
 """
 
@@ -12,18 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from pathlib import Path
 from typing import NamedTuple
 
+from mooncache.cuda import POINTER_DEVICE_ORDINAL, SUCCESS, library, memory_kind, pointer
 from mooncache.errors import TransportError
 
-LIBCUDA = "libcuda.so.1"
 PEER_MODULES = ("nvidia_peermem", "nv_peer_mem")
 
-SUCCESS = 0
-POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_DEVICE_ORDINAL = 2, 8, 9  # CUpointer_attribute
-MEMORY_DEVICE = 2  # CUmemorytype
 DEVICE_DMA_BUF_SUPPORTED = 124  # CUdevice_attribute
 RANGE_DMA_BUF_FD = 1  # CUmemRangeHandleType
 
@@ -38,13 +33,6 @@ class DmaBuf(NamedTuple):
 
     fd: int
     offset: int
-
-
-def memory_kind(address: int) -> str:
-    """Whose memory an address is in: "host", "gpu", or "managed" (which moves between both)."""
-    if _pointer(address, POINTER_IS_MANAGED):
-        return "managed"
-    return "gpu" if _pointer(address, POINTER_MEMORY_TYPE) == MEMORY_DEVICE else "host"
 
 
 def choose(address: int, length: int) -> str:
@@ -76,7 +64,7 @@ def dmabuf_fd(address: int, length: int) -> DmaBuf:
     Raises:
         TransportError: the driver refused; a thread that calls this must have a CUDA context of that GPU.
     """
-    cuda = _libcuda()
+    cuda = library()
     offset = address % mmap.PAGESIZE  # the driver takes whole pages of the host only
     pages = -(-(offset + length) // mmap.PAGESIZE) * mmap.PAGESIZE
     fd = ctypes.c_int(-1)
@@ -98,25 +86,10 @@ def peer_memory(root: str = "/sys/module") -> bool:
 
 
 def _exports(address: int) -> bool:
-    cuda, device, able = _libcuda(), ctypes.c_int(), ctypes.c_int()
+    cuda, device, able = library(), ctypes.c_int(), ctypes.c_int()
     return (
         cuda is not None
-        and cuda.cuDeviceGet(ctypes.byref(device), _pointer(address, POINTER_DEVICE_ORDINAL)) == SUCCESS
+        and cuda.cuDeviceGet(ctypes.byref(device), pointer(address, POINTER_DEVICE_ORDINAL)) == SUCCESS
         and cuda.cuDeviceGetAttribute(ctypes.byref(able), DEVICE_DMA_BUF_SUPPORTED, device) == SUCCESS
         and bool(able.value)
     )
-
-
-def _pointer(address: int, attribute: int) -> int:
-    """An attribute of the memory at an address; 0 where CUDA does not know the address."""
-    cuda, value = _libcuda(), ctypes.c_uint()
-    if cuda and cuda.cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(address)) == SUCCESS:
-        return value.value
-    return 0
-
-
-def _libcuda() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(LIBCUDA, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except OSError:
-        return None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mooncache import limits
+from mooncache.cuda import memory_kind
 from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
@@ -165,7 +166,7 @@ class Rdma(Provider):
     # -------------------------------------------------------------------------- memory
     def register(self, address: int, length: int, access: int) -> Keys:
         """See `Provider.register`: with every NIC. A GPU's memory by dma-buf, or else by its driver's peer memory."""
-        on_gpu = gpu.memory_kind(address) == "gpu"
+        on_gpu = memory_kind(address) == "gpu"
         by_dmabuf = on_gpu and gpu.choose(address, length) == "dma-buf"
         if not on_gpu and length >= POPULATE_BYTES:
             populate(address, length, bool(access & Access.LOCAL), min(8, len(os.sched_getaffinity(0))))

@@ -5,19 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mooncache import cuda
 from mooncache.errors import TransportError
 from mooncache.providers.rdma import gpu
 
 
 @pytest.fixture(autouse=True)
 def _without_cuda() -> None:
-    if gpu._libcuda() is not None:
+    if cuda.library() is not None:
         pytest.skip("this process has loaded libcuda")
 
 
 def test_without_cuda_all_memory_is_the_hosts() -> None:
-    assert gpu.memory_kind(np.zeros(8).ctypes.data) == "host"
-    assert gpu.memory_kind(0x7F00_0000_0000) == "host"
+    assert cuda.memory_kind(np.zeros(8).ctypes.data) == "host"
+    assert cuda.memory_kind(0x7F00_0000_0000) == "host"
 
 
 def test_memory_of_the_host_has_no_way_to_a_gpu() -> None:
