@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from mooncache import forks
 from mooncache.errors import Status
 from mooncache.kernels import calls
 
@@ -43,6 +44,14 @@ class Awaiting:
         self._waiters: dict[int, _Waiter] = {}
         self._loops: set[asyncio.AbstractEventLoop] = set()
         self._closed = False
+        forks.private(self)
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        self._closed, self._lock = True, threading.Lock()
+        self._waiters.clear()
+        self._loops.clear()
+        forks.drop([self.event_fd])
 
     def finished(self, handle: int) -> asyncio.Future[None]:
         """A future of the running event loop that is resolved when the batch is done, closed, or its engine is."""
@@ -96,7 +105,7 @@ class Awaiting:
             self._closed = True
             self._loops = {loop for loop in self._loops if _tell(loop, self._leave, loop)}
             if not self._loops:
-                os.close(self.event_fd)
+                self._close_descriptor()
 
     def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a loop: stop watching. The last one closes the eventfd."""
@@ -104,7 +113,11 @@ class Awaiting:
             loop.remove_reader(self.event_fd)
             self._loops.discard(loop)
             if not self._loops:
-                os.close(self.event_fd)
+                self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        descriptor, self.event_fd = self.event_fd, -1
+        os.close(descriptor)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from mooncache import shortage
+
 log = logging.getLogger("mooncache")
 
 PAUSE_S, PAUSE_MOST_S = 0.05, 5.0
@@ -45,9 +47,11 @@ class Background:
             run: all of the work. It returns when there is no more to do, or its owner closes. An exception is noted,
                 and `run` called again after a pause; so it must leave things as they can be taken up again.
             failed: called in the thread, after an exception and before the pause: fails what depended on the work.
+
+        Raises CapacityError: the system has no thread left.
         """
         thread = threading.Thread(target=self._run, args=(name, run, failed), name=name, daemon=True)
-        with self._lock:
+        with self._lock, shortage.told(f"thread {name!r} cannot be started"):
             thread.start()
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         return thread

@@ -175,6 +175,7 @@ class Batch:
         return self
 
     def _check_held(self) -> None:
+        self._engine.check_own()
         if self._closed:
             if self._engine.closed:
                 raise self._engine_closed()
@@ -242,13 +243,15 @@ class Batch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._closed:
+        if not self._closed and not self._engine.inherited:
             self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and not self._engine.inherited:
             self.close()
 
     def __repr__(self) -> str:
+        if self._engine.inherited:
+            return f"<Batch of {self.requests} requests to {self.peer!r}, of {self._engine!r}>"
         state = "closed" if self._closed else "done" if self.done else "running"
         return f"<Batch of {self.requests} requests to {self.peer!r}, {state}>"

@@ -6,6 +6,7 @@ import os
 import select
 from collections.abc import Sequence
 
+from mooncache import forks
 from mooncache.kernels import layout
 from mooncache.kernels.state import State
 
@@ -16,10 +17,16 @@ class Bells:
     def __init__(self, state: State, descriptors: Sequence[Sequence[int]], *, spins: bool) -> None:
         self._epolls: list[select.epoll] = []
         self._bells: list[int] = []
+        forks.private(self)
         for row, watched in zip(state.worker_rows, descriptors, strict=False):
-            epoll, bell = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._epolls.append(epoll)
-            self._bells.append(bell)
+            try:
+                epoll = select.epoll()
+                self._epolls.append(epoll)
+                bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._bells.append(bell)
+            except OSError:
+                self.close()
+                raise
             epoll.register(bell, select.EPOLLIN | select.EPOLLET)  # by its edges, so that nobody needs to read it
             for descriptor in watched:
                 epoll.register(descriptor, select.EPOLLIN | (select.EPOLLET if spins else 0))
@@ -30,5 +37,11 @@ class Bells:
         """Close them. The workers must have left."""
         for epoll in self._epolls:
             epoll.close()
-        for bell in self._bells:
-            os.close(bell)
+        while self._bells:
+            os.close(self._bells.pop())
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        for epoll in self._epolls:
+            epoll.close()
+        forks.drop(self._bells)

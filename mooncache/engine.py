@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
+import reprlib
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,12 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from mooncache import opening
+from mooncache import forks, opening, shortage
 from mooncache.awaiting import Awaiting
 from mooncache.batch import NAP_NS, Batch
 from mooncache.bells import Bells
 from mooncache.deadline import Deadline
-from mooncache.errors import CapacityError, EngineClosed, MooncacheError, Status, TransportError, UsageError
+from mooncache.errors import (
+    CapacityError,
+    EngineClosed,
+    EngineInherited,
+    MooncacheError,
+    Status,
+    TransportError,
+    UsageError,
+    came,
+)
 from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, hand, jit, layout, look, publication, pump, submit
 from mooncache.kernels.layout import Opcode, Policy
@@ -31,7 +43,17 @@ from mooncache.kernels.state import Block, State, address_of
 from mooncache.limits import CHUNK_SLICES
 from mooncache.looker import Looker
 from mooncache.memory import ACCESS, Region, allocate, range_of
-from mooncache.operands import Call, Operand, as_arrays, as_words, deadline_at, deadline_ns, deadline_of, refusal
+from mooncache.operands import (
+    Call,
+    Operand,
+    as_arrays,
+    as_words,
+    deadline_at,
+    deadline_ns,
+    deadline_of,
+    is_text,
+    refusal,
+)
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import HERE, Descriptor, Link, Provider
 from mooncache.providers.software import InProcessProvider
@@ -45,6 +67,7 @@ log = logging.getLogger("mooncache")
 JOIN_SECONDS = 5.0
 REST_SECONDS = 5.0
 ROOM_SECONDS = 0.5  # that a peer which is gone may take to make room for another
+PATIENCE_NS = 5 * 10**9  # after which a call that may wait for ever for slots or batch rows says so, once
 
 FENCE_S = 1.0
 """What `fence` may take: microseconds mostly; a copy of a megabyte by a process that has to share its core, some ms."""
@@ -81,7 +104,8 @@ class Engine:
         name: its own.
         address: "host:port" where it answers peers; empty when they are all in this process.
 
-    All methods may be called from any thread.
+    All methods may be called from any thread, but of the process that opened the engine only: in a forked child they
+    raise EngineInherited, and the engine there holds no descriptor.
 
     Raises:
         UsageError: a setting out of range, a name in use, or an open port without a secret.
@@ -94,15 +118,22 @@ class Engine:
         policy: str = "bulk", listen: str = "127.0.0.1:0", secret: str | bytes | None = None, insecure: bool = False,
         discovery: str | None = None, advertise: str | None = None, **settings: int,
     ) -> None:  # fmt: skip
+        opening.check_texts(name=name, listen=listen, discovery=discovery, advertise=advertise)
         self._settings = opening.settings(store, policy, settings)
-        self.provider = opening.provider(provider)
-        self.closed = False
+        with shortage.told("no engine can be opened"):
+            self.provider = opening.provider(provider)
+        self.closed = self.inherited = False
+        self._ended = True  # nothing is there to be ended yet
+        self._ending = threading.RLock()  # held while it is closed; again by a signal handler that closes it, too
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._peers: dict[str, Peer] = {}
         self._vacant = list(range(self._settings.peers - 1, -1, -1))  # rows that no peer has
         self._blocks: dict[int, Block] = {}
         self._local = threading.local()
-        with opening.system_errors(), ExitStack() as undo:  # if anything fails, what stands above it is given back
+        forks.private(self)
+        with shortage.told("no engine can be opened"), ExitStack() as undo:  # if it fails, all is given back
+            undo.callback(setattr, self, "closed", True)
             self.awaiting = Awaiting()
             undo.callback(self.awaiting.close)
             self._looker = Looker()
@@ -133,9 +164,13 @@ class Engine:
             self._service: Service | None = None
             if networked:
                 self._service = Service(self, listen, secret, insecure, discovery, advertise)
+                undo.callback(self._service.close)
+            self._threads: list[threading.Thread] = []
+            undo.callback(self._end_threads)
+            self._start_threads()
             undo.pop_all()
-        self._threads = self._start_threads()
-        self._looker.start(self.name, self._look_where_asked)
+            self._ended = False
+            _open.add(self)
         if self._service is not None:
             try:
                 self._service.announce()
@@ -149,18 +184,24 @@ class Engine:
         for words in (self._state.template, *(block.words for block in blocks)):
             words[layout.TURN] = hand.turn_once.address
 
-    def _start_threads(self) -> list[threading.Thread]:
+    def _start_threads(self) -> None:
         # The threads hold the blocks, not the engine: one that is forgotten can be collected, which closes it.
-        threads = [
-            threading.Thread(target=pump.pump, args=(b.ctl,), name=f"{self.name}-worker-{i}", daemon=True)
-            for i, b in enumerate(self._workers)
-        ]
+        actors = [(f"worker-{i}", pump.pump, block) for i, block in enumerate(self._workers)]
         if self._settings.policy == Policy.DEFERRED:
-            args = (self._reaper.ctl,)
-            threads.append(threading.Thread(target=pump.reaper, args=args, name=f"{self.name}-reaper", daemon=True))
-        for thread in threads:
+            actors.append(("reaper", pump.reaper, self._reaper))
+        for role, kernel, block in actors:
+            thread = threading.Thread(target=kernel, args=(block.ctl,), name=f"{self.name}-{role}", daemon=True)
             thread.start()
-        return threads
+            self._threads.append(thread)
+        self._looker.start(self.name, self._look_where_asked)
+
+    def _end_threads(self) -> None:
+        """Nothing was ever submitted: let those leave that were started."""
+        calls.stop(self.ctl)
+        calls.stop_reaper(self.ctl)
+        for thread in self._threads:
+            thread.join()
+        self._looker.stop()
 
     # ------------------------------------------------------------------------------ who calls
     @property
@@ -174,6 +215,7 @@ class Engine:
 
     def _block_of_thread(self) -> Block:
         """A block for a thread that calls for the first time; blocks of threads that ended are used again."""
+        self.check_own()
         with self._lock:
             own = threading.current_thread().ident or 0  # also makes a thread that Python did not start known below
             alive = {thread.ident for thread in threading.enumerate()}
@@ -208,8 +250,8 @@ class Engine:
         A NIC pins memory, which may take seconds; peers are answered meanwhile, and other threads go on.
         """
         self._check_open()
-        if access not in ACCESS:
-            raise UsageError(f"access must be one of {', '.join(map(repr, ACCESS))}, got {access!r}")
+        if not is_text(access) or access not in ACCESS:
+            raise UsageError(f"access must be one of {', '.join(map(repr, ACCESS))}, got {came(access)}")
         memory = range_of(buffer)
         if memory.device and not self.provider.reaches_gpus:
             raise UsageError(
@@ -223,8 +265,11 @@ class Engine:
             self._service.changed()
         return region
 
-    def unregister(self, region: Region) -> None:
+    def unregister(self, region: Any) -> None:
         """What `Region.unregister` does."""
+        self.check_own()
+        if not isinstance(region, Region) or region._engine is not self:
+            raise UsageError(f"{came(region)} is not registered with engine {self.name!r}")
         self._registry.unregister(region, self.ctl)
         if self._service is not None:
             self._service.changed()
@@ -248,12 +293,14 @@ class Engine:
 
     def descriptor(self) -> Descriptor:
         """What peers are told, keys included. Waits for nobody."""
+        self.check_own()
         regions = self._registry.described  # before the rest: what they lie in is described, too
         data = self.provider.describe(self._service.unix if self._service is not None else "")
         return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
 
     def describe(self) -> dict[str, Any]:
         """This engine in plain values: name, address, provider, regions, and how bytes travel to each peer."""
+        self.check_own()
         with self._lock:
             return {
                 "name": self.name,
@@ -296,6 +343,10 @@ class Engine:
 
     def _connected(self, name: str) -> Peer | None:
         """The peer, if nothing has to be asked of it first."""
+        if not is_text(name):
+            raise UsageError(
+                f"expected a peer's name, its 'host:port', or what this engine's connect() returned, got {came(name)}"
+            )
         peer = self._peers.get(name)
         return None if peer is None or peer.gone else peer
 
@@ -329,6 +380,7 @@ class Engine:
             peer.connecting.release()
 
     def _look_up(self, name: str, deadline: Deadline) -> Descriptor:
+        self.check_own()
         if self._service is None:
             return directory.look_up(name, self.provider.name)
         return self._service.look_up(name, deadline)
@@ -409,9 +461,11 @@ class Engine:
             TransportError: something under way did not come back in time. The connection has ended; forget it later.
         """
         self._check_open()
-        known = self._own(peer) if isinstance(peer, Peer) else self._peers.get(peer)
+        known = self._peers.get(peer) if isinstance(peer, str) else self._own(peer)
         if known is None:
-            raise UsageError(f"engine {self.name!r} is not connected to {peer!r}; its peers: {sorted(self._peers)}")
+            raise UsageError(
+                f"engine {self.name!r} is not connected to {came(peer)}; its peers: {reprlib.repr(sorted(self._peers))}"
+            )
         self._forget(known, lambda peer: True)
 
     async def aforget(self, peer: str | Peer) -> None:
@@ -537,6 +591,7 @@ class Engine:
 
     def notifications(self) -> Inbox:
         """What peers have sent along with batches: iterate to take out what is there, `async for` to wait for more."""
+        self.check_own()
         return self._inbox
 
     def _submit(
@@ -574,7 +629,7 @@ class Engine:
     ) -> Call:  # fmt: skip
         if self.closed:
             self._check_open()
-        name, given = (self._own(peer).name, peer) if isinstance(peer, Peer) else (peer, None)
+        name, given = (peer, None) if isinstance(peer, str) else (self._own(peer).name, peer)
         deadline = deadline_ns(timeout)
         if type(local) is int and type(remote) is int and type(length) is int and notify is None:
             words = as_words(local, remote, length)
@@ -595,7 +650,9 @@ class Engine:
         handle = call.kernel(self.ctl, to.handle, call.opcode.value, call.deadline, *call.operands)
         return Batch(self, handle, to, call.requests, call.noted, breaks) if handle >= 0 else None
 
-    def _own(self, peer: Peer) -> Peer:
+    def _own(self, peer: Any) -> Peer:
+        if not isinstance(peer, Peer):
+            raise UsageError(f"expected a peer's name, or what this engine's connect() returned, got {came(peer)}")
         if peer.forgotten:
             raise UsageError(f"{peer!r} was forgotten; give its name, or connect() again")
         if self._peers.get(peer.name) is not peer:
@@ -605,7 +662,8 @@ class Engine:
     def _attempts(self, call: Call) -> Generator[Asked | int, None, Batch]:
         """A submit was refused, or its peer is not known: yields what has to be waited for before the next attempt (a
         way to the peer, or the value of the capacity bell that must change), or says what is wrong."""
-        ctl, looked, connects = self.ctl, False, 0
+        ctl, looked, connects, told = self.ctl, False, 0, False
+        since = monotonic_ns()
         while True:
             self._check_open()
             if call.given is not None:
@@ -623,6 +681,9 @@ class Engine:
             status = Status(-handle)
             if status in (Status.POOL_EMPTY, Status.BATCHES_EMPTY):
                 self._check_patience(status, call.deadline)
+                if not told and not call.deadline and monotonic_ns() - since > PATIENCE_NS:
+                    told = True
+                    log.warning("%s: a call without a timeout waits for them", self._too_few(status))
                 yield bell
             elif status in (Status.TARGET_NOT_REGISTERED, Status.ACCESS_DENIED) and not looked:
                 looked = True
@@ -643,11 +704,18 @@ class Engine:
         if self._settings.policy == Policy.LEAK:
             why = "the leak policy never frees any"
         elif deadline and monotonic_ns() >= deadline:
-            why = "and none came back before the timeout; close finished batches, or give the engine more"
+            why = "none came back before the timeout"
         else:
             return
-        what = "batch rows" if status == Status.BATCHES_EMPTY else "slots"
-        raise CapacityError(f"too few free {what}: {self!r}, {why}")
+        raise CapacityError(f"{self._too_few(status)}; {why}")
+
+    def _too_few(self, status: int) -> str:
+        what, setting = ("batch rows", "batches") if status == Status.BATCHES_EMPTY else ("slots", "slices")
+        held = int(np.count_nonzero(self._state.batch_rows[:, layout.BATCH_STATE]))
+        return (
+            f"too few free {what}: {self!r}, {held} of {self._settings.batches} batches are open; close finished ones, "
+            f"or give the engine more `{setting}`"
+        )
 
     def _wait(self, awaited: Asked | int, call: Call) -> None:
         if isinstance(awaited, Asked):
@@ -704,6 +772,7 @@ class Engine:
     # ------------------------------------------------------------------------------ looking
     def stats(self) -> Stats:
         """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
+        self.check_own()
         with self._lock:
             callers = list(self._blocks.values())
         trouble = self.provider.background.trouble + self._looker.background.trouble
@@ -712,6 +781,8 @@ class Engine:
         return collect(self._state, callers, self._workers, self._reaper, trouble, self.provider.unsettled)
 
     def __repr__(self) -> str:
+        if self.inherited:
+            return f"<Engine {self.name!r} of process {self._process}, which this one was forked from>"
         s = self._settings
         state = "closed" if self.closed else f"{self._state.free_slices} of {s.chunks * 256} slots free"
         return (
@@ -720,20 +791,38 @@ class Engine:
         )
 
     # ------------------------------------------------------------------------------ the end
+    def disown(self) -> None:
+        """See `forks.Holder`: as if closed, but without touching anything. No thread gets a control block any more."""
+        self.closed = self.inherited = self._ended = True
+        self._lock, self._ending, self._local = threading.RLock(), threading.RLock(), threading.local()
+
+    def check_own(self) -> None:
+        """Raise EngineInherited in a process that was forked from the engine's."""
+        if self.inherited:
+            raise EngineInherited(
+                f"engine {self.name!r} belongs to process {self._process}, which this one ({os.getpid()}) was forked "
+                "from: open an engine here, after the fork, or have multiprocessing 'spawn' its processes"
+            )
+
     def _check_open(self) -> None:
+        self.check_own()
         if self.closed:
             raise EngineClosed(f"engine {self.name!r} is closed")
 
     def close(self) -> None:
-        """Cancel what runs, wait for the NIC's last answers, stop the workers. A second close does nothing.
+        """Cancel what runs, wait for the NIC's last answers, stop the workers. A second close waits for the first.
 
         Connections on which answers are missing after 5 s are broken. Raises TransportError where a NIC does not answer
-        even then; its buffers are not quiesced.
+        even then; its buffers are not quiesced. A close that an exception of a signal handler interrupts can be called
+        again, and is at exit. In a process that was forked from the engine's it does nothing.
         """
         with self._lock:
-            if self.closed:
-                return
             self.closed = True
+        with self._ending:
+            if not self._ended:
+                self._end()
+
+    def _end(self) -> None:
         directory.leave(self)
         self._ways.stop()
         self._inbox.close()
@@ -753,6 +842,9 @@ class Engine:
         _join(reapers, JOIN_SECONDS)
         self._looker.stop()
         self.awaiting.release()
+        if self._ended:  # a signal handler has closed it in the midst of this
+            return
+        self._ended = True
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
             actors = (self._workers, self._reaper, self._orders)
             _abandoned.append((self._state, actors, self.provider, self._peers, self._bells, self._inbox, self._looker))
@@ -778,20 +870,28 @@ class Engine:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "closed", True) and hasattr(self, "_threads"):
+        if not getattr(self, "_ended", True):
             # Collected in any thread, an engine's own ones as well, at any moment, with any lock held: so that thread
             # must not wait for others. Python lets this one live until it is closed, and waits for that at exit.
             directory.leave(self)
-            threading.Thread(target=self.close, name=f"{self.name}-closing").start()
+            try:
+                threading.Thread(target=self.close, name=f"{self.name}-closing").start()
+            except RuntimeError as error:  # the system has none left, or the process is about to end
+                log.warning("engine %r was forgotten and cannot be closed (%s): its memory stays", self.name, error)
+                _abandoned.append(self)
 
 
 _abandoned: list[object] = []
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()  # until they have ended
 
 
 @atexit.register
 def _close_all() -> None:
-    for engine in directory.engines():
-        engine.close()
+    for engine in list(_open):
+        try:
+            engine.close()
+        except MooncacheError as error:  # the others are closed all the same
+            log.warning("engine %r was not closed in order when the process ended: %s", engine.name, error)
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> list[str]:

@@ -13,6 +13,7 @@ Exceptions say whose fault it was. `check` turns one into the other.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -64,6 +65,13 @@ REASON: dict[Status, str] = {
 }
 
 
+def came(value: object) -> str:
+    """How a refused value is quoted: short, and with its type, since `4` and `"4"` print alike."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print the longest
+        return f"an integer of {value.bit_length()} bits"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
 class MooncacheError(Exception):
     """Base of every exception this package raises on purpose.
 
@@ -89,6 +97,10 @@ class DiscoveryError(MooncacheError):
 
 class EngineClosed(MooncacheError):
     """The engine was closed before or during the call."""
+
+
+class EngineInherited(EngineClosed):
+    """The engine is another process's: this one was forked from it. Open one here, after the fork."""
 
 
 class Failure(NamedTuple):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mooncache.errors import EngineClosed, UsageError
+from mooncache import forks
+from mooncache.errors import EngineClosed, EngineInherited, UsageError, came
 from mooncache.kernels import inbox as kernels
 from mooncache.kernels.layout import aligned
 from mooncache.kernels.state import address_of, function_address
@@ -38,7 +39,10 @@ class Notification(NamedTuple):
 def pack(message: object) -> np.ndarray:
     """As it travels, uint8. Raises UsageError for one too long."""
     if isinstance(message, str):
-        message = message.encode()
+        try:
+            message = message.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"expected a notification that UTF-8 can hold, got {came(message)}: {error}") from error
     if not isinstance(message, bytes | bytearray | memoryview):
         raise UsageError(f"expected a notification of bytes or str, got {type(message).__name__}")
     message = bytes(message)
@@ -69,13 +73,24 @@ class Inbox:
         self.words[[kernels.I_WRITE, kernels.I_READ]] = function_address("write"), function_address("read")
         self._address = address_of(self.words)
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._inherited = False
+        self._lent: set[int] = set()  # descriptors of those who wait
+        forks.private(self)
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        self._closed = self._inherited = True
+        self._lock = threading.Lock()
+        forks.drop([self._event_fd, *self._lent])
+        self._lent.clear()
 
     def __iter__(self) -> Iterator[Notification]:
         while (note := self._fetch()) is not None:
             yield note
 
     def _fetch(self) -> Notification | None:
+        if self._inherited:
+            raise EngineInherited("these notifications belong to the process that this one was forked from")
         buffer = np.empty(kernels.ENTRY_BYTES, np.uint8)  # of this call alone: others fetch as well
         length = kernels.fetch(self._address, buffer)
         return None if length == kernels.EMPTY else unpack(buffer[:length].tobytes())
@@ -109,10 +124,14 @@ class Inbox:
             if self._closed:
                 raise EngineClosed("the engine was closed; nothing more will come")
             descriptor = os.dup(self._event_fd)
+            self._lent.add(descriptor)
         try:
             yield descriptor
         finally:
-            os.close(descriptor)
+            with self._lock:
+                if descriptor in self._lent:
+                    self._lent.remove(descriptor)
+                    os.close(descriptor)
 
     async def __aiter__(self) -> AsyncIterator[Notification]:
         loop = asyncio.get_running_loop()
@@ -130,6 +149,9 @@ class Inbox:
     def close(self) -> None:
         """Refuse what still comes, and let those who wait know."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             kernels.shut(self._address)
-            os.close(self._event_fd)
+            descriptor, self._event_fd = self._event_fd, -1
+            os.close(descriptor)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
+from mooncache import forks
 from mooncache.background import Background
 
 
@@ -27,6 +28,11 @@ class Looker:
         self.background = Background()
         self._thread: threading.Thread | None = None
         self._closed = False
+        forks.private(self)
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        forks.drop([self.event_fd])
 
     def start(self, name: str, look: Callable[[], None]) -> None:
         """Begin. `look`: a method of the engine, which is not held: one that is forgotten can be collected."""
@@ -51,4 +57,5 @@ class Looker:
 
     def close(self) -> None:
         """Close the eventfd. The thread must have been stopped, and the workers must have left."""
-        os.close(self.event_fd)
+        descriptor, self.event_fd = self.event_fd, -1
+        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import mmap
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mooncache import cuda
-from mooncache.descriptors import none_left
-from mooncache.errors import CapacityError, TransportError, UsageError
+from mooncache import cuda, forks, shortage
+from mooncache.errors import TransportError, UsageError, came
 from mooncache.kernels.layout import Access
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def range_of(buffer: Any) -> Range:
         return _pair(buffer)
     if hasattr(buffer, "data_ptr") and hasattr(buffer, "element_size"):
         return _torch(buffer)
+    if _holds_objects(buffer):
+        raise UsageError(
+            f"expected numbers, got {type(buffer).__name__} of Python objects: peers would read and write pointers"
+        )
     if not isinstance(buffer, np.ndarray):
         if hasattr(buffer, "__dlpack__"):
             buffer = _dlpack(buffer)
@@ -73,6 +77,12 @@ def range_of(buffer: Any) -> Range:
     if not buffer.flags.c_contiguous:
         raise UsageError(f"expected a C-contiguous array, got strides {buffer.strides} for shape {buffer.shape}")
     return _checked(buffer.ctypes.data, buffer.nbytes, buffer, bool(buffer.flags.writeable))
+
+
+def _holds_objects(buffer: Any) -> bool:
+    if isinstance(buffer, np.ndarray):
+        return bool(buffer.dtype.hasobject)
+    return isinstance(buffer, memoryview) and "O" in buffer.format
 
 
 def check_mapped(memory: Range) -> Range:
@@ -110,7 +120,7 @@ def _mappings() -> Iterator[tuple[int, int, str]]:
 
 def _pair(pair: tuple[Any, ...]) -> Range:
     if len(pair) != 2 or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair):
-        raise UsageError(f"expected (address, length) as two integers, got {pair!r}")
+        raise UsageError(f"expected (address, length) as two integers, got {came(pair)}")
     memory = _checked(int(pair[0]), int(pair[1]), None, True)
     device = cuda.device_of(memory.address)
     return memory._replace(device=device) if device else check_mapped(memory)
@@ -136,11 +146,43 @@ def _dlpack(producer: Any) -> np.ndarray:
 
 def _checked(address: int, length: int, owner: Any, writable: bool) -> Range:
     if length <= 0 or address <= 0 or address + length >= 1 << 63:
-        raise UsageError(f"expected a range of at least one byte of user memory, got {length} bytes at {address:#x}")
+        raise UsageError(f"expected a range of at least one byte of user memory, got {came(length)} at {came(address)}")
     return Range(address, length, owner, writable)
 
 
-@dataclass(frozen=True)
+class Pages:
+    """A file's bytes, mapped and shared; `np.asarray` of it is an array of them, which holds it.
+
+    Unlike Python's mmap it keeps no descriptor of its own: the caller's can be closed, and a forked child has none.
+    Raises OSError.
+    """
+
+    def __init__(self, descriptor: int, length: int, *, writable: bool = True) -> None:
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, length, prot, mmap.MAP_SHARED, descriptor, 0)
+        if address == _FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        self.address, self.length = int(address), length
+        self.__array_interface__ = {"version": 3, "shape": (length,), "typestr": "|u1", "data": (self.address, False)}
+        self._unmap = weakref.finalize(self, _libc.munmap, self.address, length)
+        self._unmap.atexit = False
+
+    def close(self) -> None:
+        """Unmap them, once. Nobody may use them any more."""
+        self._unmap()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+)  # fmt: skip
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Memory with a descriptor, which another process can map as well."""
 
@@ -150,6 +192,11 @@ class Segment:
     descriptor: int
     number: int
     memory: weakref.ref[np.ndarray]  # while somebody holds this, the descriptor is open
+
+    def disown(self) -> None:
+        """See `forks.Holder`: the memory stays mapped in the child, which cannot hand it out."""
+        if _segments.pop(self.address, None) is self:
+            forks.drop([self.descriptor])
 
 
 _segments: dict[int, Segment] = {}
@@ -169,17 +216,14 @@ def allocate(nbytes: Any, *, huge: bool = False, for_reading: bool = False) -> n
         UsageError: not a positive number of bytes. CapacityError: the system has no memory or descriptor left.
     """
     if isinstance(nbytes, bool) or not isinstance(nbytes, int | np.integer) or not 0 < nbytes < 1 << 62:
-        raise UsageError(f"expected a number of bytes from 1 on, got {nbytes!r}")
+        raise UsageError(f"expected a number of bytes from 1 on, below 2**62, got {came(nbytes)}")
     if huge:
         try:
             return _allocate(int(nbytes), HUGE_BYTES, os.MFD_HUGETLB, for_reading)
         except OSError as error:
             log.info("no huge pages for %d bytes (%s): taking ordinary ones", nbytes, error.strerror)
-    try:
+    with shortage.told(f"no memory for {nbytes} bytes that can be shared"):
         return _allocate(int(nbytes), mmap.PAGESIZE, 0, for_reading)
-    except OSError as error:
-        what = f"no memory for {nbytes} bytes that can be shared"
-        raise none_left(error, what) or CapacityError(f"{what}: {error.strerror}") from error
 
 
 def _allocate(nbytes: int, page: int, flags: int, for_reading: bool) -> np.ndarray:
@@ -187,21 +231,21 @@ def _allocate(nbytes: int, page: int, flags: int, for_reading: bool) -> np.ndarr
     descriptor = os.memfd_create("mooncache", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
         os.ftruncate(descriptor, length)
-        array = np.frombuffer(mmap.mmap(descriptor, length), np.uint8)
+        array = np.asarray(Pages(descriptor, length))
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | (F_SEAL_FUTURE_WRITE if for_reading else 0))
     except BaseException:
         os.close(descriptor)
         raise
     segment = Segment(array.ctypes.data, length, nbytes, descriptor, next(_numbers), weakref.ref(array))
-    _segments[segment.address] = segment
+    _segments[segment.address] = forks.private(segment)
     weakref.finalize(array, _forget, segment).atexit = False
     return array[:nbytes]
 
 
 def _forget(segment: Segment) -> None:
-    if _segments.get(segment.address) is segment:
+    if _segments.get(segment.address) is segment:  # else this process is a fork of the one that allocated it
         del _segments[segment.address]
-    os.close(segment.descriptor)
+        os.close(segment.descriptor)
 
 
 def segment_of(address: int, length: int) -> Segment | None:

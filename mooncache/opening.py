@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mooncache.descriptors import none_left
-from mooncache.errors import TransportError, UsageError
+import numpy as np
+
+from mooncache.errors import UsageError, came
 from mooncache.kernels.layout import Policy, Store
 from mooncache.kernels.state import Settings
 from mooncache.providers.base import Provider
@@ -37,22 +37,41 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
 }
 
 
-def provider(provider: str | Provider) -> Provider:
+TEXTS = {  # what each is, and whether None stands for a default
+    "name": ("what peers call this engine", True),
+    "store": ("one of " + ", ".join(repr(s.name.lower()) for s in Store), False),
+    "policy": ("one of " + ", ".join(repr(p.name.lower()) for p in Policy), False),
+    "listen": ("an address such as '127.0.0.1:0'", False),
+    "discovery": ("a URL such as 'redis://host:6379' or 'etcd://host:2379'", True),
+    "advertise": ("where peers reach this engine", True),
+}
+
+
+def provider(provider: Any) -> Provider:
     """The provider of that name, or the one given. Raises UsageError if there is none."""
     if isinstance(provider, Provider):
         return provider
-    if provider not in PROVIDERS:
-        raise UsageError(f"expected a Provider or one of {', '.join(map(repr, PROVIDERS))}, got {provider!r}")
+    if not isinstance(provider, str) or provider not in PROVIDERS:
+        raise UsageError(f"expected a Provider or one of {', '.join(map(repr, PROVIDERS))}, got {came(provider)}")
     return PROVIDERS[provider]()
 
 
-def settings(store: str, policy: str, settings: dict[str, int]) -> Settings:
+def check_texts(**texts: object) -> None:
+    """Raise UsageError for an argument of `Engine` that must be a str, or None where TEXTS says so, and is neither."""
+    for name, value in texts.items():
+        what, optional = TEXTS[name]
+        if not (isinstance(value, str) or (optional and value is None)):
+            raise UsageError(f"expected {name} to be {what}{', or None' if optional else ''}, got {came(value)}")
+
+
+def settings(store: str, policy: str, settings: dict[str, Any]) -> Settings:
     """The defaults with what callers ask for. Raises UsageError for what there is not."""
+    check_texts(store=store, policy=policy)
     known = Settings.__dataclass_fields__.keys() - {"store", "policy"}
     for name in settings:
         if name not in known:
             raise UsageError(f"unknown setting {name!r}; there are: {', '.join(sorted(known))}")
-    changed: dict[str, Any] = {**settings}
+    changed = {name: int(value) if isinstance(value, np.integer) else value for name, value in settings.items()}
     try:
         return replace(Settings(), store=Store[store.upper()], policy=Policy[policy.upper()], **changed)
     except KeyError as error:
@@ -60,16 +79,6 @@ def settings(store: str, policy: str, settings: dict[str, int]) -> Settings:
             f"expected a store of {[s.name.lower() for s in Store]} and a policy of "
             f"{[p.name.lower() for p in Policy]}, got {store!r} and {policy!r}"
         ) from error
-
-
-@contextmanager
-def system_errors() -> Iterator[None]:
-    """While an engine is opened: what the system refuses is a TransportError, no descriptor left a CapacityError."""
-    try:
-        yield
-    except OSError as error:
-        what = "no engine can be opened"
-        raise none_left(error, what) or TransportError(f"{what}: {error.strerror}") from error
 
 
 def own_prefix() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mooncache.deadline import Deadline
-from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError
+from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError, came
 from mooncache.kernels.layout import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
 from mooncache.kernels.state import RegionTable
@@ -25,7 +25,7 @@ def as_words(*values: int) -> tuple[int, ...]:
     """Python integers that fit an int64, as they must for a kernel. Raises UsageError for one that does not."""
     for value in values:
         if not -(1 << 63) <= value < 1 << 63:
-            raise UsageError(f"expected addresses and lengths below 2**63, got {value}")
+            raise UsageError(f"expected addresses and lengths below 2**63, got {came(value)}")
     return values
 
 
@@ -72,6 +72,11 @@ class _Readable:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a str at all, and so can be looked up."""
+    return isinstance(value, str)
+
+
 def deadline_ns(timeout: Any) -> int:
     """When a timeout of so many seconds from now ends, on CLOCK_MONOTONIC; 0 for None, which is no limit.
 
@@ -79,9 +84,12 @@ def deadline_ns(timeout: Any) -> int:
     """
     if timeout is None:
         return 0
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not abs(timeout) < LONGEST_S:
-        raise UsageError(f"expected a timeout in seconds, or None for no limit, got {timeout!r}")
-    return monotonic_ns() + round(max(0, timeout) * 1e9)
+    number = isinstance(timeout, int | float | np.integer | np.floating) and not isinstance(timeout, bool)
+    if not number or not abs(timeout) < LONGEST_S:
+        raise UsageError(
+            f"expected a timeout in seconds, at most {LONGEST_S:g}, or None for no limit, got {came(timeout)}"
+        )
+    return monotonic_ns() + round(max(0.0, float(timeout)) * 1e9)
 
 
 def deadline_of(timeout: Any) -> Deadline:

@@ -8,10 +8,10 @@ from itertools import count, pairwise
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.errors import CapacityError, TransportError, UsageError
 from mooncache.kernels import layout
-from mooncache.kernels.state import RegionTable
+from mooncache.kernels.state import RegionTable, put
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Peer:
 
     @gone.setter
     def gone(self, gone: bool) -> None:
-        self.table.header[layout.TABLE_GONE] = gone
+        put(self.table.header, layout.TABLE_GONE, gone)
 
     def refresh(self, described: Descriptor, oldest: int) -> None:
         """Bring the table up to date with what the peer says of itself.
@@ -114,6 +114,10 @@ class Directory:
         self._engines: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()  # an engine may be collected, and leaves, in the middle of another's entry
 
+    def disown(self) -> None:
+        """See `forks.Holder`: no engine of the parent's is found, or closed at exit, in a child."""
+        self.__init__()  # type: ignore[misc]
+
     def enter(self, engine: Engine, name: str | None, prefix: str) -> str:
         """Enter an engine under its name, or the next free "<prefix>-<n>". Raises UsageError for a name in use."""
         with self._lock:
@@ -156,4 +160,4 @@ class Directory:
         return described
 
 
-directory = Directory()
+directory = forks.private(Directory())

@@ -17,7 +17,7 @@ from mooncache.discovery.fields import is_name
 from mooncache.discovery.handshake import HANDSHAKE_S
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import from_json, to_json
-from mooncache.errors import DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, TransportError, UsageError
 from mooncache.peer import directory
 from mooncache.providers.base import Descriptor
 
@@ -187,5 +187,7 @@ def _answer(engine: Engine, request: Request) -> Reply:
         return Reply(to_json(engine.descriptor()))
     try:
         return engine.provider.serve(request)
-    except (KeyError, TypeError, ValueError) as error:
+    except MooncacheError:
+        raise  # one of ours says by itself what is wrong; UsageError is a ValueError, too
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"the body of {request.purpose!r} does not hold: {error!r}") from error

@@ -57,7 +57,47 @@ def _preset(value: object) -> object:
     return PRESETS[value]
 
 
-Requests = Annotated[int, Field(gt=0, le=1_000_000)]  # each holds its layers' times in memory
+# ------------------------------------------------------------------------------ how large a scenario may be
+LAYERS = 1024
+"""Eight times the layers of the deepest models published (126)."""
+
+RANKS = 1024
+"""Tensor parallelism over more than the largest NVLink domains (576) is nobody's."""
+
+ENGINES = 1024
+"""instances x ranks: each has an engine's state of some MiB, pools untouched."""
+
+LAYER_TIMES = 100_000_000
+"""requests x layers: eight bytes for each one's time and as many for its stall, 1.6 GB a process."""
+
+POOL_SLICES = 1 << 28
+"""64 of the default pools: 10 GB of slots where all are used."""
+
+TOKENS = 100_000_000
+"""A hundred times the longest contexts on offer, in and out."""
+
+THREADS = 256
+"""Callers of one rank; each has a block and a cache of its own."""
+
+REPLICATIONS = 1000
+"""With five Student's t is 2.8, with a thousand 2.0: more only takes longer."""
+
+NAME_LENGTH = 100
+"""Characters of a scenario's name: with its hash, in any script, less than the 255 bytes of a folder's name."""
+
+Requests = Annotated[int, Field(gt=0, le=1_000_000)]  # each is an object, and a process of the simulation
+Layers = Annotated[int, Field(gt=0, le=LAYERS)]
+Ranks = Annotated[int, Field(gt=0, le=RANKS)]
+Instances = Annotated[int, Field(gt=0, le=ENGINES)]
+Slices = Annotated[int, Field(gt=0, le=POOL_SLICES)]
+CacheSlices = Annotated[int, Field(gt=0, le=1 << 20)]
+Tokens = Annotated[int, Field(gt=0, le=TOKENS)]
+OutputTokens = Annotated[int, Field(ge=0, le=TOKENS)]
+Threads = Annotated[int, Field(gt=0, le=THREADS)]
+Depth = Annotated[int, Field(gt=0, le=1 << 16)]  # as the engine's settings, and so the next
+Lot = Annotated[int, Field(gt=0, le=1 << 12)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Replications = Annotated[int, Field(gt=0, le=REPLICATIONS)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveDuration = Annotated[Duration, Field(gt=0)]
 Preset = Annotated[Transformer, BeforeValidator(_preset)]
@@ -78,23 +118,23 @@ class Shape(_Section):
     """Slices stated outright: so many of such a size for each layer and rank."""
 
     kind: Literal["shape"]
-    layers: PositiveInt
-    ranks: PositiveInt  # tensor parallelism; each rank has an engine of its own
-    slices: PositiveInt  # for each layer and rank
+    layers: Layers
+    ranks: Ranks  # tensor parallelism; each rank has an engine of its own
+    slices: Slices  # for each layer and rank
     slice_bytes: Bytes
     requests: Requests
     arrival: Arrival
-    output_tokens: NonNegativeInt = 343  # mean of the Mooncake conversation trace
+    output_tokens: OutputTokens = 343  # mean of the Mooncake conversation trace
 
 
 class _Cache(_Section):
     """How a model's KV cache is laid out."""
 
     model: Preset = PRESETS["llama3-70b"]  # a preset's name, or a mapping with the fields of `Transformer`
-    page: PositiveInt = 1  # tokens; 1 is where the slice counts of the incident come from
-    ranks: PositiveInt = 4  # tensor parallelism; TP4, as in the incident
+    page: Tokens = 1  # tokens; 1 is where the slice counts of the incident come from
+    ranks: Ranks = 4  # tensor parallelism; TP4, as in the incident
     dtype: DType = "bf16"  # what most deployments keep KV in
-    mean_run: float = Field(default=1.0, ge=1)  # adjacent pages that merge into a slice; 1: fully scattered
+    mean_run: float = Field(default=1.0, ge=1, le=TOKENS)  # adjacent pages that merge into a slice; 1: fully scattered
 
     @model_validator(mode="after")
     def _heads_can_be_dealt_out(self) -> _Cache:
@@ -106,11 +146,11 @@ class Model(_Cache):
     """Prompts of one length, on a model."""
 
     kind: Literal["model"]
-    tokens: PositiveInt  # prompt length
+    tokens: Tokens  # prompt length
     cached: Share = 0.0  # of the tokens: not computed, but sent; 0: prompts have nothing in common
     requests: Requests
     arrival: Arrival
-    output_tokens: NonNegativeInt = 343  # mean of the Mooncake conversation trace
+    output_tokens: OutputTokens = 343  # mean of the Mooncake conversation trace
 
 
 class Trace(_Cache):
@@ -135,7 +175,7 @@ _KINDS: dict[str, type[BaseModel]] = {"shape": Shape, "model": Model, "trace": T
 class Prefill(_Section):
     """How fast KV cache comes into being."""
 
-    instances: PositiveInt = 1  # groups of `ranks` accelerators that share the requests; 1 shows the effect
+    instances: Instances = 1  # groups of `ranks` accelerators that share the requests; 1 shows the effect
     layer_time: Duration | None = None  # compute time of a layer; null: estimated from FLOPs, needs a model
     flops: FlopRate = units.FLOP_RATE.parse("990T")  # an H100 SXM: 989 TFLOP/s of dense bf16 (NVIDIA)
     efficiency: float = Field(default=0.5, gt=0, le=1)  # share reached; half is usual for prefill
@@ -145,12 +185,12 @@ class Prefill(_Section):
 class EngineShape(_Section):
     """The transfer engine of one rank."""
 
-    submit_threads: PositiveInt = 4  # threads that submit and close; SGLang has 4 transfer queues by default
-    queue_depth: PositiveInt = 512  # work requests in flight; upstream: 2 queue pairs of 256
-    chain: PositiveInt = 128  # work requests a post; the post list of perftest's best small-message rates
-    poll_lot: PositiveInt = 64  # completions a poll; as upstream
+    submit_threads: Threads = 4  # threads that submit and close; SGLang has 4 transfer queues by default
+    queue_depth: Depth = 512  # work requests in flight; upstream: 2 queue pairs of 256
+    chain: Lot = 128  # work requests a post; the post list of perftest's best small-message rates
+    poll_lot: Lot = 64  # completions a poll; as upstream
     slice_bytes: Bytes = units.BYTES.parse("64KiB")  # longest slice; as upstream
-    pool_slices: PositiveInt = 4_194_304  # two mean conversation requests at page 1 with nothing freed
+    pool_slices: Slices = 4_194_304  # two mean conversation requests at page 1 with nothing freed
     arenas: Literal["own", "shared"] = "own"  # malloc arena of a rank; shared: one for all, as in containers
 
 
@@ -178,15 +218,15 @@ class Decode(_Section):
 class Reclaim(_Section):
     """Settings of the reclaim policies that have some."""
 
-    cache_slices: PositiveInt = 4096  # thread_cache: its ring; as upstream
+    cache_slices: CacheSlices = 4096  # thread_cache: its ring; as upstream
     period: PositiveDuration = units.DURATION.parse("1ms")  # deferred: from lot to lot; below a layer's time
-    lot: PositiveInt = 16_384  # deferred: slices freed in one go; 16 M/s, more than one worker completes
+    lot: Slices = 16_384  # deferred: slices freed in one go; 16 M/s, more than one worker completes
 
 
 class Scenario(_Section):
     """All that one comparison needs. Two equal scenarios give byte-identical results."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=NAME_LENGTH)  # of its folder of results, too
     description: str = ""
     workload: Annotated[Shape | Model | Trace, Field(discriminator="kind")]
     prefill: Prefill = Prefill()
@@ -196,8 +236,8 @@ class Scenario(_Section):
     reclaim: Reclaim = Reclaim()
     pairs: tuple[str, ...] = PAIRS  # "all", or a list such as [heap/inline, pool/bulk]; in PAIRS' order
     calibration: str = "shipped"  # or the path of a calibration file of your own
-    seed: NonNegativeInt = 1  # of the first replication
-    replications: PositiveInt = 5  # 2 at least for an interval; 5 bring Student's t down to 2.8
+    seed: Seed = 1  # of the first replication
+    replications: Replications = 5  # 2 at least for an interval; 5 bring Student's t down to 2.8
     mode: Literal["exact", "fast"] = "exact"  # fast: whole batches by closed form, for long traces
 
     @property
@@ -205,6 +245,16 @@ class Scenario(_Section):
         """The pairs as (store, policy), stores and policies in the order of STORES and POLICIES."""
         split = (pair.split("/") for pair in self.pairs)
         return tuple((store, policy) for store, policy in split)
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.isprintable() or {"/", "\\"} & set(name) or name.startswith("."):
+            raise UsageError(
+                "expected printable characters without '/' and '\\', the first no '.', since results are written to a "
+                f"folder of this name, came {came(name)}"
+            )
+        return name
 
     @field_validator("pairs", mode="before")
     @classmethod
@@ -217,6 +267,19 @@ class Scenario(_Section):
             if pair not in PAIRS:
                 raise UsageError(f"expected store/policy, came {came(pair)}; {_did_you_mean(pair, PAIRS)}")
         return tuple(pair for pair in PAIRS if pair in pairs)
+
+    @model_validator(mode="after")
+    def _is_of_a_size_that_ends(self) -> Scenario:
+        workload, instances = self.workload, self.prefill.instances
+        layers = workload.layers if isinstance(workload, Shape) else workload.model.layers
+        if instances * workload.ranks > ENGINES:
+            message = f"expected instances x ranks up to {ENGINES}, came {instances} x {workload.ranks}"
+            raise ConfigError(Problem("", "prefill.instances", message))
+        requests = 1 if isinstance(workload, Trace) else workload.requests
+        if requests * layers > LAYER_TIMES:
+            message = f"expected requests x layers up to {LAYER_TIMES}, came {requests} x {layers}"
+            raise ConfigError(Problem("", "workload.requests", message))
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Scenario:
@@ -245,6 +308,8 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     except OSError as error:
         problem = Problem(str(path), "", f"expected a readable file, came {error.strerror or error}")
         raise ConfigError(problem) from None
+    except ValueError as error:  # a path that can be none
+        raise ConfigError(Problem(repr(str(path)), "", f"expected a readable file, came {error}")) from None
     source = read_yaml(text, lambda line: f"{path}:{line}")
     for override in overrides:
         _override(source, override)

@@ -111,9 +111,12 @@ def load_calibration(where: str) -> Calibration:
         text, place = resources.files("sim").joinpath("calibrations", SHIPPED).read_text(), f"shipped {SHIPPED}"
     else:
         try:
-            text, place = Path(where).read_text(), where
+            text, place = Path(where).read_text("utf-8"), where
         except OSError as error:
             message = f"expected a calibration file, came {error.strerror}; `mooncache calibrate` makes one"
+            raise ConfigError(Problem(where, "calibration", message)) from None
+        except ValueError as error:  # not UTF-8, or a path that cannot be one
+            message = f"expected a calibration file in UTF-8, came {error}; `mooncache calibrate` makes one"
             raise ConfigError(Problem(where, "calibration", message)) from None
     try:
         calibration = Calibration.model_validate_json(text)

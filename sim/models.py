@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field
 
 from mooncache.errors import UsageError
 
@@ -25,13 +25,13 @@ class Transformer(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf
     """
 
     name: str = "inline"
-    layers: PositiveInt
-    parameters: float = Field(gt=0)  # active for one token, all layers; of a mixture of experts only those used
-    query_heads: PositiveInt
-    kv_heads: PositiveInt = 1  # not used by MLA
-    head_dim: PositiveInt  # elements of one head of V, and of Q and K before rope_dim
-    latent: int = Field(default=0, ge=0)  # MLA: elements a token; 0 is GQA
-    rope_dim: int = Field(default=0, ge=0)  # MLA: further elements of each head of Q and K
+    layers: int = Field(gt=0, le=1024)  # eight times the deepest models published
+    parameters: float = Field(gt=0, le=1e15)  # active for one token, all layers; of experts only those used
+    query_heads: int = Field(gt=0, le=4096)
+    kv_heads: int = Field(default=1, gt=0, le=4096)  # not used by MLA
+    head_dim: int = Field(gt=0, le=1 << 16)  # elements of one head of V, and of Q and K before rope_dim
+    latent: int = Field(default=0, ge=0, le=1 << 20)  # MLA: elements a token; 0 is GQA
+    rope_dim: int = Field(default=0, ge=0, le=1 << 16)  # MLA: further elements of each head of Q and K
 
     @property
     def buffers(self) -> int:

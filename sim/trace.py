@@ -55,8 +55,9 @@ def read_trace(path: str | Path) -> Trace:
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise TraceError(str(path), 0, "", "a readable file", error.strerror or str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a path that can be none
+        why = getattr(error, "strerror", None) or str(error)
+        raise TraceError(str(path), 0, "", "a readable file", why) from None
     reader = _Reader(str(path))
     for line, text in enumerate(data.rstrip().split(b"\n"), start=1):
         reader.add(line, text)

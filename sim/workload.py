@@ -22,6 +22,9 @@ from sim.units import format_duration
 
 _ARRIVALS_PS_MAX = 2**58  # 80 hours; int64 then holds even sums of gaps 32 times as long as expected
 
+_VIRTUAL_PS_MAX = 2**62  # 53 days: half of what int64 holds, so that no sum of two instants overflows
+PS_PER_S = 10**12
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -69,6 +72,7 @@ def build_workload(scenario: config.Scenario, seed: int) -> Workload:
         workload = _of_prompts(scenario, asked, _model_prompts(asked, seed), seed)
     else:
         workload = _of_prompts(scenario, asked, _trace_prompts(asked, seed), seed)
+    _check_ends(scenario, workload)
     for request in workload.requests:
         _check_fits("engine.pool_slices", scenario.engine.pool_slices, request.slices, "slices of a layer", request)
         _check_fits("decode.pages", scenario.decode.pages, request.pages, "pages", request)
@@ -194,7 +198,36 @@ def _jittered(layer_time: int, layers: int, variation: float, seed: int, index: 
     variance = math.log1p(variation**2)
     draws = stream(seed, f"request/{index}", "jitter").standard_normal(layers)
     factors: npt.NDArray[np.float64] = np.exp(math.sqrt(variance) * draws - variance / 2)
-    return np.rint(layer_time * factors).astype(np.int64)
+    times = layer_time * factors
+    if times.sum() > _VIRTUAL_PS_MAX:
+        raise UsageError(
+            f"prefill: expected layers that compute for {format_duration(_VIRTUAL_PS_MAX)} at most, all together, "
+            f"came {times.sum() / PS_PER_S:.3g} s; see layer_time, or flops and efficiency"
+        )
+    return np.rint(times).astype(np.int64)
+
+
+def _check_ends(scenario: config.Scenario, workload: Workload) -> None:
+    """Refuse what would take longer than virtual time can count, each thing after the other."""
+    nic, requests = scenario.nic, workload.requests
+    slices = sum(request.slices for request in requests) * workload.layers
+    nbytes = sum(request.slices * request.slice_bytes for request in requests) * workload.layers
+    spans = {
+        "workload.arrival": max(request.arrival_ps for request in requests),
+        "prefill.layer_time": sum(int(request.layer_ps.sum(dtype=np.float64)) for request in requests),
+        "nic.rate": nbytes * 8 * PS_PER_S // nic.rate,
+        "nic.message_rate": slices * PS_PER_S // nic.message_rate,
+        "nic.latency": slices * nic.latency,
+        "decode.first_token": len(requests) * scenario.decode.first_token,
+        "decode.token_time": sum(request.output_tokens for request in requests) * scenario.decode.token_time,
+        "reclaim.period": len(requests) * workload.layers * scenario.reclaim.period,
+    }
+    key, longest = max(spans.items(), key=lambda item: item[1])
+    if sum(spans.values()) > _VIRTUAL_PS_MAX:
+        raise UsageError(
+            f"{key}: expected a scenario of at most {format_duration(_VIRTUAL_PS_MAX)} of virtual time, "
+            f"came one of which this alone takes {longest / PS_PER_S:.3g} s"
+        )
 
 
 def _check_fits(key: str, capacity: int | None, needed: int, noun: str, request: Request) -> None:

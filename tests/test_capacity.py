@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import pytest
 
-from mooncache import (
-    CapacityError,
-)
+from mooncache import CapacityError, engine
 from mooncache.kernels import layout
 from tests.helpers import Task, assert_balanced, in_threads, unchanged, until
 
@@ -31,6 +30,26 @@ def test_a_submit_waits_for_a_batch_row_until_another_batch_is_closed(pairs):
     first.close()
     third.result().wait(20).close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "n", "what"), [({"batches": 1}, 1, "batch rows"), ({"slices": 512}, 512, "slots")]
+)
+def test_a_submit_that_may_wait_for_ever_says_once_for_what(pairs, monkeypatch, caplog, settings, n, what):
+    monkeypatch.setattr(engine, "PATIENCE_NS", 0)
+    pair = pairs(**settings)
+    first = pair.scattered(n).wait(20)
+    with caplog.at_level(logging.WARNING, "mooncache"):
+        second = Task(pair.scattered, n)
+        until(lambda: caplog.records, "the warning")
+        until(lambda: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+        with pytest.raises(CapacityError, match=f"too few free {what}"):
+            pair.scattered(n, timeout=0.3)  # which is told, and warns of nothing
+        first.close()
+        second.result().wait(20).close()
+    (record,) = caplog.records
+    assert f"too few free {what}" in record.getMessage()
+    assert "1 of" in record.getMessage()
 
 
 def test_many_submitters_share_a_pool_that_holds_one_batch(pairs):

@@ -6,7 +6,7 @@ import re
 import socket
 from ipaddress import IPv6Address, ip_address
 
-from mooncache.errors import UsageError
+from mooncache.errors import UsageError, came
 
 # A host name or IPv4 address of at most 253 characters (RFC 1035), or a bracketed IPv6 address.
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([A-Za-z0-9._-]{1,253})):([0-9]{1,5})", re.ASCII)
@@ -14,6 +14,8 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([A-Za-z0-9._-]{1,2
 
 def parse_address(address: str) -> tuple[str, int]:
     """Host (without brackets) and port, 0..65535, of "host:port" or "[::1]:7000". Raises UsageError."""
+    if not isinstance(address, str):
+        raise UsageError(f"expected an address such as 'prefill-3:7000' or '[::1]:7000', got {came(address)}")
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise UsageError(f"expected an address such as 'prefill-3:7000' or '[::1]:7000', got {address[:300]!r}")

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 from mooncache.background import Background
 from mooncache.discovery.fields import WORD, is_name
 from mooncache.discovery.record import decode, encode
-from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, UsageError
+from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, UsageError, came
 from mooncache.providers.base import Descriptor
 
 log = logging.getLogger("mooncache")
@@ -320,16 +320,16 @@ def open_names(url: str, *, lease: float = LEASE_S, timeout: float = TIMEOUT_S) 
         ) from error
 
 
-def _split(url: str) -> SplitResult:
+def _split(url: Any) -> SplitResult:
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url if isinstance(url, str) else "")
         valid = parts.scheme in ("redis", "rediss", "etcd") and parts.hostname and (parts.port is None or parts.port)
     except ValueError:  # a port that is no number, brackets that do not match
         valid = False
     if not valid:
         raise UsageError(
             "expected the URL of a store of names, redis://host:port/db, rediss://host:port/db or etcd://host:port; "
-            f"got {url.rpartition('@')[2]!r}"
+            f"got {came(url.rpartition('@')[2] if isinstance(url, str) else url)}"
         )
     return parts
 

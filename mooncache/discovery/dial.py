@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from mooncache import forks
 from mooncache.deadline import Deadline
 from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
@@ -192,7 +193,7 @@ def _getaddrinfo(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:
 
 
 def _connect_to(family: int, where: Any, deadline: Deadline) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = forks.private(socket.socket(family, socket.SOCK_STREAM))
     try:
         if family != socket.AF_UNIX:
             handshake.set_options(sock)

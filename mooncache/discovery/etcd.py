@@ -19,8 +19,12 @@ import requests
 from etcd3gw.client import Etcd3Client
 from etcd3gw.exceptions import Etcd3Exception
 from etcd3gw.lease import Lease
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
+from mooncache import forks
 from mooncache.discovery.base import Names, unreachable, where_of
 
 PREFIX = "mooncache/segments/"
@@ -31,6 +35,20 @@ QUIET_S = 60.0
 """A watch that said nothing for so long is made anew: etcd's host may be gone without a word."""
 
 
+class _Connection(HTTPConnection):
+    """A connection that no forked child keeps."""
+
+    def connect(self) -> None:
+        """Connect, and enter the socket."""
+        super().connect()
+        if self.sock is not None:
+            forks.private(self.sock)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
 class Etcd(Names):
     """See `base.open_names`. etcd counts leases in whole seconds, and none is shorter than 1.5 of its elections."""
 
@@ -38,6 +56,9 @@ class Etcd(Names):
         super().__init__(where_of(parts), lease)
         self._etcd = Etcd3Client(str(parts.hostname), parts.port or PORT, timeout=timeout)
         self._etcd.session.trust_env = False  # a proxy for the world outside does not lead to the cluster's etcd
+        adapter = HTTPAdapter()
+        adapter.poolmanager.pool_classes_by_scheme = {"http": _Pool}
+        self._etcd.session.mount("http://", adapter)
         self._watching: requests.Response | None = None
 
     def close(self) -> None:

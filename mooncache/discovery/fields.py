@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from math import isfinite
 from reprlib import repr as short  # what came may be long, and an error message may not
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -34,13 +35,18 @@ def dump(value: object) -> bytes:
 def parse(text: bytes, source: str) -> Any:
     """The JSON value in `text`. Raises DiscoveryError for anything that is not JSON, naming the source."""
     try:
-        return json.loads(text.decode("ascii"), parse_constant=_no_constant)
+        return json.loads(text.decode("ascii"), parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:  # ValueError: not ASCII, not JSON, or digits without end
         raise DiscoveryError(f"{source}: expected JSON, got {short(text)}: {type(error).__name__}") from error
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if isfinite(value) else _no_constant(digits)
 
 
 class Fields:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import selectors
 import socket
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
@@ -17,6 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
+from mooncache import forks
 from mooncache.background import Background
 from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
@@ -142,18 +144,22 @@ class Listener:
             unix = undo.enter_context(listen_unix())
             self._spare = Spare()
             undo.callback(self._spare.give)
-            self._loop = asyncio.new_event_loop()
+            self.unix: str = unix.getsockname()[1:].decode()
+            self._listening = {tcp: False, unix: True}
+            self._handshakes: set[asyncio.Task[None]] = set()
+            self._visitors = Visitors()
+            self._answering: Counter[str] = Counter()  # by caller
+            self._complaints = Complaints(log)
+            self._stop = asyncio.Event()
+            self._selector = selectors.DefaultSelector()
+            undo.callback(self._selector.close)
+            self._loop = asyncio.SelectorEventLoop(self._selector)
+            undo.callback(self._loop.close)
+            self._closed = False
+            self.background = Background()
+            forks.private(self)
+            self.background.start(f"{name}-listener", self._run)
             undo.pop_all()
-        self.unix: str = unix.getsockname()[1:].decode()
-        self._listening = {tcp: False, unix: True}
-        self._handshakes: set[asyncio.Task[None]] = set()
-        self._visitors = Visitors()
-        self._answering: Counter[str] = Counter()  # by caller
-        self._complaints = Complaints(log)
-        self._stop = asyncio.Event()
-        self._closed = False
-        self.background = Background()
-        self.background.start(f"{name}-listener", self._run)
 
     def close(self) -> None:
         """Close the sockets and every handshake under way, and wait for the thread; not from `serve`.
@@ -164,6 +170,14 @@ class Listener:
             self._closed = True
             self._loop.call_soon_threadsafe(self._stop.set)
         self.background.close()
+
+    def disown(self) -> None:
+        """See `forks.Holder`; its sockets are closed by themselves. What is left is the loop's, to wake itself."""
+        self._closed = True
+        self._selector.close()
+        for sock in (getattr(self._loop, "_ssock", None), getattr(self._loop, "_csock", None)):
+            if sock is not None:
+                sock.close()
 
     def _key(self) -> bytes | None:
         """What callers have to prove that they know."""
@@ -267,6 +281,7 @@ class Listener:
         self, sock: socket.socket, remote: Any, local: bool, none: CapacityError | None = None
     ) -> asyncio.Task[None] | None:
         """Attend to a connection, in the task returned; None where it was hung up on. `none`: what it is to be told."""
+        forks.private(sock)
         process = process_at(sock) if local else None
         if process is None:
             host, source = str(remote[0]), join_address(remote[0], remote[1])

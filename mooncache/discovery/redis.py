@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from mooncache import forks
 from mooncache.discovery.base import Names, unreachable, where_of
 from mooncache.discovery.record import RECORD_BYTES
 from mooncache.errors import DiscoveryError
@@ -89,6 +90,7 @@ class Redis(Names):
         self._redis = redis.Redis.from_url(
             urlunsplit(parts), socket_timeout=timeout, socket_connect_timeout=timeout,
             retry=Retry(NoBackoff(), 0),  # the keeper comes back by itself, and a caller should hear of it soon
+            redis_connect_func=_connected,
         )  # fmt: skip
 
     def _publish(self, name: str, generation: int, record: bytes, *, take: bool) -> int:
@@ -136,6 +138,11 @@ class Redis(Names):
             yield
         except (redis.RedisError, OSError) as error:
             raise unreachable(self.where, error) from error
+
+
+def _connected(connection: Any) -> None:
+    forks.private(connection._sock)
+    connection.on_connect()
 
 
 def _key(name: str) -> str:

@@ -7,6 +7,7 @@ import secrets
 import socket
 from typing import Any
 
+from mooncache import forks
 from mooncache.discovery.address import is_loopback, is_wildcard, join_address, parse_address
 from mooncache.errors import TransportError, UsageError
 
@@ -32,7 +33,7 @@ def resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
 
 def listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
     """A non-blocking socket that listens. Raises TransportError, and OSError when no descriptor is left."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = forks.private(socket.socket(family, socket.SOCK_STREAM))
     try:
         # A restart need not wait until the system has forgotten the old connections.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,7 +51,7 @@ def listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
 
 def listen_unix() -> socket.socket:
     """An abstract name: no file that would be left behind."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = forks.private(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     sock.bind(f"\0mooncache-{secrets.token_hex(16)}")
     sock.listen(BACKLOG)
     sock.setblocking(False)

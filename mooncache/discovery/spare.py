@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from mooncache import forks
+
 DESCRIPTORS = (
     1  # the caller's connection
     + 2  # the user's secret: a folder and a file in it
@@ -17,6 +19,7 @@ class Spare:
     def __init__(self) -> None:
         """Raises OSError: there are not even these."""
         self._kept: list[int] = []
+        forks.private(self)
         try:
             self._fill()
         except OSError:
@@ -33,6 +36,11 @@ class Spare:
         while self._kept:
             os.close(self._kept.pop())
         return given > 0
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        forks.drop(self._kept)
+        self._kept.clear()
 
     def take(self) -> None:
         """Keep them again; as many as are free."""

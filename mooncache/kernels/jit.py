@@ -24,12 +24,30 @@ from typing import Any, overload
 import numba
 from numba.core.caching import CompileResultCacheImpl
 
+from mooncache import forks
 from mooncache.kernels import cache
 
 log = logging.getLogger("mooncache")
 
 _numba_config: Any = numba.config  # it makes its attributes at run time
-_lock = threading.RLock()
+
+
+class _Lock:
+    """Held while something is compiled. A forked child has one of its own: its parent's may be held for ever there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    disown = __init__  # see `forks.Holder`
+
+
+_lock = forks.private(_Lock())
 _entries: list[Entry] = []
 _place: list[cache.Place | None] = []  # empty until somebody asks; None where nothing can be written
 

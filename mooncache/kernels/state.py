@@ -13,6 +13,7 @@ from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import layout, regions
 from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, zeros
+from mooncache.kernels.publication import publish
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.ring import new_ring
 from mooncache.kernels.verbs import SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
@@ -33,6 +34,11 @@ def function_address(name: str) -> int:
 def address_of(array: np.ndarray) -> int:
     """Address of an array's first byte; a third of the cost of `array.ctypes.data`."""
     return int(array.__array_interface__["data"][0])
+
+
+def put(words: np.ndarray, index: int, value: int) -> None:
+    """Publish one word of contiguous int64 words: see `kernels/publication.py`."""
+    publish(address_of(words) + index * WORD, int(value))
 
 
 @dataclass(frozen=True)
@@ -438,7 +444,7 @@ class State:
         for worker, _ in new:
             self._check_room(worker, len(queue_pairs[worker]))
         table.header[layout.TABLE_PEER] = self.handle(peer)
-        self.peer_tables[peer] = address_of(table.header)
+        put(self.peer_tables, peer, address_of(table.header))
         rows = []
         for worker, pairs in enumerate(queue_pairs):
             known = self.queues.get((worker, peer))
@@ -446,7 +452,7 @@ class State:
                 known = self._enter_queues(worker, peer, pairs)
             for row, pair in zip(known, pairs, strict=True):
                 row.pair = pair
-                row.words[layout.QUEUE_QP] = pair.address
+                put(row.words, layout.QUEUE_QP, pair.address)
             rows += known
         return rows
 
@@ -475,14 +481,14 @@ class State:
             for row in rows:
                 tag = int(row.words[layout.QUEUE_TAG])
                 index, incarnation = tag >> INDEX_SHIFT, (tag + INCARNATION) & (0xFFFF << 32)
-                self.queue_tables[worker][index] = address_of(self._vacant)
+                put(self.queue_tables[worker], index, address_of(self._vacant))
                 self._vacancies[worker].append(index << INDEX_SHIFT | incarnation)
             kept += [rows, self._data.pop((worker, peer), None)]
         return kept
 
     def disconnect(self, peer: int) -> object:
         """`take_rows`, and whoever names the peer is refused from now on: the row may be another's by then."""
-        self.peer_tables[peer] = address_of(self._nobody)
+        put(self.peer_tables, peer, address_of(self._nobody))
         self.peer_turns[peer] += 1
         return self.take_rows(peer)
 
@@ -501,11 +507,12 @@ class State:
         data = np.array([queue.address for queue in rows if not queue.pair.notes], np.int64)
         notes = [queue.address for queue in rows if queue.pair.notes]
         self._data[worker, peer], self.queues[worker, peer] = data, rows
-        endpoint[[layout.ENDPOINT_QUEUES, layout.ENDPOINT_COUNT]] = address_of(data), len(data)
         endpoint[[layout.ENDPOINT_NOTES, layout.ENDPOINT_LOST]] = notes[0] if notes else data[0], 0
+        put(endpoint, layout.ENDPOINT_QUEUES, address_of(data))
+        put(endpoint, layout.ENDPOINT_COUNT, len(data))
         for tag, queue in zip(tags, rows, strict=True):
-            table[tag >> INDEX_SHIFT] = queue.address
-        row[layout.WORKER_QUEUE_COUNT] = max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags))
+            put(table, tag >> INDEX_SHIFT, queue.address)
+        put(row, layout.WORKER_QUEUE_COUNT, max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags)))
         return rows
 
     @property

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
 from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
@@ -36,7 +36,7 @@ from mooncache.kernels.linux import (
     MSGHDR_BYTES,
     epoll_add,
 )
-from mooncache.kernels.state import address_of, function_address
+from mooncache.kernels.state import address_of, function_address, put
 from mooncache.providers import lanes
 from mooncache.providers.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
 from mooncache.providers.lanes import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at
@@ -166,6 +166,11 @@ class Lane:
         return int(self.row[lanes.L_STATE])
 
     @property
+    def open(self) -> bool:
+        """Whether its descriptor is."""
+        return self.state in (LaneState.READY, LaneState.LIVE)
+
+    @property
     def free(self) -> bool:
         """Whether another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
         if self.reserved:
@@ -232,7 +237,9 @@ class Port:
         self.words, self.address = words, address_of(words)
         self.rows = aligned(limits.LANES * LANE_WORDS).reshape(limits.LANES, LANE_WORDS)
         self.lanes: list[Lane] = []
+        self.nudge = -1
         self.epoll = select.epoll()
+        forks.private(self)
         self.nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         event_words = lanes.EVENTS * EPOLL_EVENT_BYTES // WORD + 1
         self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 3, 1)]
@@ -283,7 +290,7 @@ class Port:
         for lane in [*found, *made]:
             lane.reserved = True
         self.lanes += made
-        self.words[lanes.P_LANE_COUNT] = len(self.lanes)
+        put(self.words, lanes.P_LANE_COUNT, len(self.lanes))
         return found + made
 
     @staticmethod
@@ -305,13 +312,19 @@ class Port:
     def close(self) -> None:
         """Close all descriptors. The worker must have left."""
         for lane in self.lanes:
-            if lane.state in (LaneState.READY, LaneState.LIVE):
+            if lane.open:
                 os.close(int(lane.row[lanes.L_FD]))
                 lane.row[lanes.L_STATE] = LaneState.BROKEN
         self.epoll.close()
         os.close(self.nudge)
+        self.nudge = -1
         self.lanes.clear()
         self.rows, self._hold = self.rows[:0].copy(), []
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        forks.drop([*(int(lane.row[lanes.L_FD]) for lane in self.lanes if lane.open), self.nudge])
+        self.epoll.close()
 
 
 class StreamQueue(Queue):
@@ -364,12 +377,12 @@ class StreamQueue(Queue):
         """Go on over these connections. It must be settled. Raises CapacityError, with nothing changed."""
         self.lanes = port.reserve(len(socks))
         self.words[[lanes.Q_SENT, lanes.Q_CLAIMED]] = self.words[Q_HEAD]
-        self.words[lanes.Q_LANE_COUNT] = 0
-        self.words[lanes.Q_BROKEN] = 0  # before its worker sees a lane, which it would end as that of a broken one
+        put(self.words, lanes.Q_LANE_COUNT, 0)
+        put(self.words, lanes.Q_BROKEN, 0)  # before its worker sees a lane, which it would end as that of a broken one
         for lane, sock in zip(self.lanes, socks, strict=True):
             port.attach(lane, sock, self, peer)
         self._table[: len(socks)] = [lane.address for lane in self.lanes]
-        self.words[lanes.Q_LANE_COUNT] = len(socks)
+        put(self.words, lanes.Q_LANE_COUNT, len(socks))
 
 
 class Buffers(NamedTuple):

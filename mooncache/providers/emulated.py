@@ -25,7 +25,7 @@ from mooncache.errors import UsageError
 from mooncache.kernels.atomics import call_clock_gettime, exchange, load, pause, peek, poke, store, u32
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import WEIGHT_ONE, WORD, Opcode, aligned
-from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, address_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, address_of, put
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     EINVAL,
@@ -452,7 +452,7 @@ class Emulated(InProcessProvider):
             self._rails[rail].down = True
             for queue in self._by_pair.values():
                 if queue.rail == rail:
-                    queue.words[Q_BROKEN] = WcStatus.RETRY_EXC_ERR
+                    put(queue.words, Q_BROKEN, WcStatus.RETRY_EXC_ERR)
             self._breaking(rail).break_all(lambda row: row.pair.lkeys == rail)
 
     def bring_up(self, rail: int) -> None:
@@ -469,10 +469,10 @@ class Emulated(InProcessProvider):
     def _fail(self, row: QueueRow) -> None:
         words = self._by_pair[row.pair.address].words
         if words[Q_BROKEN] == 0:
-            words[Q_BROKEN] = WcStatus.WR_FLUSH_ERR
+            put(words, Q_BROKEN, WcStatus.WR_FLUSH_ERR)
 
     def _renew(self, row: QueueRow) -> bool:
         queue = self._by_pair[row.pair.address]
         down = self._rails[queue.rail].down
-        queue.words[Q_BROKEN] = WcStatus.RETRY_EXC_ERR if down else 0
+        put(queue.words, Q_BROKEN, WcStatus.RETRY_EXC_ERR if down else 0)
         return not down

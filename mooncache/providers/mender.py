@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+from mooncache import forks
 from mooncache.background import Background
 from mooncache.kernels import calls
 from mooncache.kernels.layout import Order, QueueState
@@ -43,6 +44,7 @@ class Mender:
         self._ctl = 0
         self._closing = False
         self._thread: threading.Thread | None = None
+        forks.private(self)
 
     def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
         """Look after these from now on: probe those that are new, or were lost. `ctl` is used under the lock."""
@@ -89,6 +91,11 @@ class Mender:
         if self._thread is not None:
             self._thread.join()
         os.close(self.descriptor)
+        self.descriptor = -1
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        forks.drop([self.descriptor])
 
     def _run(self) -> None:
         while not self._closing:

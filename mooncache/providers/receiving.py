@@ -169,6 +169,17 @@ def answer_request(lane):
 
 
 @kernel
+def may_be_said(why):
+    """Whether a target may answer this for a slice: what went wrong with itself, never here or on the way."""
+    return (
+        why == WcStatus.REM_ACCESS_ERR
+        or why == WcStatus.REM_INV_REQ_ERR
+        or why == WcStatus.REM_OP_ERR
+        or why == WcStatus.RNR_RETRY_EXC_ERR
+    )
+
+
+@kernel
 def open_answer(lane):
     """An answer is there with its table: match it with the oldest request, and lay out where its bytes go."""
     frame, iov, status = word_at(lane, L_IN_HEAD), word_at(lane, L_IN_IOV), word_at(lane, L_IN_STATUS)
@@ -184,7 +195,7 @@ def open_answer(lane):
         poke(status + i * WORD, WcStatus.SUCCESS)
     for i in range(peek(frame + H_COUNT)):
         index, why = peek(entry_at(frame, i)), peek(entry_at(frame, i) + WORD)
-        if index < 0 or index >= count or why <= 0 or why > WcStatus.REM_ABORT_ERR:
+        if index < 0 or index >= count or not may_be_said(why):
             break_lane(lane, Reason.BAD_ANSWER, 0)
             return
         poke(status + index * WORD, why)

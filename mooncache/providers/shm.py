@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 import secrets
 import socket
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.descriptors import none_left
 from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
@@ -41,8 +40,8 @@ from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.layout import LINE, WORD, Access, aligned
 from mooncache.kernels.linux import IOVEC_BYTES
 from mooncache.kernels.publication import withdraw_key
-from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address
-from mooncache.memory import Segment, allocate, check_foreign, segment_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address, put
+from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.connections import STALL_S, StreamQueue
@@ -62,18 +61,17 @@ RETIRE_S = 2e-3
 _BOTH = Access.READ | Access.WRITE
 
 
-class Mapping:
+class Mapping(Pages):
     """Memory of a peer, mapped here. Raises TransportError for what could vanish under the mapping."""
 
     def __init__(self, descriptor: int, length: int, *, writable: bool) -> None:
         check_foreign(descriptor, length)
-        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(descriptor, length, mmap.MAP_SHARED, prot)
-        self.address, self.length = int(np.frombuffer(self._map, np.uint8).ctypes.data), length
+        super().__init__(descriptor, length, writable=writable)
+        forks.private(self)
 
-    def close(self) -> None:
-        """Unmap it."""
-        self._map.close()
+    def disown(self) -> None:
+        """See `forks.Holder`: a child that lives on must not keep the memory of a peer that is gone."""
+        self.close()
 
 
 class Lease:
@@ -391,10 +389,10 @@ class Shm(StreamProvider):
                 peer.name, share.why,
             )  # fmt: skip
         for queue in self.queues_of(peer.name):
-            queue.words[Q_KEYS] = share.keys.address
-            queue.words[lanes.Q_GUARDS] = share.guards.address
-            queue.words[lanes.Q_PID] = share.pid
-            queue.words[lanes.Q_MAPS] = address_of(share.maps.header)
+            put(queue.words, Q_KEYS, share.keys.address)
+            put(queue.words, lanes.Q_GUARDS, share.guards.address)
+            put(queue.words, lanes.Q_PID, share.pid)
+            put(queue.words, lanes.Q_MAPS, address_of(share.maps.header))
         return share
 
     def _lost(self, peer: str, share: Share) -> None:
@@ -426,7 +424,7 @@ class Shm(StreamProvider):
         share, queues = self._shares.pop(peer, None), self.queues_of(peer)
         if share is not None:
             for queue in queues:
-                queue.words[lanes.Q_PID] = 0
+                put(queue.words, lanes.Q_PID, 0)
             self._retire(queues, 0, Retired([], share.maps, share.mappings, share.sock))
 
     def _retire(self, queues: Sequence[StreamQueue], maps: int, what: Retired) -> None:

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
 from mooncache.kernels.inbox import deliver, sender
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
 from mooncache.kernels.publication import publish, withdraw_key
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
 from mooncache.kernels.verbs import (
     CONTEXT_BYTES,
     CONTEXT_POLL_CQ,
@@ -188,7 +188,18 @@ class Device:
         return cq
 
 
-_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+class _Queues:
+    """All queue pairs of this process."""
+
+    def __init__(self) -> None:
+        self.all: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+    def disown(self) -> None:
+        """See `forks.Holder`: a copy that was under way in the parent never ends here."""
+        self.all.clear()
+
+
+_queues = forks.private(_Queues())
 
 
 class Queue:
@@ -204,21 +215,22 @@ class Queue:
         self.words[[Q_MASK, Q_LIMIT, Q_RING]] = entries - 1, depth, address_of(self.ring)
         self.lead_to(keys)
         self.qp = device.queue_pair(self.words)
-        _queues.add(self)
+        _queues.all.add(self)
 
     def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
         """Let what is posted from now on reach the device with this key table, and the inbox, where it comes from
         `caller`."""
         if self.words[Q_KEYS] != keys.address:
             self.held += [keys.entries] if inbox is None else [keys.entries, inbox]
-        self.words[Q_KEYS] = keys.address
         self._sender = sender(caller)
-        self.words[Q_SENDER] = address_of(self._sender)
-        self.words[Q_INBOX] = 0 if inbox is None else address_of(inbox)
+        put(self.words, Q_SENDER, address_of(self._sender))
+        put(self.words, Q_INBOX, 0 if inbox is None else address_of(inbox))
+        put(self.words, Q_KEYS, keys.address)
 
     def rest(self, keys: KeyTable) -> None:
         """Lead to no peer, until it is given to another; `keys` of this engine. Nothing is under way on it."""
-        self.words[[Q_KEYS, Q_INBOX]] = keys.address, 0
+        put(self.words, Q_INBOX, 0)
+        put(self.words, Q_KEYS, keys.address)
         self.held.clear()
 
     @property
@@ -235,7 +247,7 @@ class Queue:
 
 def wait_for_moves() -> None:
     """Return when every copy that was under way when this was called has ended. Copies take microseconds."""
-    moving = [(queue, int(queue.words[Q_MOVING])) for queue in list(_queues)]
+    moving = [(queue, int(queue.words[Q_MOVING])) for queue in list(_queues.all)]
     for queue, seen in moving:
         while seen % 2 == 1 and int(queue.words[Q_MOVING]) == seen:
             time.sleep(0)
@@ -292,7 +304,7 @@ class SoftwareProvider(Provider):
             for queue in queues:
                 polled = self.lists[worker * self.rails + queue.rail]
                 polled[CQ_QUEUES + index] = address_of(queue.words)
-                polled[CQ_COUNT] = index + 1
+                put(polled, CQ_COUNT, index + 1)
         self.peers[name] = index
 
     def _new_queue(self, worker: int, rail: int, keys: KeyTable) -> Queue:

@@ -22,16 +22,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.deadline import Deadline
 from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.listener import Reply, Request
-from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, MooncacheError, TransportError, UsageError
+from mooncache.errors import (
+    CapacityError,
+    DiscoveryError,
+    EngineClosed,
+    MooncacheError,
+    TransportError,
+    UsageError,
+    came,
+)
 from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.layout import TABLE_GONE, TABLE_WORDS, WORD, aligned
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
 from mooncache.kernels.verbs import (
     EAGAIN,
     ENOMEM,
@@ -183,10 +191,10 @@ class StreamProvider(SoftwareProvider):
     spins = False
     patience: float | None = None  # seconds until the watching thread looks around unasked
 
-    def __init__(self, lanes: int = 1) -> None:
+    def __init__(self, lanes: Any = 1) -> None:
         super().__init__()
-        if not 1 <= lanes <= LANES_MOST:
-            raise UsageError(f"expected 1 to {LANES_MOST} lanes, got {lanes!r}")
+        if not isinstance(lanes, int) or isinstance(lanes, bool) or not 1 <= lanes <= LANES_MOST:
+            raise UsageError(f"expected lanes to be an integer from 1 to {LANES_MOST}, got {came(lanes)}")
         self.lane_count = lanes
         self._lock = threading.Lock()
         self.generations: dict[str, int] = {}
@@ -204,22 +212,27 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox, peers)
         self._inbox = inbox
+        self._trouble_fd, self._watched = -1, select.epoll()
+        forks.private(self)
         with ExitStack() as undo:
+            undo.callback(self._watched.close)
             self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
             undo.callback(os.close, self._trouble_fd)
             self.ports: list[Port] = []
             for i, words in enumerate(self.lists):
                 self.ports.append(Port(words, i, self.keys, address_of(inbox), self._trouble_fd))
                 undo.callback(self.ports[-1].close)
-            self._watched = select.epoll()
+            self._watched.register(self._trouble_fd, select.EPOLLIN)
+            self._connect_ports(workers)
+            self.background.start("mooncache-lanes", self._watch, lambda error: self.hang_up())
             undo.pop_all()
+        return queues
+
+    def _connect_ports(self, workers: int) -> None:
         self._ports = np.array([port.address for port in self.ports], np.int64)
         for port in self.ports:
             port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
         self.descriptors = [[port.epoll.fileno()] for port in self.ports]
-        self._watched.register(self._trouble_fd, select.EPOLLIN)
-        self.background.start("mooncache-lanes", self._watch, lambda error: self.hang_up())
-        return queues
 
     # ------------------------------------------------------------------------------ as a target
     def describe(self, unix: str = "") -> dict[str, Any]:
@@ -324,7 +337,7 @@ class StreamProvider(SoftwareProvider):
         settler = self._settler_of(peer.name, link, ours)
         seen = settler.counters.breaks
         for queue in ours:
-            queue.words[lanes.Q_GONE] = link.gone
+            put(queue.words, lanes.Q_GONE, link.gone)
         broken = [(port, queue) for port, queue in zip(self.ports, ours, strict=True) if queue.broken]
         for i, (port, queue) in enumerate(broken):
             try:
@@ -383,7 +396,7 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.forget`."""
         if peer in self.peers:
             for queue in self.queues_of(peer):
-                queue.words[lanes.Q_GONE] = address_of(self._nowhere) + TABLE_GONE * WORD
+                put(queue.words, lanes.Q_GONE, address_of(self._nowhere) + TABLE_GONE * WORD)
         super().forget(peer)
         settler = self._settlers.pop(peer, None)
         if settler is not None:
@@ -529,11 +542,18 @@ class StreamProvider(SoftwareProvider):
             port.close()
         self._watched.close()
         os.close(self._trouble_fd)
+        self._trouble_fd = -1
         for sock, _ in self._sockets.values():
             sock.close()
         self._sockets.clear()
         self.give_up_memory()
         self.keys.release()
+
+    def disown(self) -> None:
+        """See `forks.Holder`; its ports and sockets do so by themselves."""
+        self._closed = True
+        self._watched.close()
+        forks.drop([self._trouble_fd])
 
 
 def has_ended(sock: socket.socket) -> bool:

@@ -473,6 +473,8 @@ BAD = {
     "deeply nested": lambda raw: raw.send(b"[" * handshake.CALL_BYTES),
     "a long number": lambda raw: raw.send(raw.call(generation=None).replace(b"null", b"9" * 8000)),
     "not a number": lambda raw: raw.send(raw.call(generation=None).replace(b"null", b"NaN")),
+    "beyond all numbers": lambda raw: raw.send(raw.call(body={"x": 0.5}).replace(b"0.5", b"1e999")),
+    "below all numbers": lambda raw: raw.send(raw.call(body={"x": [0.5]}).replace(b"0.5", b"-1E+999")),
     "an array": lambda raw: raw.send(b"[1]"),
     "a field missing": lambda raw: raw.send(b'{"version":1}'),
     "a field more": lambda raw: raw.send(raw.call(more=1)),
@@ -753,6 +755,14 @@ def test_what_is_no_engine_is_said_to_be_none(hello, message):
 def test_an_answer_that_is_none_is_refused(answer, message):
     impostor = Impostor(said(HELLO.message()), lambda _: said(answer))
     with closing(impostor), pytest.raises(DiscoveryError, match=message):
+        ask(impostor.address)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "9" * 5000])
+def test_an_answer_of_numbers_that_are_none_is_refused(number):
+    text = b'{"body":{"x":%s},"fds":0,"proof":""}' % number.encode()
+    impostor = Impostor(said(HELLO.message()), lambda _: handshake.HEADER.pack(b"MOON", len(text)) + text)
+    with closing(impostor), pytest.raises(DiscoveryError, match="expected JSON"):
         ask(impostor.address)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mooncache import DiscoveryError, MooncacheError, Status, TransferFailed, TransportError
+from mooncache.kernels.verbs import WcStatus
 from mooncache.providers import connections
 from mooncache.providers.frames import Frame
 from mooncache.providers.lanes import LaneState
@@ -113,12 +114,17 @@ def test_a_reads_trailer_says_from_where_on_it_is_not_true(here, fake, trailer, 
         assert [(f.request, f.status) for f in batch.failures] == [(i, Status.REMOTE_ACCESS) for i in range(true, N)]
 
 
+SAID = {WcStatus.REM_ACCESS_ERR, WcStatus.REM_INV_REQ_ERR, WcStatus.REM_OP_ERR, WcStatus.RNR_RETRY_EXC_ERR}
 WRITES = {
     "another sequence number": frame(Frame.ACK, 1),
     "data": frame(Frame.DATA, 0, [], END),
     "bytes": frame(Frame.ACK, 0, [], bytes(5)),
     "a failure too many": frame(Frame.ACK, 0, [(1, 10, 0)]),
     "an unknown failure": frame(Frame.ACK, 0, [(0, -1, 0)]),
+    **{
+        f"a failure that is not the target's: {WcStatus(n).name}": frame(Frame.ACK, 0, [(0, n, 0)])
+        for n in set(WcStatus) - SAID
+    },
     "the end": b"",
 }
 

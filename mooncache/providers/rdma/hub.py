@@ -13,7 +13,7 @@ from mooncache import limits
 from mooncache.errors import CapacityError
 from mooncache.kernels.inbox import sender
 from mooncache.kernels.layout import WORD, Access, aligned
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
+from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load
@@ -79,18 +79,18 @@ class Record:
         words[1:] = 0
         hub.memory[self.index, :8] = 0
         words[[notes.R_BUFFER, notes.R_ANSWER, notes.R_GONE]] = self.mailboxes[0], self.answer, gone
-        words[notes.R_RAILS] = len(rails)
         for i, rail in enumerate(rails):
             row = words[notes.R_OWN + i * notes.RAIL_WORDS :][: notes.RAIL_WORDS]
             row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, self._registered[rail.nic].lkey
             row[[notes.RAIL_ADDRESS, notes.RAIL_RKEY, notes.RAIL_BUFFER]] = rail.address, rail.rkey, self.mailboxes[i]
-        words[notes.R_INCARNATION] = hub.incarnation
+        put(words, notes.R_RAILS, len(rails))
+        put(words, notes.R_INCARNATION, hub.incarnation)
 
     def serve(self, caller: str) -> None:
         """It is a mailbox of this peer's: what it writes are answers, from a word of their own."""
-        self.words[notes.R_BUFFER] = self.buffer
         self._sender = sender(caller)
-        self.words[notes.R_SENDER] = address_of(self._sender)
+        put(self.words, notes.R_SENDER, address_of(self._sender))
+        put(self.words, notes.R_BUFFER, self.buffer)
 
     def raise_rail(self, rail: int, receives: int) -> None:
         """A rail's queue pair is connected: post its receives and use it."""
@@ -231,4 +231,4 @@ class NoteQueue(NamedTuple):
 
     def lead_to(self, record: Record) -> None:
         """Use this outbox from now on. None of its notifications is on its way."""
-        self.words[notes.Q_RECORD] = record.address
+        put(self.words, notes.Q_RECORD, record.address)

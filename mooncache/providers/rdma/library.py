@@ -25,12 +25,15 @@ from typing import Any
 
 from mooncache.errors import TransportError
 
+log = logging.getLogger("mooncache")
+
 DEBIAN = Path("/usr/lib/python3/dist-packages/pyverbs")
 LIBIBVERBS = "libibverbs.so.1"
 
 # Constants of infiniband/verbs.h. pyverbs has them too, but in places that differ by version.
 QPT_RC = 2  # ibv_qp_type
 QP_STATE = 1  # ibv_qp_attr_mask
+FORK_DISABLED = 0  # ibv_fork_status
 ACCESS_LOCAL_WRITE, ACCESS_REMOTE_WRITE, ACCESS_REMOTE_READ = 1, 2, 4  # ibv_access_flags
 
 
@@ -146,6 +149,12 @@ def _prototyped(library: ctypes.CDLL) -> ctypes.CDLL:
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    status = getattr(library, "ibv_is_fork_initialized", None)  # since rdma-core 35
+    if status is not None and status() == FORK_DISABLED:
+        log.warning(
+            "before Linux 5.12 a fork may take pages over that NICs write to, and what arrives is lost: start this "
+            "process with RDMAV_FORK_SAFE=1 in its environment if it forks"
+        )
     return library
 
 

@@ -11,12 +11,14 @@ from contextlib import ExitStack
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
+from mooncache import forks
 from mooncache.kernels.layout import Access
 from mooncache.providers.rdma.failure import asking, refused
 from mooncache.providers.rdma.gids import text_of
 from mooncache.providers.rdma.library import ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, load
 from mooncache.providers.rdma.pointers import (
     CONTEXT_ASYNC_FD,
+    CONTEXT_CMD_FD,
     MR_LKEY,
     MR_RKEY,
     QP_NUMBER,
@@ -157,6 +159,14 @@ class Nic:
         self.operations = operations(self.context_address)
         self.async_fd = half(self.context_address + CONTEXT_ASYNC_FD)
         os.set_blocking(self.async_fd, False)
+        self._descriptors = [half(self.context_address + CONTEXT_CMD_FD), self.async_fd]
+        forks.private(self)
+
+    def disown(self) -> None:
+        """See `forks.Holder`. What it made is not destroyed here, and never may be: it is the parent's too."""
+        channels = [resource.fd for resource in self._held if isinstance(resource, Channel)]
+        forks.drop([*self._descriptors, *channels])
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # so that pyverbs' objects never end in this process
 
     def __repr__(self) -> str:
         return f"Nic({self.port.name}, {self.port.link_layer}, GID {text_of(self.gid)}, {len(self._held)} resources)"
@@ -262,6 +272,7 @@ class Nic:
                 stack.callback(resource.close)
 
     def _close_port(self) -> None:
+        self._descriptors.clear()
         with asking(self.port.device, "be closed"):
             self.pd.close()
             self.context.close()

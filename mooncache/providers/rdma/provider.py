@@ -7,7 +7,6 @@ that go down, and the sockets over which connections were asked for, whose end m
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import secrets
@@ -20,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.cuda import memory_kind
 from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Reply, Request
-from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
 from mooncache.kernels import calls
 from mooncache.kernels.layout import Access, Order
+from mooncache.kernels.publication import publish
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 from mooncache.providers.base import Descriptor, Keys, Link, Provider
 from mooncache.providers.rdma import gpu
@@ -79,15 +79,16 @@ class Rdma(Provider):
         family: str | None = None, queue_pairs: int = 2, signal: int = SIGNAL, timeout: int = 14, retry_count: int = 6,
         region_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        for name, value, least, most in (
+        bounds: tuple[tuple[str, Any, int, int], ...] = (
             ("queue_pairs", queue_pairs, 1, limits.QUEUE_PAIRS // limits.NICS),
             ("signal", signal, 1, limits.QUEUE_DEPTH),
             ("timeout", timeout, 1, 31),
             ("retry_count", retry_count, 0, 7),
             ("region_bytes", region_bytes or 1, 1, 1 << 62),
-        ):
-            if not least <= value <= most:
-                raise UsageError(f"expected {name} to be {least} to {most}, got {value!r}")
+        )
+        for name, value, least, most in bounds:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise UsageError(f"expected {name} to be an integer from {least} to {most}, got {came(value)}")
         self._devices, self._gid = devices, (gid_index, interface, family)
         self.queue_pairs, self.signal, self._timeout, self._retries = queue_pairs, signal, timeout, retry_count
         self._region_bytes = region_bytes
@@ -140,6 +141,7 @@ class Rdma(Provider):
     def _open_keeper(self, workers: int, undo: ExitStack) -> None:
         self._watched = select.epoll()
         undo.callback(self._watched.close)
+        forks.private(self)
         self.trouble_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         undo.callback(os.close, self.trouble_fd)
         self.descriptors = [[channel.fd for channel in self.hub.channels], *([] for _ in range(workers - 1))]
@@ -349,7 +351,7 @@ class Rdma(Provider):
     @staticmethod
     def set_gone(word: int) -> None:
         """Tell the engine that a peer is gone."""
-        ctypes.c_int64.from_address(word).value = 1
+        publish(word, 1)
 
     # -------------------------------------------------------------------------- the keeper
     def _keep(self) -> None:
@@ -420,3 +422,10 @@ class Rdma(Provider):
             nic.close()
         self._watched.close()
         os.close(self.trouble_fd)
+        self.trouble_fd = -1
+
+    def disown(self) -> None:
+        """See `forks.Holder`; its NICs and sockets do so by themselves."""
+        self._closed = True
+        self._watched.close()
+        forks.drop([self.trouble_fd])

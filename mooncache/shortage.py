@@ -1,0 +1,75 @@
+"""What a system call that failed for want of something wants: the limit, how much of it is in use, and the cure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mooncache.descriptors import none_left
+from mooncache.errors import CapacityError, TransportError
+
+
+def memory() -> str:
+    """No memory, or no address space."""
+    return (
+        "the system grants this process no more memory: ask for less (an engine: for fewer `slices` or `batches`), or "
+        "raise its limit (`ulimit -v`, the container's memory, vm.max_map_count)"
+    )
+
+
+def threads() -> str:
+    """No thread left."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    most = "any number of them" if soft == resource.RLIM_INFINITY else f"{soft} in all processes"
+    return (
+        f"this process has{_used('task')} threads, and its user may have {most}: raise `ulimit -u`, or the container's "
+        "pids limit"
+    )
+
+
+def watches() -> str:
+    """No watch left for an epoll set."""
+    return "this user watches as many descriptors as fs.epoll.max_user_watches permits: raise that by sysctl"
+
+
+def _used(what: str) -> str:
+    try:
+        return f" {len(os.listdir(f'/proc/self/{what}'))}"
+    except OSError:  # looking takes one, too
+        return " as many"
+
+
+CURES: dict[int, Callable[[], str]] = {
+    errno.ENOMEM: memory,
+    errno.EAGAIN: threads,
+    errno.ENOSPC: watches,
+}
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Inside, what the system refuses is an error of ours: `what` says what cannot be done then.
+
+    Raises:
+        CapacityError: it has run out of something. TransportError: any other reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        none = none_left(error, what)
+        if none is not None:
+            raise none from error
+        if error.errno in CURES:
+            raise CapacityError(f"{what}: {error.strerror}; {CURES[error.errno]()}") from error
+        raise TransportError(
+            f"{what}: {error}; does a sandbox, a security module or the user's rights forbid it?"
+        ) from error
+    except MemoryError as error:
+        raise CapacityError(f"{what}: {str(error) or 'no memory'}; {memory()}") from error
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise CapacityError(f"{what}: {error}; {threads()}") from error
