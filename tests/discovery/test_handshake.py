@@ -26,7 +26,7 @@ from mooncache.discovery import dial as dialling
 from mooncache.discovery import handshake, listener, visitors
 from mooncache.discovery.dial import Answer, dial
 from mooncache.discovery.handshake import Answered, Call, Hello, frame
-from mooncache.discovery.listener import Listener, Reply, Request
+from mooncache.discovery.listener import SERVING, Listener, Reply, Request
 from mooncache.discovery.secret import key_of, of_user
 from mooncache.errors import (
     CapacityError,
@@ -378,7 +378,7 @@ def test_a_taker_over_that_fails_is_logged_and_the_connection_closed(listeners, 
     with closing(ask(listeners(serve=lambda _: Reply({}, then=then))).sock) as sock:
         sock.settimeout(LIMIT)
         assert sock.recv(1) == b""
-    assert "not mine" in caplog.text
+    until(lambda: "not mine" in caplog.text, "the log")
 
 
 def fails(_: socket.socket) -> None:
@@ -879,7 +879,8 @@ def test_closing_ends_handshakes_and_the_thread_and_may_be_repeated(listeners):
 def test_many_handshakes_leave_nothing_behind(listeners):
     fd = os.memfd_create("shared")
     where = listeners(serve=lambda request: Reply({}, fds=[fd] if request.local else ()))
-    threads, open_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads = threading.active_count() + SERVING  # which are made when they are first needed
+    open_files = len(os.listdir("/proc/self/fd"))
     for i in range(200):
         answer = ask("unix:" + where.unix if i % 2 else where)
         answer.sock.close()
@@ -890,5 +891,5 @@ def test_many_handshakes_leave_nothing_behind(listeners):
                 raw.send(b"?")
                 assert raw.is_hung_up()
     until(lambda: len(os.listdir("/proc/self/fd")) == open_files, "all closed")
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     os.close(fd)

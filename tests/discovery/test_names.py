@@ -225,11 +225,11 @@ def write_raw(names: Names, key: bytes, generation: bytes, record: bytes) -> Non
     """As somebody else may write to the store."""
     if names.where.startswith("redis"):
         client: Any = names._redis  # type: ignore[attr-defined]
-        client.sadd("mooncache/segments", key)
         if generation == b"another type":
             client.set(b"mooncache/segments/" + key, record)
         else:
             client.hset(b"mooncache/segments/" + key, mapping={b"generation": generation, b"record": record})
+        client.sadd("mooncache/segments", key)  # last: a name without a record is taken off the list by who looks
     else:
         names._etcd.put(b"mooncache/segments/" + key, record)  # type: ignore[attr-defined]
 
