@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, Engine, EngineClosed, Status, TransportError, UsageError, limits
+from mooncache.deadline import Deadline
 from mooncache.kernels import calls, layout
 from mooncache.kernels.layout import Opcode, QueueState
 from mooncache.kernels.queue import INDEX_SHIFT
@@ -120,7 +121,6 @@ def test_emulated_peers_may_come_back_with_another_number_of_rails(engines):
         with Engine("there", provider=Emulated(*nics[:rails]), **SMALL) as there:
             target = np.zeros(KiB, np.uint8)
             place = there.register(target)
-            here.refresh("there")
             for k in range(4):
                 here.write("there", local.address, place.address + 256 * k, 256).wait(20).close()
             assert (target == 9).all()
@@ -141,9 +141,9 @@ def test_a_region_gets_the_slot_of_a_former_one_only_when_no_older_batch_is_unde
     peer.refresh(described(region(0)), calls.NEVER)
     slot = peer._known[region(0)]
     before = peer.table.keys[0, slot]
-    for key in range(2, 50):
-        peer.refresh(described(region(0, key)), 1)  # a batch of long ago is under way
-        assert peer._known[region(0, key)] != slot
+    for k in range(1, 50):
+        peer.refresh(described(region(k)), 1)  # a batch of long ago is under way
+        assert peer._known[region(k)] != slot
         assert peer.table.keys[0, slot] == before
     peer.refresh(described(), calls.NEVER)
     peer.refresh(described(), calls.NEVER)
@@ -176,7 +176,7 @@ def test_slices_that_wait_to_be_posted_are_never_posted_under_the_key_of_another
     for _ in range(5):
         former.unregister()
         former = pair.there.register(pair.target)
-        pair.here.refresh(pair.peer)
+        pair.here._ask(pair.peer, news=True).result(Deadline())
     pair.here.provider.open_gate()
     until(lambda: batch.done, "the batch, done")
     assert {failure.status for failure in batch.failures} <= {Status.REMOTE_ACCESS}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, Engine, MooncacheError, Status, TransferFailed, UsageError, limits
+from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Request
 from mooncache.kernels import layout
 from mooncache.kernels.state import State
@@ -95,7 +96,7 @@ def test_new_memory_of_a_peer_is_mapped_beside_a_load_to_it_and_former_memory_un
     for name in names:
         pair.far(there.unregister, name)
         pair.far(there.free, name)
-    pair.here.refresh(pair.peer)
+    pair.here._ask(pair.peer, news=True).result(Deadline())
     until(lambda: mapped_bytes() <= before, "former memory, unmapped")
     load.end()
     pair.here.close()
