@@ -348,7 +348,7 @@ class Engine:
                 f"expected a peer's name, its 'host:port', or what this engine's connect() returned, got {came(name)}"
             )
         peer = self._peers.get(name)
-        return None if peer is None or peer.gone else peer
+        return None if peer is None or self._has_ended(peer) else peer
 
     def _ask(self, name: str, *, patient: bool = True, news: bool = False) -> Asked:
         return self._ways.begin(name, partial(self._reach, name), patient=patient, news=news)
@@ -410,8 +410,11 @@ class Engine:
 
     def _is_gone(self, peer: Peer) -> bool:
         """Whether a peer has to be connected to anew, and nobody is at it."""
-        gone = peer.gone or (peer.met > 0 and not self.provider.connected(peer.name))
-        return gone and not (peer.connecting.locked() and not peer.met)
+        return self._has_ended(peer) and not (peer.connecting.locked() and not peer.met)
+
+    def _has_ended(self, peer: Peer) -> bool:
+        """Whether a connection to a peer has ended, or never was, so that it has to be connected to anew."""
+        return peer.gone or (peer.met > 0 and not self.provider.connected(peer.name))
 
     def _look_where_asked(self) -> None:
         """Look again at peers that refused what workers believed they had; each in a thread, which may have to wait."""

@@ -200,6 +200,7 @@ class StreamProvider(SoftwareProvider):
         self.generations: dict[str, int] = {}
         self._arrivals: set[Arrival] = set()
         self._settlers: dict[str, StreamSettler] = {}
+        self._left_unsettled = 0  # when it was closed
         self._parting: set[str] = set()  # peers that were disconnected, and not connected to since
         self._nowhere = aligned(TABLE_WORDS)  # header of a table for queue pairs that lead to no peer
         self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
@@ -478,7 +479,7 @@ class StreamProvider(SoftwareProvider):
     @property
     def unsettled(self) -> int:
         """See `Provider.unsettled`."""
-        return sum(settler.slices for settler in list(self._settlers.values()))
+        return self._left_unsettled + sum(settler.slices for settler in list(self._settlers.values()))
 
     def settle(self, limit_s: float) -> None:
         """See `Provider.settle`."""
@@ -537,6 +538,8 @@ class StreamProvider(SoftwareProvider):
             settler.close()
         os.eventfd_write(self._trouble_fd, 1)
         self.background.close()
+        self._left_unsettled = self.unsettled
+        self._settlers.clear()  # they hold this provider
         self._complaints.close()
         for port in self.ports:
             port.close()
