@@ -169,7 +169,7 @@ def test_a_region_is_a_context_and_says_what_it_is(pair):
         assert repr(region) == f"<Region 100 bytes at {region.address:#x}, read>"
     assert not region.registered
     assert repr(region).endswith("read, unregistered>")
-    with pytest.raises(UsageError, match="is not registered with engine"):
+    with pytest.raises(UsageError, match="is not registered with this engine"):
         region.unregister()
 
 

@@ -88,10 +88,10 @@ def test_fixed_arrivals_are_evenly_spaced_and_poisson_ones_are_not() -> None:
 
 def test_jitter_keeps_the_mean_and_has_the_stated_variation() -> None:
     workload = build_workload(
-        scenario({**SHAPE, "layers": 20_000, "requests": 1}, prefill={"layer_time": "3ms", "jitter": 0.5}),
+        scenario({**SHAPE, "layers": 1000, "requests": 20}, prefill={"layer_time": "3ms", "jitter": 0.5}),
         seed=1,
     )
-    layers = workload.requests[0].layer_ps
+    layers = np.concatenate([request.layer_ps for request in workload.requests])
     assert layers.mean() == pytest.approx(3 * 10**9, rel=0.02)
     assert layers.std() / layers.mean() == pytest.approx(0.5, rel=0.05)
     still = build_workload(scenario(SHAPE, prefill={"layer_time": "3ms", "jitter": 0.0}), seed=1)

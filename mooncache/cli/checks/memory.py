@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, check, number, read, read_if_there
-from mooncache.errors import CapacityError
+from mooncache.errors import CapacityError, TransportError
 from mooncache.memory import HUGE_BYTES, allocate
 
 CAP_IPC_LOCK = 14
@@ -80,7 +80,7 @@ def shareable(need: str) -> Iterator[Finding]:
     """Whether memory can be made that peers on this host can map: one page is allocated and given back."""
     try:
         allocate(mmap.PAGESIZE)
-    except CapacityError as error:
+    except (CapacityError, TransportError) as error:
         text = f"{error}; engine.allocate and the shm wire need memfd_create"
         cure = "docker: docker run --security-opt seccomp=PROFILE ... with a profile that allows memfd_create"
         yield Finding("shared memory", "error" if need in SHARED_WIRES else "warning", text, cure)
