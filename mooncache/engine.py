@@ -218,12 +218,22 @@ class Engine:
         self.check_own()
         with self._lock:
             own = threading.current_thread().ident or 0  # also makes a thread that Python did not start known below
-            alive = {thread.ident for thread in threading.enumerate()}
             # A new thread may have the number of one that ended.
-            ended = own if own in self._blocks else next((i for i in self._blocks if i not in alive), None)
+            ended = own if own in self._blocks else next(iter(self._left_behind()), None)
             block = Block(self._state) if ended is None else self._blocks.pop(ended)
             self._blocks[own] = block
             return block
+
+    def _left_behind(self) -> list[int]:
+        """Threads that have ended and left a block behind. Under the lock."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        return [ident for ident in self._blocks if ident not in alive]
+
+    def _inherit_caches(self) -> None:
+        """Give back what threads that have ended keep for themselves, under the policy `thread_cache`."""
+        with self._lock:
+            for ident in self._left_behind():
+                thread_cache.drop(self._blocks[ident].ctl)
 
     # ------------------------------------------------------------------------------ memory
     def allocate(self, nbytes: int, *, huge: bool = False) -> np.ndarray:
@@ -709,6 +719,7 @@ class Engine:
         elif deadline and monotonic_ns() >= deadline:
             why = "none came back before the timeout"
         else:
+            self._inherit_caches()
             return
         raise CapacityError(f"{self._too_few(status)}; {why}")
 

@@ -231,7 +231,7 @@ def test_no_region_is_let_go_beside_a_worker_that_still_uses_it(pairs, store, po
                 pair.local.unregister()
             except UsageError:
                 continue
-            assert batch.done
+            assert calls.read_word(pair.here.ctl, batch._handle, layout.BATCH_REMAINING) == 0
             break
         batch.wait(20).close()
         pair.local = pair.here.register(pair.source)

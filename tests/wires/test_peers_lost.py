@@ -170,6 +170,7 @@ def test_a_stopped_peer_counts_as_gone_after_the_limit_and_can_go_on(join, wire,
 def test_closing_does_not_wait_for_a_stopped_peer_longer_than_the_limit(join, wire):
     pair = join(wire, 16 * MiB)
     there.set_stall(pair.here, 0.5)
+    until(lambda: pair.far(there.connections), "the connection, with the peer's worker")
     pair.far.stop()
     batch = pair.write(0, 0, 16 * MiB)
     Task(pair.here.close).result(20)
