@@ -350,9 +350,14 @@ class Outgoing:
         """Work requests in flight when the peer was lost, of which it is not known that they land no more."""
         return self._lost if self.settler.in_doubt else 0
 
-    def retire(self) -> None:
-        """Ask the peer to end this connection at its side. Raises TransportError or DiscoveryError."""
-        self.link.dial("rdma-retire", {"connection": self.number}, deadline=self.settler.deadline).sock.close()
+    def retire(self, link: Link) -> None:
+        """Ask the peer, or the engine that has its address by now, to end this connection at its side.
+
+        Raises TransportError or DiscoveryError: it did not answer.
+        """
+        seen = self.settler.counters.breaks
+        link.dial("rdma-retire", {"connection": self.number}, deadline=link.deadline).sock.close()
+        self.settler.counters.confirm(seen)
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
@@ -479,7 +484,7 @@ class Retirer(Settler):
 
     def ask(self) -> None:
         """See `Settler.ask`."""
-        self._outgoing.retire()
+        self._outgoing.retire(self.link._replace(deadline=self.deadline))
 
 
 def ends_of(peer: Descriptor) -> list[End]:

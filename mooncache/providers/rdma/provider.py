@@ -286,8 +286,7 @@ class Rdma(Provider):
         if known is not None:
             known.lose("another engine has its name now")
             self._end(known, link.deadline)
-            known.link = link
-            known.settler.ask_now()  # nothing of it may land over what is sent next
+            known.retire(link)  # nothing of it may land over what is sent next
         notes = self._note_queues.get(peer.name)
         if notes is None and self._spare_notes:
             notes = self._note_queues[peer.name] = self._spare_notes.pop()
