@@ -445,6 +445,9 @@ class Outgoing:
             for lane in [*self._lanes, *self._note_lanes]:
                 with suppress(TransportError):
                     lane.verbs.fail()
+            if self.socket is not None:  # its end is the end of the connection for the peer, which lets go of its side
+                with suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_RDWR)
         self._stirred.set()
         self.settler.look()
 
