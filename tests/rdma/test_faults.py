@@ -325,6 +325,7 @@ def test_a_connection_whose_answer_does_not_reach_the_peer_leaves_nothing_behind
             pair.write(0, length=64).wait(WAIT)
         until(lambda: not pair.there.provider._incoming, "what was made for the peer, given back")
     free = len(pair.there.provider.hub.free)
+    pair.here.connect(pair.peer)  # at once, unlike a submit
     write_right(pair)
     assert len(pair.there.provider.hub.free) == free - 1
 

@@ -20,6 +20,7 @@ import pytest
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.layout import Access
 from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, WcStatus
+from mooncache.providers.rdma import gids
 from mooncache.providers.rdma.nic import Event, Nic
 from mooncache.providers.rdma.ports import Choice, choose
 from mooncache.providers.rdma.queues import CompletionQueue, QueuePair, Remote
@@ -274,14 +275,16 @@ def test_more_than_the_device_holds_is_refused(nic: Nic, make: Callable[[Nic], o
 
 def test_a_peer_that_cannot_be_reached_is_named(nic: Nic, device: str) -> None:
     qp = queue_pair(nic, nic.completion_queue(8))
-    nowhere = Remote(17, "0000:0000:0000:0000:0000:ffff:c000:0201", 0)
+    nowhere = Remote(17, gids.parse("::ffff:192.0.2.1"), 0)
     with pytest.raises(
         TransportError, match=rf"{device} could not connect GID .* to queue pair 17 at .*:0201: .* in one network"
     ):
         qp.connect(nowhere, psn=0, remote_psn=0, mtu=nic.mtu, rd_atomic=1, timeout=14, retry_count=7, rnr_retry=7)
 
 
-@pytest.mark.parametrize("remote", [Remote(17, "not a GID", 0), Remote(1 << 40, "::1", 0), Remote(17, "", 1 << 20)])
+@pytest.mark.parametrize(
+    "remote", [Remote(17, b"no GID", 0), Remote(1 << 40, gids.parse("::1"), 0), Remote(17, b"", 1 << 20)]
+)
 def test_what_a_peer_cannot_have_meant_is_refused(nic: Nic, remote: Remote) -> None:
     qp = queue_pair(nic, nic.completion_queue(8))
     with pytest.raises(TransportError, match=f"to queue pair {remote.number} at "):
