@@ -385,7 +385,7 @@ def test_however_a_child_is_made_and_ends_its_parent_goes_on(provider, way, tmp_
 
 
 ORPHAN = """
-import os, sys, time
+import os, signal, sys
 from mooncache import Engine
 engine = Engine("orphans-parent", provider={provider!r})
 data = engine.allocate(1 << 20)
@@ -395,9 +395,9 @@ pid = os.fork()
 if pid == 0:
     os.close(0)
     print(os.getpid(), flush=True)
-    time.sleep(600)
+    signal.pause()
     os._exit(0)
-time.sleep(600)
+signal.pause()
 """
 
 
