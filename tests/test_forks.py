@@ -89,14 +89,14 @@ def families() -> Iterator[Callable[..., Family]]:
 
 
 def descriptors() -> dict[int, str]:
-    """What this process has open, without this look."""
+    """The sockets, memory and the like that this process has open. Not files, which any thread may just read."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
+        except OSError:  # it was that of this look
             continue
-    return found
+    return {number: what for number, what in found.items() if not os.path.isfile(what)}
 
 
 class Child:

@@ -60,9 +60,10 @@ class Mender:
                 self._thread = self._background.start("mooncache-mender", self._run, self._lose)
 
     def break_all(self, chosen: Callable[[QueueRow], bool]) -> None:
-        """Order that nothing more is posted to these; their device fails them already. Holds no lock of its own."""
+        """Order that nothing more is posted to these; their device fails them already. The caller holds `lock`."""
         for row in filter(chosen, self._rows):
-            self._give(row, Order.BREAK)
+            if self._last[row.address] != Order.LOSE:  # which may not be obeyed yet, and says more
+                self._give(row, Order.BREAK)
         self.look_again()
 
     def lose(self, chosen: Callable[[QueueRow], bool]) -> None:

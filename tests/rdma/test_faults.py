@@ -306,7 +306,8 @@ def test_the_key_of_one_connection_leads_to_no_others_notifications(rdma):
         assert target.notifications().get(WAIT).peer == "forger"
 
 
-def test_a_connection_whose_answer_does_not_reach_the_peer_leaves_nothing_behind(pair, monkeypatch):
+@pytest.mark.parametrize("step", ["the answer", "what follows it"])
+def test_a_connection_whose_answer_does_not_reach_the_peer_leaves_nothing_behind(pair, monkeypatch, step):
     write_right(pair)
     outgoing(pair).lose("the test says so")
     until(lambda: not pair.there.provider._incoming, "the end of the first connection")
@@ -318,7 +319,8 @@ def test_a_connection_whose_answer_does_not_reach_the_peer_leaves_nothing_behind
         return replace(reply, body={"a": object()}) if request.purpose == "rdma-connect" else reply
 
     with monkeypatch.context() as broken:
-        broken.setattr(provider, "serve", unsendable)
+        name, failing = {"the answer": ("serve", unsendable), "what follows it": ("_hold", refuse)}[step]
+        broken.setattr(provider, name, failing)
         with pytest.raises(MooncacheError):
             pair.write(0, length=64).wait(WAIT)
         until(lambda: not pair.there.provider._incoming, "what was made for the peer, given back")
@@ -326,3 +328,7 @@ def test_a_connection_whose_answer_does_not_reach_the_peer_leaves_nothing_behind
     pair.here.connect(pair.peer)  # at once, unlike a submit
     write_right(pair)
     assert len(pair.there.provider.hub.free) == free - 1
+
+
+def refuse(*_):
+    raise OSError("the test says so")

@@ -259,14 +259,14 @@ class Usage(NamedTuple):
     """What a process holds."""
 
     descriptors: int
-    mappings: int
+    mappings: int  # of shared memory
     resident: int  # bytes
 
 
 def usage() -> Usage:
     gc.collect()
     with open("/proc/self/maps") as maps:
-        mappings = sum(1 for _ in maps)
+        mappings = sum("/memfd:" in line for line in maps)
     with open("/proc/self/statm") as statm:
         resident = int(statm.read().split()[1]) * resource.getpagesize()
     return Usage(len(os.listdir("/proc/self/fd")), mappings, resident)

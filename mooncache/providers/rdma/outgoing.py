@@ -222,17 +222,20 @@ class Outgoing:
         if self._rows:
             return
         self._order = order
-        self._rows = [row for row in rows if row.pair.breaks]
-        probed = []
-        for lane, row in zip(self._lanes, self._rows, strict=True):
-            if self._plans[lane.plan].up:
-                lane.ordered = QueueState.CLOSED
-                order(row, Order.PROBE)
-                probed.append(row)
+        with self._provider.lock:
+            self._rows = [row for row in rows if row.pair.breaks]
+            probed = []
+            for lane, row in zip(self._lanes, self._rows, strict=True):
+                if self._plans[lane.plan].up:
+                    lane.ordered = QueueState.CLOSED
+                    self._give(row, Order.PROBE)
+                    probed.append(row)
         limit = self.link.deadline.within(PROBE_S)
         limit.waits_for(f"the first bytes to peer {self.peer!r} by RDMA")
         opening = (QueueState.CLOSED, QueueState.PROBING, QueueState.BROKEN)
         limit.until(lambda: self.gone or not any(row.state in opening for row in probed))
+        if self.gone:
+            raise TransportError(f"peer {self.peer!r} ended the connection right after its answer; try again")
         if self._count(QueueState.READY) == 0:
             why = ", ".join(sorted({self.why(row) for row in probed}))
             self.lose("no bytes got through")
@@ -241,6 +244,12 @@ class Outgoing:
                 "networks of these NICs reach each other (ping the GIDs), with this MTU?"
             )
         self.stir()
+
+    def _give(self, row: QueueRow, order: Order) -> None:
+        """Give an order about a queue pair. None replaces, or follows, the order to lose everything."""
+        with self._provider.lock:
+            if not self.gone:
+                self._order(row, order)
 
     def _count(self, state: QueueState) -> int:
         return sum(row.state == state for row in self._rows)
@@ -316,7 +325,7 @@ class Outgoing:
                 log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lane_name(i), self.why(row))
                 self._postpone(self._lanes[i])
                 self._lanes[i].ordered = QueueState.DRAINED
-                self._order(row, Order.RETURN)
+                self._give(row, Order.RETURN)
         closed = [
             i
             for i in range(len(self._rows))
@@ -394,7 +403,7 @@ class Outgoing:
                 "notes": [[i, lane.psn] for i, lane in zip(fallen, note_lanes, strict=True)],
             },
         )
-        with self._provider.lock:  # as `lose` does: no probe after the order to lose everything
+        with self._provider.lock:  # not after `lose` has failed them
             if self._closed or self.gone:
                 return
             for lane, psn in zip([*lanes, *note_lanes], [*told["queues"], *told["notes"]], strict=True):
@@ -404,7 +413,7 @@ class Outgoing:
                 self._record.raise_rail(i, 0)
             for i in closed:
                 self._lanes[i].ordered = QueueState.CLOSED
-                self._order(self._rows[i], Order.PROBE)
+                self._give(self._rows[i], Order.PROBE)
 
     def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self.link.dial(purpose, {"connection": self.number, **body})
@@ -425,7 +434,7 @@ class Outgoing:
         """A NIC of ours went down: what is on it comes back at once instead of after the NIC's patience."""
         for lane, row in zip(self._lanes, self._rows, strict=False):
             if self._plans[lane.plan].path.local == nic:
-                self._order(row, Order.BREAK)
+                self._give(row, Order.BREAK)
                 with suppress(TransportError):
                     lane.verbs.fail()
 
