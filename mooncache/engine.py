@@ -48,6 +48,7 @@ from mooncache.operands import (
     Operand,
     as_arrays,
     as_words,
+    check_called,
     deadline_at,
     deadline_ns,
     deadline_of,
@@ -119,6 +120,7 @@ class Engine:
         discovery: str | None = None, advertise: str | None = None, **settings: int,
     ) -> None:  # fmt: skip
         opening.check_texts(name=name, listen=listen, discovery=discovery, advertise=advertise)
+        opening.check_name(name)
         self._settings = opening.settings(store, policy, settings)
         with shortage.told("no engine can be opened"):
             self.provider = opening.provider(provider)
@@ -361,6 +363,7 @@ class Engine:
         return None if peer is None or self._has_ended(peer) else peer
 
     def _ask(self, name: str, *, patient: bool = True, news: bool = False) -> Asked:
+        check_called(name)
         return self._ways.begin(name, partial(self._reach, name), patient=patient, news=news)
 
     def _reach(self, name: str, deadline: Deadline) -> Peer:

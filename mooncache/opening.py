@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import UsageError, came
 from mooncache.kernels.layout import Policy, Store
 from mooncache.kernels.state import Settings
@@ -64,6 +65,15 @@ def check_texts(**texts: object) -> None:
             raise UsageError(f"expected {name} to be {what}{', or None' if optional else ''}, got {came(value)}")
 
 
+def check_name(name: str | None) -> None:
+    """Raise UsageError for what an engine cannot be called."""
+    if name is not None and (not is_name(name) or ":" in name):
+        raise UsageError(
+            f"expected an engine's name to be 1 to {NAME_LENGTH} printable characters without ':' (peers would take it "
+            f"for host:port), got {came(name)}"
+        )
+
+
 def settings(store: str, policy: str, settings: dict[str, Any]) -> Settings:
     """The defaults with what callers ask for. Raises UsageError for what there is not."""
     check_texts(store=store, policy=policy)
@@ -77,7 +87,7 @@ def settings(store: str, policy: str, settings: dict[str, Any]) -> Settings:
     except KeyError as error:
         raise UsageError(
             f"expected a store of {[s.name.lower() for s in Store]} and a policy of "
-            f"{[p.name.lower() for p in Policy]}, got {store!r} and {policy!r}"
+            f"{[p.name.lower() for p in Policy]}, got {came(store)} and {came(policy)}"
         ) from error
 
 

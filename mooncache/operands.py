@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mooncache.deadline import Deadline
+from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError, came
 from mooncache.kernels.layout import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
@@ -75,6 +76,14 @@ class _Readable:
 def is_text(value: object) -> bool:
     """Whether it is a str at all, and so can be looked up."""
     return isinstance(value, str)
+
+
+def check_called(name: str) -> None:
+    """Raise UsageError for what no peer is ever called; whoever looks it up need not quote it then."""
+    if ":" not in name and not is_name(name):  # an address says by itself what is wrong with it
+        raise UsageError(
+            f"expected a peer's name, {NAME_LENGTH} printable characters at most, or its 'host:port', got {came(name)}"
+        )
 
 
 def deadline_ns(timeout: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 import weakref
 from itertools import count, pairwise
@@ -150,8 +151,8 @@ class Directory:
         """
         engine = self._engines.get(name)
         if engine is None or engine.closed:
-            known = ", ".join(sorted(e.name for e in self.engines())) or "none"
-            raise TransportError(f"no engine named {name!r} in this process; there are: {known}")
+            known = sorted(e.name for e in self.engines())
+            raise TransportError(f"no engine named {name!r} in this process; there are: {reprlib.repr(known)}")
         described = engine.descriptor()
         if described.provider != provider:
             raise TransportError(

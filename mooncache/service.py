@@ -43,11 +43,6 @@ class Service:
         advertise: str | None,
     ) -> None:  # fmt: skip
         self._engine = weakref.ref(engine)
-        if not is_name(engine.name) or ":" in engine.name:
-            raise UsageError(
-                "expected an engine's name to be 1 to 255 printable characters without ':' (peers would take it for "
-                f"host:port), got {engine.name!r}"
-            )
         self._secret = secret.encode() if isinstance(secret, str) else secret
         self._name, self._generation = engine.name, engine.generation
         self._names: Names | None = None if discovery is None else open_names(discovery, lease=LEASE_S)

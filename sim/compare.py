@@ -23,12 +23,11 @@ from sim.costs import PS_PER_NS, Calibration, digest, load_calibration, prices
 from sim.fast import BatchCosts, FastRank
 from sim.rank import Figures, Rank
 from sim.statistics import holm, mean_interval, paired_p_value, paired_ratio, percentile
-from sim.workload import Workload, build_workload
+from sim.workload import SAMPLE_REQUESTS, Workload, build_workload
 
 PS_PER_US, PS_PER_MS = 10**6, 10**9
 REFERENCE = "pool/bulk"  # what response times are compared with
 TIE = 0.001  # response times this close are equal; the least CPU time for freeing decides, then the simplest policy
-SAMPLE_REQUESTS = 4  # of a fast run, simulated exactly as well
 
 
 class Job(NamedTuple):

@@ -68,7 +68,7 @@ ENGINES = 1024
 """instances x ranks: each has an engine's state of some MiB, pools untouched."""
 
 LAYER_TIMES = 100_000_000
-"""requests x layers: eight bytes for each one's time and as many for its stall, 1.6 GB a process."""
+"""requests x layers x ranks: events, and for each layer eight bytes of its time and as many of its stall, 1.6 GB."""
 
 POOL_SLICES = 1 << 28
 """64 of the default pools: 10 GB of slots where all are used."""
@@ -96,6 +96,7 @@ OutputTokens = Annotated[int, Field(ge=0, le=TOKENS)]
 Threads = Annotated[int, Field(gt=0, le=THREADS)]
 Depth = Annotated[int, Field(gt=0, le=1 << 16)]  # as the engine's settings, and so the next
 Lot = Annotated[int, Field(gt=0, le=1 << 12)]
+SliceBytes = Annotated[Bytes, Field(le=1 << 30)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Replications = Annotated[int, Field(gt=0, le=REPLICATIONS)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -178,7 +179,7 @@ class Prefill(_Section):
     instances: Instances = 1  # groups of `ranks` accelerators that share the requests; 1 shows the effect
     layer_time: Duration | None = None  # compute time of a layer; null: estimated from FLOPs, needs a model
     flops: FlopRate = units.FLOP_RATE.parse("990T")  # an H100 SXM: 989 TFLOP/s of dense bf16 (NVIDIA)
-    efficiency: float = Field(default=0.5, gt=0, le=1)  # share reached; half is usual for prefill
+    efficiency: float = Field(default=0.5, ge=1e-6, le=1)  # share reached; half is usual for prefill
     jitter: Share = 0.05  # coefficient of variation of a layer's time: GPU kernels are steady
 
 
@@ -189,7 +190,7 @@ class EngineShape(_Section):
     queue_depth: Depth = 512  # work requests in flight; upstream: 2 queue pairs of 256
     chain: Lot = 128  # work requests a post; the post list of perftest's best small-message rates
     poll_lot: Lot = 64  # completions a poll; as upstream
-    slice_bytes: Bytes = units.BYTES.parse("64KiB")  # longest slice; as upstream
+    slice_bytes: SliceBytes = units.BYTES.parse("64KiB")  # longest slice; as upstream
     pool_slices: Slices = 4_194_304  # two mean conversation requests at page 1 with nothing freed
     arenas: Literal["own", "shared"] = "own"  # malloc arena of a rank; shared: one for all, as in containers
 
@@ -276,8 +277,9 @@ class Scenario(_Section):
             message = f"expected instances x ranks up to {ENGINES}, came {instances} x {workload.ranks}"
             raise ConfigError(Problem("", "prefill.instances", message))
         requests = 1 if isinstance(workload, Trace) else workload.requests
-        if requests * layers > LAYER_TIMES:
-            message = f"expected requests x layers up to {LAYER_TIMES}, came {requests} x {layers}"
+        if requests * layers * workload.ranks > LAYER_TIMES:
+            message = f"expected requests x layers x ranks up to {LAYER_TIMES}, "
+            message += f"came {requests} x {layers} x {workload.ranks}"
             raise ConfigError(Problem("", "workload.requests", message))
         return self
 

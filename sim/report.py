@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def chart(policies: Sequence[PolicyResult], path: Path, title: str) -> None:
     """Two bar charts: added response time, and the worker's time per slice by cause."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"backend": "agg"}):
+    with mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for what this machine cannot draw
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 0.32 * len(policies) + 1.8), layout="constrained")

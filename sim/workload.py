@@ -25,6 +25,12 @@ _ARRIVALS_PS_MAX = 2**58  # 80 hours; int64 then holds even sums of gaps 32 time
 _VIRTUAL_PS_MAX = 2**62  # 53 days: half of what int64 holds, so that no sum of two instants overflows
 PS_PER_S = 10**12
 
+SLICES_MAX = 10**10
+"""Simulated one by one: some minutes. Fast mode simulates so many of its sample."""
+
+SAMPLE_REQUESTS = 4
+"""Of a fast run, simulated exactly as well."""
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -208,10 +214,17 @@ def _jittered(layer_time: int, layers: int, variation: float, seed: int, index: 
 
 
 def _check_ends(scenario: config.Scenario, workload: Workload) -> None:
-    """Refuse what would take longer than virtual time can count, each thing after the other."""
+    """Refuse what takes too long to simulate, or longer than virtual time can count, each thing after the other."""
     nic, requests = scenario.nic, workload.requests
     slices = sum(request.slices for request in requests) * workload.layers
     nbytes = sum(request.slices * request.slice_bytes for request in requests) * workload.layers
+    exactly = sum(request.slices for request in (requests if scenario.mode == "exact" else requests[:SAMPLE_REQUESTS]))
+    exactly *= workload.layers * workload.ranks
+    if exactly > SLICES_MAX:
+        what = "all requests; mode: fast takes more" if scenario.mode == "exact" else f"the first {SAMPLE_REQUESTS}"
+        raise UsageError(
+            f"workload: expected up to {SLICES_MAX:,} slices to simulate one by one, came {exactly:,} of {what}"
+        )
     spans = {
         "workload.arrival": max(request.arrival_ps for request in requests),
         "prefill.layer_time": sum(int(request.layer_ps.sum(dtype=np.float64)) for request in requests),

@@ -36,7 +36,7 @@ from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, in_thread
         ({"batches": True}, "batches must be an integer .*, got True"),
         ({"slice_bytes": "64K"}, "slice_bytes must be an integer .*, got '64K'"),
         ({"slizes": 5}, "unknown setting 'slizes'; there are: .*slices"),
-        ({"policy": "hope"}, "a policy of .*'bulk'.*, got 'pool' and 'hope'"),
+        ({"policy": "hope"}, "a policy of .*'bulk'.*, got 'pool' .str. and 'hope' .str."),
         ({"store": "disk"}, "expected a store of .*'heap'"),
         (
             {"provider": "pigeon"},

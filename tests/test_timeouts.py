@@ -122,7 +122,7 @@ def test_a_look_up_of_a_host_that_never_ends_costs_the_timeout_and_one_thread(en
     ended.set()
     with pytest.raises(DiscoveryError, match="gave up"):
         here.connect("nowhere.invalid:1")
-    until(lambda: not dial._resolving, "the end of the look-up")
+    until(lambda: not dial._look_ups.futures, "the end of the look-up")
 
 
 def test_closing_ends_a_connect_to_a_silent_peer(engines, silent):

@@ -150,8 +150,17 @@ def _connect(address: str, deadline: Deadline) -> socket.socket:
     return _connect_to(*found[-1], deadline)
 
 
-_resolving: dict[tuple[str, int], Future[list[tuple[int, Any]]]] = {}
-_resolving_lock = threading.Lock()
+class _LookUps:
+    """Those under way, by host and port. A forked child has none: the threads that are at them are the parent's."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.futures: dict[tuple[str, int], Future[list[tuple[int, Any]]]] = {}
+
+    disown = __init__  # see `forks.Holder`
+
+
+_look_ups = forks.private(_LookUps())
 
 
 def _resolve(host: str, port: int, deadline: Deadline) -> list[tuple[int, Any]]:
@@ -161,10 +170,10 @@ def _resolve(host: str, port: int, deadline: Deadline) -> list[tuple[int, Any]]:
     """
     with suppress(OSError, UnicodeError):  # an address needs no look-up
         return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
-    with _resolving_lock:
-        found = _resolving.get((host, port))
+    with _look_ups.lock:
+        found = _look_ups.futures.get((host, port))
         if found is None:
-            found = _resolving[host, port] = Future()
+            found = _look_ups.futures[host, port] = Future()
             threading.Thread(target=_look_up, args=(host, port, found), name=f"look-up-{host}", daemon=True).start()
     deadline.waits_for(f"the address of host {host!r}")
     if not deadline.until(found.done):
@@ -184,8 +193,8 @@ def _look_up(host: str, port: int, found: Future[list[tuple[int, Any]]]) -> None
 
 
 def _forget_look_up(host: str, port: int) -> None:
-    with _resolving_lock:
-        del _resolving[host, port]
+    with _look_ups.lock:
+        del _look_ups.futures[host, port]
 
 
 def _getaddrinfo(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:
