@@ -13,7 +13,6 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.base import LEASE_S, Names, StoreDown, open_names
 from mooncache.discovery.dial import Answer, dial
-from mooncache.discovery.fields import is_name
 from mooncache.discovery.handshake import HANDSHAKE_S
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import from_json, to_json
@@ -35,7 +34,7 @@ class Service:
     that goes away changes nothing: what is connected stays so until it breaks.
 
     Raises:
-        UsageError: a name that peers could not call, and what `open_names` and `Listener` raise.
+        UsageError: what `open_names` and `Listener` raise.
     """
 
     def __init__(

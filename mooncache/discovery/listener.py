@@ -27,7 +27,7 @@ from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
 from mooncache.discovery.secret import check_secret, key_of, of_user
-from mooncache.discovery.sockets import advertised, listen_tcp, listen_unix, resolve_own
+from mooncache.discovery.sockets import Loop, advertised, listen_tcp, listen_unix, resolve_own
 from mooncache.discovery.spare import Spare
 from mooncache.discovery.visitors import CROWD_S, Visitors
 from mooncache.errors import CapacityError, DiscoveryError, MooncacheError
@@ -153,7 +153,7 @@ class Listener:
             self._stop = asyncio.Event()
             self._selector = selectors.DefaultSelector()
             undo.callback(self._selector.close)
-            self._loop = asyncio.SelectorEventLoop(self._selector)
+            self._loop = Loop(self._selector)
             undo.callback(self._loop.close)
             self._closed = False
             self.background = Background()

@@ -1,9 +1,11 @@
-"""The sockets that a listener listens at, and what peers are told of them."""
+"""The sockets that a listener listens at, the event loop that serves them, and what peers are told of them."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
+import selectors
 import socket
 from typing import Any
 
@@ -56,6 +58,20 @@ def listen_unix() -> socket.socket:
     sock.listen(BACKLOG)
     sock.setblocking(False)
     return sock
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """One that keeps silent when it is collected half made, for want of descriptors to wake itself by."""
+
+    made = False
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        super().__init__(selector)
+        self.made = True
+
+    def __del__(self) -> None:
+        if self.made:
+            super().__del__()
 
 
 def advertised(host: str, advertise: str | None, port: int) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mooncache import limits
-from mooncache.errors import CapacityError, UsageError
+from mooncache.errors import CapacityError, UsageError, came
 from mooncache.kernels import layout, regions
 from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, zeros
 from mooncache.kernels.publication import publish
@@ -83,7 +83,7 @@ class Settings:
             value = getattr(self, name)
             least = 0 if name in ("retries", "signal", "cache_slices", "spin_ns") else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise UsageError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+                raise UsageError(f"{name} must be an integer from {least} to {most}, got {came(value)}")
 
     @property
     def chunks(self) -> int:
@@ -126,7 +126,8 @@ class RegionTable:
 
     def forgive(self) -> None:
         """The owner has said again what is registered: whatever it refused may be tried again."""
-        self.refused[:] = self.header[layout.TABLE_REFUSALS] = 0
+        self.refused[:] = 0
+        put(self.header, layout.TABLE_REFUSALS, 0)
 
     def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
         """The first registered (address, length) that overlaps the range, if any."""
@@ -141,7 +142,7 @@ class RegionTable:
 
         `slot`: that of a range that was taken out, whose place this one takes; by default a free one.
         """
-        taken = self.overlapping(address, length)
+        taken, renewed = self.overlapping(address, length), slot is not None
         if taken is not None:
             raise UsageError(
                 f"{self.owner}: the range [{address:#x}, +{length}) overlaps the registered region "
@@ -151,10 +152,11 @@ class RegionTable:
             if not self._free:
                 raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
             slot = self._free.pop()
-        else:
-            self.header[layout.TABLE_RENEWALS] += 1
         n = len(self)
-        self.keys[: len(keys), slot], self.access[slot], self.refused[slot] = keys, access, 0
+        self.keys[: len(keys), slot], self.access[slot] = keys, access
+        put(self.refused, slot, 0)  # slices that carry the slot already are posted from here on, under these keys
+        if renewed:
+            put(self.header, layout.TABLE_RENEWALS, self.header[layout.TABLE_RENEWALS] + 1)
         at = int(np.searchsorted(self.bases[:n], address))
         regions.insert(address_of(self.header), at, address, address + length, slot)
         return slot
@@ -171,7 +173,8 @@ class RegionTable:
     def take_out(self, slot: int) -> None:
         """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
         regions.remove(address_of(self.header), self.position(slot))
-        self.refused[slot] = self.header[layout.TABLE_REFUSALS] = 1
+        self.refused[slot] = 1
+        put(self.header, layout.TABLE_REFUSALS, 1)
 
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""

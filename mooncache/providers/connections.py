@@ -240,7 +240,11 @@ class Port:
         self.nudge = -1
         self.epoll = select.epoll()
         forks.private(self)
-        self.nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self.nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:
+            self.epoll.close()
+            raise
         event_words = lanes.EVENTS * EPOLL_EVENT_BYTES // WORD + 1
         self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 3, 1)]
         self._hold[-1][0] = 1

@@ -222,8 +222,6 @@ class Shm(StreamProvider):
     def __init__(self, *, elsewhere: bool = False, lanes: int = 1) -> None:
         super().__init__(lanes)
         self.elsewhere = elsewhere
-        self._table = allocate(limits.REGIONS * KEY_WORDS * WORD, for_reading=True)
-        self.keys = KeyTable(self._table.view(np.int64))
         self._nonce = np.frombuffer(secrets.token_bytes(WORD), np.int64).copy()
         self._shared: dict[int, Shared] = {}  # by rkey
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # from before a peer has it until its connection ends
@@ -235,8 +233,15 @@ class Shm(StreamProvider):
     ) -> list[list[CompletionQueue]]:
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox, peers)
+        try:
+            self._table = allocate(limits.REGIONS * KEY_WORDS * WORD, for_reading=True)
+        except BaseException:
+            super().close()
+            raise
+        self.keys = KeyTable(self._table.view(np.int64))
         self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]
         for i, port in enumerate(self.ports):
+            port.words[lanes.P_KEYS] = self.keys.address
             port.words[lanes.P_LOCAL] = address_of(self._vectors[2 * i])
             port.words[lanes.P_REMOTE] = address_of(self._vectors[2 * i + 1])
         return queues

@@ -196,8 +196,9 @@ class NoteHub:
         qp = self._device.queue_pair(words)
         self._queues += [words, qp]
         listed = self._lists[worker]
-        listed[notes.C_QUEUES + int(listed[notes.C_COUNT])] = address_of(words)
-        listed[notes.C_COUNT] += 1
+        count = int(listed[notes.C_COUNT])
+        listed[notes.C_QUEUES + count] = address_of(words)
+        put(listed, notes.C_COUNT, count + 1)
         return NoteQueue(words, QueuePair(address_of(qp), 1, cq=cq, notes=True))
 
     def record(self) -> Record:
