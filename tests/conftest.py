@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mooncache import Engine
+from tests.family import Family
 from tests.helpers import SMALL, Pair, usual_signals
 from tests.kernels.entries import Gated
 from tests.servers import Server
@@ -49,6 +50,19 @@ def engines() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def families() -> Iterator[Callable[..., Family]]:
+    made: list[Family] = []
+
+    def make(provider: str, **options: Any) -> Family:
+        made.append(Family(provider, **options))
+        return made[-1]
+
+    yield make
+    for family in made:
+        family.close()
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ import asyncio
 import gc
 import inspect
 import os
-import pickle
-import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +19,12 @@ import numpy as np
 import pytest
 
 from mooncache import Batch, CapacityError, Engine, EngineClosed, EngineInherited, Inbox, Region
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.discovery import dial
+from tests.family import NBYTES, PROVIDERS, Child, Family, all_held
 from tests.helpers import LIMIT, ROOT, SMALL, until
 from tests.servers import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-
-PROVIDERS: dict[str, Callable[[], Any]] = {
-    "loopback": lambda: "loopback",
-    "emulated": lambda: "emulated",
-    "breaking": lambda: Emulated(Nic(breaks=True)),
-    "tcp": lambda: "tcp",
-    "shm": lambda: "shm",
-    "auto": lambda: "auto",
-}
-NBYTES = 1 << 16
-
-
-class Family:
-    """Two engines of this process with a batch that arrived, one that is open, and a notification not fetched."""
-
-    def __init__(self, provider: str, **options: Any) -> None:
-        self.here, self.there = (
-            Engine(f"{name}-{provider}", provider=PROVIDERS[provider](), **SMALL, **options)
-            for name in ("parent", "peer")
-        )
-        self.data, self.pages = self.here.allocate(NBYTES), self.there.allocate(NBYTES)
-        self.data[:] = 7
-        self.local, self.remote = self.here.register(self.data), self.there.register(self.pages)
-        self.peer = self.here.connect(self.there.name)
-        self.batch = self.send(notify=b"not fetched")
-        self.send(self.there, self.remote, self.here, self.local).close()
-
-    def send(self, source: Any = None, local: Any = None, to: Any = None, remote: Any = None, **options: Any) -> Batch:
-        source, local, to, remote = source or self.here, local or self.local, to or self.there, remote or self.remote
-        return source.write(to.name, local.address, remote.address, NBYTES, **options).wait(LIMIT)
-
-    def check(self) -> None:
-        """All still works, in both directions."""
-        self.pages[:] = 0
-        self.send().close()
-        assert (self.pages == 7).all()
-        self.data[:] = 0
-        self.send(self.there, self.remote, self.here, self.local).close()
-        assert (self.data == 7).all()
-        assert [note.message for note in self.there.notifications()] == [b"not fetched"]
-        assert not self.batch.failures
-        self.batch.close()
-
-    def close(self) -> None:
-        self.here.close()
-        self.there.close()
-
-
-@pytest.fixture
-def families() -> Iterator[Callable[..., Family]]:
-    made: list[Family] = []
-
-    def make(provider: str, **options: Any) -> Family:
-        made.append(Family(provider, **options))
-        return made[-1]
-
-    yield make
-    for family in made:
-        family.close()
 
 
 def descriptors() -> dict[int, str]:
@@ -97,46 +36,6 @@ def descriptors() -> dict[int, str]:
         except OSError:  # it was that of this look
             continue
     return {number: what for number, what in found.items() if not os.path.isfile(what)}
-
-
-class Child:
-    """A fork that runs a function; `result` is what that returned or raised, within the limit."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        ours, its = Pipe(duplex=False)
-        self.pid = os.fork()
-        if self.pid == 0:
-            ours.close()
-            _report(its, function)
-        its.close()
-        self._end, self._connection = os.pidfd_open(self.pid), ours
-
-    def result(self) -> Any:
-        try:
-            assert self._connection.poll(LIMIT), "the child hangs"
-            good, value = pickle.loads(self._connection.recv_bytes())
-        finally:
-            if not select.select([self._end], [], [], LIMIT)[0]:
-                os.kill(self.pid, signal.SIGKILL)
-            _, status = os.waitpid(self.pid, 0)
-            os.close(self._end)
-            self._connection.close()
-        assert os.waitstatus_to_exitcode(status) == 0
-        if not good:
-            raise value
-        return value
-
-
-def _report(connection: Connection, function: Callable[[], Any]) -> None:
-    try:
-        said = True, function()
-    except BaseException as error:
-        said = False, error
-    try:
-        connection.send_bytes(pickle.dumps(said))
-    except BaseException as error:
-        connection.send_bytes(pickle.dumps((False, AssertionError(f"{said!r}: {error!r}"))))
-    os._exit(0)
 
 
 # ------------------------------------------------------------------------------ what a child is refused
@@ -180,7 +79,7 @@ def refused(thing: Any, family: Family) -> list[str]:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_every_call_in_a_child_says_whose_the_engine_is_and_changes_nothing(families, provider):
+def test_every_call_in_a_child_says_whose_the_engine_is_and_changes_nothing_whatever_lock_was_held(families, provider):
     family = families(provider)
     inbox, opened = family.there.notifications(), family.send()
 
@@ -205,7 +104,10 @@ def test_every_call_in_a_child_says_whose_the_engine_is_and_changes_nothing(fami
     async def awaited(batch: Batch) -> None:
         await batch
 
-    assert Child(call_everything).result() == []
+    with all_held(family.__dict__, opened, inbox) as held:
+        assert Child(call_everything).result() == []
+    own = (family.here._lock, family.here._ways._lock, family.here._registry._lock, dial._look_ups.lock)
+    assert set(map(id, own)) <= set(map(id, held))
     assert not opened.failures
     opened.close()
     family.check()
@@ -262,17 +164,21 @@ def test_a_child_opens_engines_of_its_own_under_the_same_name_and_reaches_its_pa
     family = families(provider)
     address, base = family.there.address, family.remote.address
 
-    def use_own() -> bool:
+    def use_own(reaches: str) -> bool:
         with Engine(family.here.name, provider=provider, **SMALL) as own, Engine(provider=provider, **SMALL) as other:
             source, target = own.allocate(NBYTES), other.allocate(NBYTES)
             source[:] = 9
             local, remote = own.register(source), other.register(target)
             own.write(other.name, local.address, remote.address, NBYTES).wait(LIMIT).close()
-            if address:
-                own.write(address, local.address, base, NBYTES).wait(LIMIT).close()
+            if other.address:  # by a name that has to be looked up
+                own.connect(other.address.replace("127.0.0.1", "localhost"))
+            if reaches:
+                own.write(reaches, local.address, base, NBYTES).wait(LIMIT).close()
             return bool((target == 9).all())
 
-    assert Child(use_own).result()
+    with all_held(family.__dict__):
+        assert Child(lambda: use_own("")).result()
+    assert Child(lambda: use_own(address)).result()
     assert not address or (family.pages == 9).all()
     family.data[:] = 7
     family.check()

@@ -17,12 +17,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numba
+from llvmlite.binding import ffi
 from numba.core.caching import CompileResultCacheImpl
+from numba.core.compiler_lock import global_compiler_lock
 
 from mooncache import forks
 from mooncache.kernels import cache
@@ -33,18 +34,24 @@ _numba_config: Any = numba.config  # it makes its attributes at run time
 
 
 class _Lock:
-    """Held while something is compiled. A forked child has one of its own: its parent's may be held for ever there."""
+    """Held while something is compiled. A forked child has one of its own: its parent's may be held for ever there.
+
+    So may those that Numba and LLVM compile under, which renew none by themselves.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+
+    def disown(self) -> None:
+        """See `forks.Holder`."""
+        for lock in (self, global_compiler_lock, ffi.lib._lock):
+            lock._lock = threading.RLock()
 
     def __enter__(self) -> None:
         self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-    disown = __init__  # see `forks.Holder`
 
 
 _lock = forks.private(_Lock())
@@ -84,6 +91,7 @@ class Entry(ABC):
         self.function = function
         self.signature = signature
         self.compiled: Any = None
+        self._files: list[Path] = []
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self.__module__ = function.__module__
@@ -94,13 +102,15 @@ class Entry(ABC):
     def build(self, cached: bool) -> Any:
         """Compile, or load from the cache."""
 
-    @cached_property
+    @property
     def files(self) -> list[Path]:
         """Its index and its machine code in the cache: of one signature, one CPU and one Python there is one each."""
-        with _keyed_cache():
-            where = CompileResultCacheImpl(self.function)
-        base = Path(where.locator.get_cache_path()) / where.filename_base
-        return [base.with_name(f"{base.name}.nbi"), base.with_name(f"{base.name}.1.nbc")]
+        if not self._files:  # no `cached_property`: until Python 3.12 it holds a lock of its own, for all kernels
+            with _keyed_cache():
+                where = CompileResultCacheImpl(self.function)
+            base = Path(where.locator.get_cache_path()) / where.filename_base
+            self._files = [base.with_name(f"{base.name}.nbi"), base.with_name(f"{base.name}.1.nbc")]
+        return self._files
 
     def missing(self) -> bool:
         """Whether it has yet to be compiled on this machine."""

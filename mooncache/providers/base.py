@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -113,10 +112,10 @@ class Provider(ABC):
     trouble_fd: int = -1
     reaches_gpus: bool = False
 
-    @cached_property
+    @property
     def background(self) -> Background:
         """Made at first use, so that a provider need not call any `__init__` of ours."""
-        return Background()
+        return vars(self).setdefault("_background", Background())  # type: ignore[no-any-return]
 
     @abstractmethod
     def open(
