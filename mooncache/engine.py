@@ -433,7 +433,11 @@ class Engine:
         """Look again at peers that refused what workers believed they had; each in a thread, which may have to wait."""
         for peer in set(self._peers.values()):
             if number := look.begin(address_of(peer.table.header)):
-                self._looker.background.start(f"{self.name}-look", partial(self._look, peer, number))
+                try:
+                    self._looker.background.start(f"{self.name}-look", partial(self._look, peer, number))
+                except BaseException:
+                    look.end(self.ctl, address_of(peer.table.header), number)
+                    raise
 
     def _look(self, peer: Peer, number: int) -> None:
         try:

@@ -40,12 +40,12 @@ class Looker:
 
     def _run(self, method: weakref.WeakMethod[Callable[[], None]]) -> None:
         while True:
-            os.eventfd_read(self.event_fd)
             look = method()
             if self._closed or look is None:
                 return
-            look()
+            look()  # also at first: should it have failed, what was asked for is still to be looked for
             del look
+            os.eventfd_read(self.event_fd)
 
     def stop(self) -> None:
         """End the thread. What a look still waits for, the network, is not waited for."""

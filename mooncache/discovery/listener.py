@@ -229,7 +229,11 @@ class Listener:
                 self._cannot_accept(listening, error)
                 return
             self.background.settled(f"connections to {self._name!r}")
-            self._admit(sock, remote, self._listening[listening])
+            try:
+                self._admit(sock, remote, self._listening[listening])
+            except BaseException:
+                sock.close()
+                raise
             while self._visitors.too_many:
                 if not self._make_room(listening):
                     return

@@ -109,8 +109,9 @@ class Mender:
         """The thread failed: what waits for a queue pair to be mended fails as PEER_GONE instead of waiting on."""
         with self.lock:
             for row in self._rows:
-                if row.state in (QueueState.BROKEN, QueueState.DRAINED):
+                if row.state in (QueueState.BROKEN, QueueState.DRAINED) and self._last[row.address] != Order.LOSE:
                     self._give(row, Order.LOSE)
+                    self._last[row.address] = Order.NONE  # its peer is there: it is mended as soon as the thread can
 
     def _mend(self, row: QueueRow) -> None:
         state, last = row.state, self._last[row.address]
