@@ -138,13 +138,22 @@ class Batch:
             self._failures = ()
         elif count > 0 and self._failures is None:
             request, why = np.zeros((2, self.requests + self._notes), np.int64)
-            count = calls.failures(ctl, handle, request, why)
+            where = np.zeros((request.size, 3), np.int64)
+            count = calls.failures(ctl, handle, request, why, where)
             if count >= 0:
                 self._failures = tuple(
-                    Failure(int(i), Status(int(code)), REASON[Status(int(code))])
-                    for i, code in zip(request[:count], why[:count], strict=True)
+                    Failure(int(i), Status(int(code)), self._reason(Status(int(code)), *at))
+                    for i, code, at in zip(request[:count], why[:count], where[:count].tolist(), strict=True)
                 )
         return Status.OK if count >= 0 else Status(-count)
+
+    def _reason(self, status: Status, local: int, remote: int, length: int) -> str:
+        """Why a request failed; where memory is at fault, which, and whose."""
+        if status == Status.LOCAL_ERROR:
+            return f"{REASON[status]}: {length} bytes at {local:#x} of engine {self._engine.name!r}"
+        if status == Status.REMOTE_ERROR:
+            return f"{REASON[status]}: {length} bytes at {remote:#x} of peer {self._to.name!r}"
+        return REASON[status]
 
     def wait(self, timeout: float | None = None) -> Batch:
         """Block until the batch is done; spins briefly, then sleeps. Other Python threads run meanwhile.

@@ -53,9 +53,11 @@ REASON: dict[Status, str] = {
     Status.CANCELLED: "the batch was cancelled or closed before this request was posted",
     Status.TIMED_OUT: "the batch's deadline passed before this request was answered; whether its bytes arrived is not "
     "known, and more may arrive until the batch is quiesced",
-    Status.LOCAL_ERROR: "the local device refused the source range",
+    Status.LOCAL_ERROR: "this engine's range could not be read or written: its memory was unmapped or protected "
+    "while it was registered, or the device refused it",
     Status.REMOTE_ACCESS: "the target refused the range or its key: was the region unregistered there?",
-    Status.REMOTE_ERROR: "the target could not carry the operation out",
+    Status.REMOTE_ERROR: "the peer's range could not be read or written there: its memory was unmapped or protected "
+    "while it was registered, or the device refused it",
     Status.RETRIES_EXCEEDED: "the wire lost it more often than the engine retries",
     Status.FLUSHED: "the connection broke down with this request on it",
     Status.INBOX_FULL: "the data arrived, but the target's inbox has no room for more notifications of this engine: "

@@ -51,8 +51,11 @@ from mooncache.kernels.layout import (
     SHARED_WAITERS,
     SLICE_FIRST,
     SLICE_LAST,
+    SLICE_LENGTH,
     SLICE_LOCAL,
+    SLICE_SOURCE,
     SLICE_STATE,
+    SLICE_TARGET,
     SPIN,
     SYSCALL,
     TABLE_SLOTS,
@@ -263,10 +266,11 @@ def failed(ctl, handle):
     return peek(row + BATCH_FAILED * WORD) if finished(row) else np.int64(-Status.NOT_FINISHED)
 
 
-@kernel("int64(int64, int64, int64[::1], int64[::1])")
-def failures(ctl, handle, request, why):
+@kernel("int64(int64, int64, int64[::1], int64[::1], int64[:, ::1])")
+def failures(ctl, handle, request, why, where):
     """List failed requests: `request` and `why` (Status), each int64[requests], ascending, each request once.
 
+    `where`, int64[requests, 3], are the local address, that at the peer and the length of what failed first of each.
     Returns how many, or minus NOT_FINISHED or STALE_HANDLE.
     """
     row = resolve(ctl, handle)
@@ -284,6 +288,9 @@ def failures(ctl, handle, request, why):
                 for index in range(max(np.int64(head[slot]), listed + 1), np.int64(tail[slot]) + 1):
                     request[n] = index
                     why[n] = state[slot]
+                    where[n, 0] = i64(word(ctl, SLICE_SOURCE))[slot]
+                    where[n, 1] = i64(word(ctl, SLICE_TARGET))[slot]
+                    where[n, 2] = i32(word(ctl, SLICE_LENGTH))[slot]
                     n += 1
                     listed = index
         chunk = next_[chunk]

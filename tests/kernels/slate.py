@@ -186,7 +186,7 @@ class SlateRig(Rig):
     # ------------------------------------------------------------------------------ what came of it
     def failures(self, handle: int, requests: int) -> dict[int, Status]:
         request, why = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
-        n = calls.failures(self.ctl, handle, request, why)
+        n = calls.failures(self.ctl, handle, request, why, np.zeros((requests, 3), np.int64))
         assert n >= 0
         return {int(r): Status(int(w)) for r, w in zip(request[:n], why[:n], strict=True)}
 

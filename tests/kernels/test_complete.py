@@ -19,7 +19,7 @@ def rig():
 
 def failures(rig, handle, requests):
     request, why = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
-    n = calls.failures(rig.ctl, handle, request, why)
+    n = calls.failures(rig.ctl, handle, request, why, np.zeros((request.size, 3), np.int64))
     return {int(r): Status(int(w)) for r, w in zip(request[:n], why[:n], strict=True)}
 
 

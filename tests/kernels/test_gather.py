@@ -263,7 +263,7 @@ def test_whichever_work_requests_fail_all_slices_arrive_once_each_is_posted_alon
     handle = ends.move(Opcode.WRITE, here, there, length)
 
     request, why = np.zeros(120, np.int64), np.zeros(120, np.int64)
-    failed = set(request[: calls.failures(ends.rig.ctl, handle, request, why)].tolist())
+    failed = set(request[: calls.failures(ends.rig.ctl, handle, request, why, np.zeros((120, 3), np.int64))].tolist())
     assert len(failed) <= len(bad)  # those that a fault struck when they were alone
     for i in range(120):
         expected = before[16 * i : 16 * i + 16] if i in failed else ends.here[here[i] : here[i] + 16]

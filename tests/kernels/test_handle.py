@@ -16,7 +16,7 @@ CALLS = {
     "await_finish": lambda ctl, h: calls.await_finish(ctl, h),
     "cancel": lambda ctl, h: calls.cancel(ctl, h),
     "close": lambda ctl, h: calls.close(ctl, h, True),
-    "failures": lambda ctl, h: -calls.failures(ctl, h, np.zeros(8, np.int64), np.zeros(8, np.int64)),
+    "failures": lambda ctl, h: -calls.failures(ctl, h, *np.zeros((2, 8), np.int64), np.zeros((8, 3), np.int64)),
 }
 BATCHES = 8
 
