@@ -20,8 +20,8 @@ EPOLL_EVENT_BYTES, EPOLL_EVENT_DATA = (12, 4) if X86 else (16, 8)  # packed on x
 EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET = 0x1, 0x4, 0x8, 0x10, 0x2000, 1 << 31
 EPOLL_CTL_ADD = 1
 MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL = 0x20, 0x40, 0x4000
-POLLRDHUP = 0x2000
-ESRCH, EINTR, EAGAIN = 3, 4, 11
+POLLIN, POLLOUT, POLLRDHUP = 0x1, 0x4, 0x2000
+ESRCH, EINTR, EAGAIN, EFAULT = 3, 4, 11, 14
 
 
 @kernel
@@ -73,12 +73,13 @@ def epoll_wait(syscall, epoll, events, most, ms):
 
 
 @kernel
-def stream_ended(syscall, descriptor, scratch):
-    """Whether a socket's peer has closed or reset its end, whatever still lies in the socket. Does not wait.
+def is_ready(syscall, descriptor, events, scratch):
+    """Whether one of these events of poll(2) holds for a descriptor, or an error. Does not wait.
 
-    `scratch`: three words, of which the last two stay 0.
+    POLLRDHUP: a socket's peer has closed or reset its end, whatever still lies in the socket. `scratch`: three words,
+    of which the last two stay 0.
     """
-    poke(scratch, descriptor | POLLRDHUP << 32)  # struct pollfd; what happened is its upper 16 bits
+    poke(scratch, descriptor | events << 32)  # struct pollfd; what happened is its upper 16 bits
     return call_syscall(syscall, SYS_PPOLL, scratch, 1, scratch + WORD, 0, 0, 0) > 0
 
 

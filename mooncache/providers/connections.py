@@ -154,8 +154,8 @@ class Lane:
             lanes.L_OUT_HEAD: HEAD_BYTES_MAX // WORD,
             lanes.L_OUT_IOV: iovecs,
             lanes.L_FLIGHTS: FLIGHTS * FLIGHT_WORDS,
-            lanes.L_TRAILER: 1,
-            lanes.L_OUT_TRAILER: 1,
+            lanes.L_TRAILER: FRAME_SLICES // WORD,
+            lanes.L_OUT_TRAILER: FRAME_SLICES // WORD,
         }
         self._memory = {field: aligned(words) for field, words in fields.items()}
         self._fixed = {field: address_of(words) for field, words in self._memory.items()} | {lanes.L_PORT: port}

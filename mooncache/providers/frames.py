@@ -5,8 +5,8 @@
 
 All words are little-endian int64. A frame starts with HEADER_BYTES, which hold the first four table entries, so that a
 small one takes a single read. Each request gets one answer, in order, when its bytes are in the target's memory (ACK)
-or follow it (DATA). DATA's trailer is the first index whose bytes are not true, because its region was withdrawn
-while they were sent, or -1.
+or follow it (DATA). DATA's trailer is a byte for each slice asked for, up to whole words: 0, or why its bytes are not
+true after all, a WcStatus: its region was withdrawn, or its memory gone, while they were sent.
 """
 
 from enum import IntEnum
@@ -23,7 +23,6 @@ HEADER_WORDS = 4
 ENTRY_BYTES = 24
 FRAME_SLICES = 256  # two chains of 128; a frame's table then is 6 KiB
 HEAD_BYTES_MAX = HEADER_WORDS * WORD + FRAME_SLICES * ENTRY_BYTES
-TRAILER_BYTES = 8
 SLICE_BYTES_MAX = 1 << 31  # longest slice that a frame may name; slice_bytes ends at half of it
 
 H_KIND, H_SEQ, H_COUNT, H_BYTES = 0, 8, 16, 24  # byte offsets
@@ -44,6 +43,12 @@ class Frame(IntEnum):
 def head_bytes(count):
     """Length of a frame's head with a table of `count` entries."""
     return max(HEADER_BYTES, HEADER_WORDS * WORD + count * ENTRY_BYTES)
+
+
+@kernel
+def trailer_bytes(count):
+    """Length of the trailer behind the bytes of a READ of `count` slices."""
+    return -(-count // WORD) * WORD
 
 
 @kernel

@@ -5,8 +5,10 @@
 
 A lane row is LANE_WORDS words that only the worker touches while the lane is LIVE; Python hands it over as READY and
 gets it back as BROKEN. Bytes go from pages to socket and from socket to pages: each direction has one array of iovecs,
-built once a frame and struck off as the kernel takes or delivers bytes. Descriptors are watched edge-triggered, so a
-lane is *listed* from the edge until a short read or write says that there is nothing left to do.
+built once a frame and struck off as the kernel takes or delivers bytes. Where that finds memory gone (EFAULT), ranges
+go one by one until the one at fault is known: its slice fails, zeros or nothing take its place, and the stream goes on.
+Descriptors are watched edge-triggered, so a lane is *listed* from the edge until nothing is left to do: a read or write
+was short, and not because memory is gone, which poll tells.
 
 Here are the words of lanes, ports and queue pairs, and how a lane begins and ends. `sending` and `receiving` move its
 bytes, `serving` says when.
@@ -22,16 +24,18 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import TABLE_BREAKS, TABLE_EPOCH, TABLE_GONE, WORD, Opcode
 from mooncache.kernels.linux import (
     EAGAIN,
+    EFAULT,
     EINTR,
     EPOLL_EVENT_DATA,
     EPOLLET,
     EPOLLIN,
     EPOLLOUT,
     EPOLLRDHUP,
+    POLLRDHUP,
     close,
     epoll_add,
     errno,
-    stream_ended,
+    is_ready,
 )
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
@@ -100,14 +104,15 @@ class Reason(IntEnum):
     L_STATE, L_FD, L_QUEUE, L_PORT, L_LISTED, L_READABLE, L_WRITABLE, L_REASON, L_ERRNO, L_MOVING, L_PROGRESS, L_SEQ,
     L_IN_STAGE, L_IN_GOT, L_IN_HEAD, L_IN_NEXT, L_IN_NEXT_GOT, L_IN_IOV, L_IN_AT, L_IN_END, L_IN_STATUS, L_IN_NOTE,
     L_OUT_HEAD, L_OUT_IOV, L_OUT_AT, L_OUT_END, L_OUT_KIND, L_FLIGHTS, L_FLIGHT_HEAD, L_FLIGHT_TAIL, L_TRAILER,
-    L_OUT_TRAILER, L_CUT, L_SENDER, LANE_WORDS,
-) = (*range(34), 40)  # fmt: skip
+    L_OUT_TRAILER, L_CUT, L_SENDER, L_IN_SINGLE, L_OUT_SINGLE, LANE_WORDS,
+) = (*range(36), 40)  # fmt: skip
 FLIGHTS = 16  # frames sent and not answered, on one lane
 F_FIRST, F_COUNT, F_OPCODE, FLIGHT_WORDS = 0, 1, 2, 3
 HEADER, TABLE, BODY = 0, 1, 2  # what an incoming frame waits for
 ENDED = 2  # L_READABLE: the stream has ended, and what is left of it can be read
 
 
+LOST = 0  # E_LOCAL of a write whose source could not be read
 @kernel
 def word_at(base, field):
     """A word of a lane, port or queue."""
@@ -238,6 +243,32 @@ def fault(lane, readiness):
 @kernel
 def drained(lane):
     """A read was short, so the socket is empty; unless the stream has ended, which only another read tells."""
+@kernel
+def is_unreachable(lane):
+    """Whether a system call on the lane failed because memory that it was given is gone, or may not be touched."""
+    return errno(word_at(word_at(lane, L_PORT), P_ERRNO)) == EFAULT
+
+
+@kernel
+def is_open_for(lane, events):
+    """Whether more can be read or written at once: what was short then was so because of memory."""
+    port = word_at(lane, L_PORT)
+    return is_ready(word_at(port, P_SYSCALL), word_at(lane, L_FD), events, word_at(port, P_POLL))
+
+
+@kernel
+def slice_of(lane, nth):
+    """Which slice of a READ the `nth` range of its answer is: those that the answer's table calls failed have none."""
+    status, i = word_at(lane, L_IN_STATUS), np.int64(0)
+    while True:
+        why = peek(status + i * WORD)
+        if why == WcStatus.SUCCESS or why == WcStatus.LOC_PROT_ERR:  # the latter: lost here, while it came in
+            if nth == 0:
+                return i
+            nth -= 1
+        i += 1
+
+
     if word_at(lane, L_READABLE) == 1:
         poke(lane + L_READABLE * WORD, 0)
 
@@ -270,10 +301,7 @@ def may_land(lane):
 
     Not if this engine has cut it, nor if its peer has reset or closed it: whoever did that took them for lost.
     """
-    port = word_at(lane, L_PORT)
-    if load(lane + L_CUT * WORD) != 0:
-        return False
-    return not stream_ended(word_at(port, P_SYSCALL), word_at(lane, L_FD), word_at(port, P_POLL))
+    return load(lane + L_CUT * WORD) == 0 and not is_open_for(lane, POLLRDHUP)
 
 
 @kernel

@@ -5,22 +5,20 @@ An incoming lane checks each range of a request and lays out its answer; an outg
 
 import numpy as np
 
-from mooncache.kernels.atomics import copy, peek, poke, store
+from mooncache.kernels.atomics import copy, i8, peek, poke, store
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, Opcode
-from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, discard, recv, recvmsg
+from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLIN, discard, recv, recvmsg
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.frames import (
     DISCARD,
-    FRAME_SLICES,
     H_BYTES,
     H_COUNT,
     H_KIND,
     H_SEQ,
     HEADER_BYTES,
     MAGIC,
-    TRAILER_BYTES,
     Frame,
     advance,
     entry_at,
@@ -28,6 +26,7 @@ from mooncache.providers.frames import (
     header_holds,
     request_holds,
     set_range,
+    trailer_bytes,
     write_entry,
     write_header,
 )
@@ -54,6 +53,7 @@ from mooncache.providers.lanes import (
     L_IN_NEXT,
     L_IN_NEXT_GOT,
     L_IN_NOTE,
+    L_IN_SINGLE,
     L_IN_STAGE,
     L_IN_STATUS,
     L_OUT_AT,
@@ -69,6 +69,7 @@ from mooncache.providers.lanes import (
     L_SENDER,
     L_STATE,
     L_TRAILER,
+    LOST,
     P_INBOX,
     P_KEYS,
     P_MSGHDR,
@@ -83,7 +84,10 @@ from mooncache.providers.lanes import (
     fault,
     flights,
     guard,
+    is_open_for,
+    is_unreachable,
     may_land,
+    slice_of,
     word_at,
 )
 from mooncache.providers.software import key_status
@@ -157,8 +161,9 @@ def answer_request(lane):
             ranges += 1
             size += length
     if kind == Frame.READ:
-        poke(word_at(lane, L_OUT_TRAILER), -1)
-        set_range(iov, ranges, word_at(lane, L_OUT_TRAILER), TRAILER_BYTES)
+        for at in range(0, trailer_bytes(count), WORD):
+            poke(word_at(lane, L_OUT_TRAILER) + at, 0)
+        set_range(iov, ranges, word_at(lane, L_OUT_TRAILER), trailer_bytes(count))
         ranges += 1
     answers = np.int64(Frame.DATA if kind == Frame.READ else Frame.ACK)
     write_header(answer, answers, peek(frame + H_SEQ), failed, size)
@@ -207,7 +212,7 @@ def open_answer(lane):
                 set_range(iov, ranges, word_at(entry, E_LOCAL), word_at(entry, E_LENGTH))
                 size += word_at(entry, E_LENGTH)
                 ranges += 1
-        set_range(iov, ranges, word_at(lane, L_TRAILER), TRAILER_BYTES)
+        set_range(iov, ranges, word_at(lane, L_TRAILER), trailer_bytes(count))
         ranges += 1
     if peek(frame + H_BYTES) != size:
         break_lane(lane, Reason.BAD_ANSWER, 0)
@@ -220,14 +225,16 @@ def settle_flight(lane):
     """All of an answer has been received: write the statuses of its request's entries."""
     queue, oldest = word_at(lane, L_QUEUE), word_at(lane, L_FLIGHT_TAIL)
     flight = word_at(lane, L_FLIGHTS) + oldest % FLIGHTS * FLIGHT_WORDS * WORD
-    status, untrue = word_at(lane, L_IN_STATUS), np.int64(FRAME_SLICES)
-    if peek(flight + F_OPCODE * WORD) == Opcode.READ and peek(word_at(lane, L_TRAILER)) >= 0:
-        untrue = peek(word_at(lane, L_TRAILER))
+    status, told = word_at(lane, L_IN_STATUS), i8(word_at(lane, L_TRAILER))
+    reads = peek(flight + F_OPCODE * WORD) == Opcode.READ
     for i in range(peek(flight + F_COUNT * WORD)):
+        entry = entry_of(queue, peek(flight + F_FIRST * WORD) + i)
         why = peek(status + i * WORD)
-        if why == WcStatus.SUCCESS and i >= untrue:
-            why = np.int64(WcStatus.REM_ACCESS_ERR)
-        store(entry_of(queue, peek(flight + F_FIRST * WORD) + i) + E_STATUS * WORD, why)
+        if reads and why == WcStatus.SUCCESS and told[i] != 0:
+            why = np.int64(told[i]) if may_be_said(told[i]) else np.int64(WcStatus.REM_OP_ERR)
+        if word_at(entry, E_LOCAL) == LOST:
+            why = np.int64(WcStatus.LOC_PROT_ERR)
+        store(entry + E_STATUS * WORD, why)
     poke(lane + L_FLIGHT_TAIL * WORD, oldest + 1)
 
 
@@ -252,6 +259,18 @@ def read_head(lane, buffer, length):
 
 
 @kernel
+def lose_target(lane, at):
+    """What range `at` of the frame coming in names cannot be written: its bytes are dropped, and its slice fails."""
+    status = word_at(lane, L_IN_STATUS)
+    poke(word_at(lane, L_IN_IOV) + at * IOVEC_BYTES + IOV_BASE, DISCARD)
+    poke(lane + L_IN_SINGLE * WORD, 0)
+    if word_at(lane, L_QUEUE) == 0:
+        poke(status + at * WORD, WcStatus.REM_OP_ERR)
+    else:
+        poke(status + slice_of(lane, at) * WORD, WcStatus.LOC_PROT_ERR)
+
+
+@kernel
 def read_body(lane):
     """Read on in a frame's body, and into the next frame's header; whether the body is complete."""
     port = word_at(lane, L_PORT)
@@ -268,8 +287,8 @@ def read_body(lane):
             return False
         if peek(word_at(lane, L_IN_HEAD) + H_KIND) == MAGIC | Frame.WRITE:
             drop_withdrawn(lane)
-    last, asked = at, 0
-    while last <= end and peek(iov + last * IOVEC_BYTES + IOV_BASE) != DISCARD:
+    last, asked, most = at, 0, at if word_at(lane, L_IN_SINGLE) != 0 else end
+    while last <= most and peek(iov + last * IOVEC_BYTES + IOV_BASE) != DISCARD:
         asked += peek(iov + last * IOVEC_BYTES + IOV_LEN)
         last += 1
     if last == at:
@@ -285,14 +304,21 @@ def read_body(lane):
     if n == 0:
         break_lane(lane, Reason.CLOSED, 0)
         return False
+    if n < 0 and is_unreachable(lane):
+        if last == at + 1:
+            lose_target(lane, at)
+        else:
+            poke(lane + L_IN_SINGLE * WORD, 1)
+        return False
     if n < 0:
         fault(lane, L_READABLE)
         return False
-    if n < asked:
-        drained(lane)
     poke(lane + L_PROGRESS * WORD, word_at(port, P_NOW))
     at = advance(iov, at, n)
+    if n < asked and (at >= end or not is_open_for(lane, POLLIN)):
+        drained(lane)
     if at >= end:
+        poke(lane + L_IN_SINGLE * WORD, 0)
         poke(lane + L_IN_NEXT_GOT * WORD, HEADER_BYTES - peek(iov + end * IOVEC_BYTES + IOV_LEN))
         at = end
     poke(lane + L_IN_AT * WORD, at)

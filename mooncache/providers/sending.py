@@ -1,10 +1,10 @@
 """Sending on a lane: requests built from its queue pair's entries, or the answer that a peer's request was given."""
 
 from mooncache.kernels.account import raise_word
-from mooncache.kernels.atomics import peek, poke
+from mooncache.kernels.atomics import i8, peek, poke
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, Opcode
-from mooncache.kernels.linux import IOV_BASE, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, sendmsg
+from mooncache.kernels.linux import IOV_BASE, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLOUT, sendmsg
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.frames import (
     FRAME_SLICES,
@@ -40,12 +40,14 @@ from mooncache.providers.lanes import (
     L_OUT_HEAD,
     L_OUT_IOV,
     L_OUT_KIND,
+    L_OUT_SINGLE,
     L_OUT_TRAILER,
     L_PORT,
     L_PROGRESS,
     L_QUEUE,
     L_SEQ,
     L_WRITABLE,
+    LOST,
     P_KEYS,
     P_MSGHDR,
     P_NOW,
@@ -57,6 +59,9 @@ from mooncache.providers.lanes import (
     fault,
     flights,
     guard,
+    is_open_for,
+    is_unreachable,
+    slice_of,
     word_at,
 )
 from mooncache.providers.software import Q_HEAD, Q_TAIL, key_status
@@ -115,9 +120,21 @@ def spoil_withdrawn(lane):
         length = peek(entry + WORD)
         if at >= word_at(lane, L_OUT_AT) and key_status(keys, peek(entry + 2 * WORD), peek(entry), length, Opcode.READ):
             poke(iov + at * IOVEC_BYTES + IOV_BASE, word_at(word_at(lane, L_PORT), P_ZEROS))
-            if peek(trailer) < 0:
-                poke(trailer, i)
+            i8(trailer)[i] = WcStatus.REM_ACCESS_ERR
         at += 1
+
+
+@kernel
+def lose_source(lane, at):
+    """What range `at` of the frame under way names cannot be read: zeros go in its place, and its slice fails."""
+    queue = word_at(lane, L_QUEUE)
+    poke(word_at(lane, L_OUT_IOV) + at * IOVEC_BYTES + IOV_BASE, word_at(word_at(lane, L_PORT), P_ZEROS))
+    poke(lane + L_OUT_SINGLE * WORD, 0)
+    if queue == 0:
+        i8(word_at(lane, L_OUT_TRAILER))[slice_of(lane, at - 1)] = WcStatus.REM_OP_ERR
+    else:
+        flight = word_at(lane, L_FLIGHTS) + (word_at(lane, L_FLIGHT_HEAD) - 1) % FLIGHTS * FLIGHT_WORDS * WORD
+        poke(entry_of(queue, word_at(flight, F_FIRST) + at - 1) + E_LOCAL * WORD, LOST)
 
 
 @kernel
@@ -137,18 +154,27 @@ def send(lane):
             spoil_withdrawn(lane)
         iov = word_at(lane, L_OUT_IOV)
         poke(message + MSG_IOV, iov + at * IOVEC_BYTES)
-        poke(message + MSG_IOVLEN, end - at)
+        ranges = 1 if word_at(lane, L_OUT_SINGLE) != 0 else end - at
+        poke(message + MSG_IOVLEN, ranges)
         n = sendmsg(word_at(port, P_SYSCALL), word_at(lane, L_FD), message)
         if serving:
             guard(lane)
+        if n < 0 and is_unreachable(lane):
+            if ranges == 1:
+                lose_source(lane, at)
+            else:
+                poke(lane + L_OUT_SINGLE * WORD, 1)
+            continue
         if n < 0:
             fault(lane, L_WRITABLE)
             return moved
         moved += 1
-        at = advance(iov, at, n)
+        before, at = at, advance(iov, at, n)
         poke(lane + L_OUT_AT * WORD, at)
         poke(lane + L_PROGRESS * WORD, word_at(port, P_NOW))
-        if at < end:
+        if at == end:
+            poke(lane + L_OUT_SINGLE * WORD, 0)
+        elif at < before + ranges and not is_open_for(lane, POLLOUT):
             poke(lane + L_WRITABLE * WORD, 0)
             return moved
     return moved

@@ -12,6 +12,7 @@ import pytest
 from mooncache import CapacityError, Engine
 from mooncache.discovery.dial import Answer, dial
 from mooncache.providers import quotas
+from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import until
 
 
@@ -27,7 +28,7 @@ def asked(engine: Engine) -> Iterator[Callable[..., Answer]]:
 
         def ask(caller: str, purpose: str) -> Answer:
             where = engine.address if purpose == "lane" else f"unix:{engine._service.unix}"
-            body = {"lanes": 1, "queue": 1, "round": 1} if purpose == "lane" else {"have": []}
+            body = {"lanes": FRAMES_VERSION, "queue": 1, "round": 1} if purpose == "lane" else {"have": []}
             answer = dial(where, purpose, body, caller=caller, generation=1, secret=None)
             undo.enter_context(answer.sock)
             for descriptor in answer.fds:

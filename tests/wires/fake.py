@@ -12,6 +12,7 @@ import numpy as np
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import to_json
 from mooncache.providers.base import Descriptor, RemoteRegion
+from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import LIMIT
 
 
@@ -32,7 +33,7 @@ class FakeTarget:
     def _serve(self, request: Request) -> Reply:
         if request.purpose == "describe":
             region = RemoteRegion(self.base, self.memory.nbytes, (self.KEY,), 3)
-            record = to_json(Descriptor("fake", 5, self.address, "tcp", (region,), {"lanes": 1}))
+            record = to_json(Descriptor("fake", 5, self.address, "tcp", (region,), {"lanes": FRAMES_VERSION}))
             return Reply({**record, **self.changes})
         return Reply({}, then=self._take)
 

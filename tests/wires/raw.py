@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mooncache.discovery.dial import dial
 from mooncache.providers.frames import HEADER_BYTES, MAGIC
+from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import LIMIT
 
 Entry = tuple[int, int, int]
@@ -16,7 +17,7 @@ Entry = tuple[int, int, int]
 
 def lane_to(address: str, caller: str = "a stranger", *, queue: int = 0, round: int = 0) -> socket.socket:
     """A connection that carries frames to an engine."""
-    body = {"lanes": 1, "queue": queue, "round": round}
+    body = {"lanes": FRAMES_VERSION, "queue": queue, "round": round}
     sock = dial(address, "lane", body, caller=caller, generation=1, secret=None).sock
     sock.settimeout(LIMIT)
     return sock

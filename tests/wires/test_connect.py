@@ -13,6 +13,7 @@ import pytest
 
 from mooncache import CapacityError, DiscoveryError, Engine, MooncacheError, TransportError, UsageError
 from mooncache.providers import connections
+from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import SMALL, Task, until
 from tests.wires import there
 from tests.wires.conftest import over
@@ -98,7 +99,7 @@ def test_a_port_where_something_else_listens_is_a_discovery_error(engines):
 
 @pytest.mark.parametrize("provider", ["tcp", "shm", "auto"])
 def test_peers_that_speak_other_frames_are_refused_on_both_sides(engines, far, provider):
-    far(there.speak, 2)
+    far(there.speak, FRAMES_VERSION + 1)
     here, address = engines(provider=provider), far(there.open_engine, provider=provider)
     with pytest.raises(TransportError, match=f"{address}.*speaks other frames.*of one release on both ends"):
         here.connect(address)

@@ -15,6 +15,7 @@ from mooncache.discovery.dial import dial
 from mooncache.errors import DiscoveryError, UsageError
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.frames import FRAME_SLICES, SLICE_BYTES_MAX, Frame
+from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import random_bytes, until
 from tests.wires import there
 from tests.wires.processes import Far, Nursery
@@ -62,7 +63,7 @@ class Target:
             sock.sendall(frame(Frame.READ, 1, [(self.base + 7, 500, self.key)]))
             assert receive_head(sock)[:4] == (Frame.DATA, 1, [], 500)
             assert receive(sock, 500) == body
-            assert receive(sock, 8) == b"\xff" * 8
+            assert receive(sock, 8) == bytes(8)
             self.assert_nothing_outside()
 
     def lane(self) -> socket.socket:
@@ -133,7 +134,7 @@ def test_a_slice_that_no_key_permits_is_refused_and_its_neighbours_are_served(ta
         expected[:100], expected[1000:1200] = 1, 3
     else:
         assert head[::3] == (Frame.DATA, 300)
-        assert receive(lane, 308) == bytes([BLANK]) * 300 + b"\xff" * 8
+        assert receive(lane, 308) == bytes([BLANK]) * 300 + bytes(8)
     assert (target.inside() == expected).all()
     target.assert_nothing_outside()
     assert target.said() == []
@@ -169,7 +170,7 @@ def test_frames_that_come_byte_by_byte_are_understood(target, lane):
         lane.sendall(frames[at : at + 1])
     assert receive_head(lane)[:3] == (Frame.ACK, 0, [])
     assert receive_head(lane)[:4] == (Frame.DATA, 1, [], 5)
-    assert receive(lane, 13) == b"abcde" + b"\xff" * 8
+    assert receive(lane, 13) == b"abcde" + bytes(8)
 
 
 def test_frames_that_come_all_at_once_are_answered_in_order(target, lane):
@@ -210,7 +211,7 @@ BAD = {
         for k in (1, 3, 5, 6, 7, 10, 100, 255)
     },
     "an acknowledgement": (lambda t: frame(Frame.ACK, 0), NO_HEADER),
-    "data": (lambda t: frame(Frame.DATA, 0, [], bytes(64) + b"\xff" * 8, size=64), NO_HEADER),
+    "data": (lambda t: frame(Frame.DATA, 0, [], bytes(64) + bytes(8), size=64), NO_HEADER),
     "another magic": (lambda t: frame(Frame.WRITE, 0, [_entry(t)], bytes(64), magic=0x4D434632 << 8), NO_HEADER),
     "no magic": (lambda t: frame(Frame.WRITE, 0, [_entry(t)], bytes(64), magic=0), NO_HEADER),
     "zeros": (lambda t: bytes(1000), NO_HEADER),
@@ -317,16 +318,17 @@ def test_an_answer_shows_nothing_of_what_its_lane_said_to_others_before(engines,
     assert here.provider.ports[0].lanes == [row]
 
 
-@pytest.mark.parametrize("body", [{}, {"lanes": 2}, {"lanes": "1"}, {"lanes": None}])
+@pytest.mark.parametrize("body", [{}, {"lanes": FRAMES_VERSION - 1}, {"lanes": str(FRAMES_VERSION)}, {"lanes": None}])
 def test_a_lane_of_another_version_is_refused(target, body):
-    with pytest.raises(DiscoveryError, match=r"speaks frames of version 1, the caller .*; use the same release"):
+    theirs = f"speaks frames of version {FRAMES_VERSION}, the caller .*; use the same release"
+    with pytest.raises(DiscoveryError, match=theirs):
         dial(target.address, "lane", body, caller="a stranger", generation=1, secret=None)
 
 
 @pytest.mark.parametrize("body", [{}, {"queue": 5}, {"queue": "x", "round": 1}, {"queue": None, "round": 1}])
 def test_a_lane_asked_for_in_other_words_is_refused(target, body):
     with pytest.raises(UsageError, match="the body of 'lane' does not hold"):
-        dial(target.address, "lane", {"lanes": 1, **body}, caller="a stranger", generation=1, secret=None)
+        dial(target.address, "lane", {"lanes": FRAMES_VERSION, **body}, caller="a stranger", generation=1, secret=None)
 
 
 def test_what_was_sent_before_a_queue_pair_was_connected_anew_is_not_written_over_what_comes_after(target):

@@ -21,6 +21,7 @@ from mooncache.kernels.state import address_of
 from mooncache.limits import NOTE_BYTES
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
 from mooncache.providers.frames import Frame
+from mooncache.providers.lanes import FRAMES_VERSION
 from mooncache.providers.shm import GUARD_BYTES, reachable
 from tests.helpers import LIMIT, until
 from tests.wires import there
@@ -121,7 +122,7 @@ class Sharer(FakeTarget):
     def __init__(self, wrong: str, lie: str) -> None:
         super().__init__(64 * KiB)
         self.nonce = np.array([12345], np.int64)
-        self.changes = {"provider": "shm", "data": {"lanes": 1, "unix": self.unix, "segments": [1]}}
+        self.changes = {"provider": "shm", "data": {"lanes": FRAMES_VERSION, "unix": self.unix, "segments": [1]}}
         self.descriptors = []
         for name, length in {"table": TABLE_BYTES, "guards": GUARD_BYTES, "segment": self.memory.nbytes}.items():
             made = LIES[lie](length) if name == wrong else unsealed(length, fcntl.F_SEAL_SHRINK)
