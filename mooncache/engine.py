@@ -252,7 +252,7 @@ class Engine:
         Args:
             buffer: a contiguous NumPy array, torch tensor (of a GPU too with provider "rdma"), DLPack object, writable
                 or read-only buffer, or `(address, length)`. It is kept alive until `Region.unregister` (a pair: by the
-                caller; it must be mapped when this is called).
+                caller; it must be mapped when this is called, and slices in what is unmapped later fail).
             access: what peers may do: "read", "write" or "both". Read-only memory takes "read" only.
 
         Raises:

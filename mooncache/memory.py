@@ -122,6 +122,10 @@ def _pair(pair: tuple[Any, ...]) -> Range:
     if len(pair) != 2 or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair):
         raise UsageError(f"expected (address, length) as two integers, got {came(pair)}")
     memory = _checked(int(pair[0]), int(pair[1]), None, True)
+    segment = segment_of(memory.address, memory.length)
+    held = segment.memory() if segment else None
+    if held is not None:
+        return memory._replace(owner=held)
     device = cuda.device_of(memory.address)
     return memory._replace(device=device) if device else check_mapped(memory)
 

@@ -41,7 +41,7 @@ class Registry:
 
     def register(self, engine: Engine, memory: Range, access: str) -> Region:
         """Register memory for `engine`. Raises what `Engine.register` does, with nothing left behind."""
-        bits = ACCESS[access] | (Access.LOCAL if memory.writable else 0)
+        bits = ACCESS[access] | (Access.LOCAL if memory.writable else 0) | (0 if memory.owner is None else Access.HELD)
         with self._reserve(memory.address, memory.length), ExitStack() as undo:
             keyed: list[tuple[int, int, Keys]] = []
             for address, length in cut(memory, self._provider.region_bytes):

@@ -297,7 +297,8 @@ class Rig:
         if not bare:
             self.arena = np.zeros(1 << 16, np.uint8)
             base = self.arena.ctypes.data
-            keys = self.provider.register(base, 1 << 16, layout.Access.WRITE | layout.Access.READ)
+            access = layout.Access.WRITE | layout.Access.READ | layout.Access.HELD
+            keys = self.provider.register(base, 1 << 16, access)
             self.state.regions.add(base, 1 << 16, keys.lkeys, 7)
             self.remote.add(base, 1 << 16, keys.rkeys, 3)
 

@@ -400,6 +400,7 @@ class Access(IntEnum):
     READ = 1
     WRITE = 2
     LOCAL = 4  # not for peers: the owner's own reads may write here, since the memory is not read-only
+    HELD = 8  # not for peers: the engine holds the object that keeps the memory mapped
 
 
 # ------------------------------------------------------------------ rings

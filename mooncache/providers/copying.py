@@ -10,11 +10,11 @@ from mooncache.kernels import regions
 from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode
-from mooncache.kernels.linux import ESRCH, IOVEC_BYTES, errno, process_readv, process_writev
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     POLL_AGAIN,
     SGE_LENGTH,
+    SGE_LKEY,
     WR_NEXT,
     WR_OPCODE,
     WR_REMOTE_ADDR,
@@ -23,8 +23,8 @@ from mooncache.kernels.verbs import (
 )
 from mooncache.limits import WORKERS
 from mooncache.providers import lanes
+from mooncache.providers.careful import C_SELF, FIRST, move, move_one, set_pair
 from mooncache.providers.connections import nudge
-from mooncache.providers.frames import set_range
 from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
 from mooncache.providers.serving import push_lanes, turn_lanes
 from mooncache.providers.software import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
@@ -44,8 +44,11 @@ LANES_EVERY = 16
 
 
 @kernel
-def route_of(queue, opcode, remote, length):
-    """How a work request's bytes travel: a Route, or the address at which the range is mapped here."""
+def route_of(queue, opcode, remote, length, held):
+    """How a work request's bytes travel: a Route, or the address at which the range is mapped here.
+
+    Negated, that is, where the engine does not hold what keeps its own range mapped.
+    """
     if opcode == Opcode.SEND:
         return np.int64(Route.LANE)
     maps = load(queue + lanes.Q_MAPS * WORD)
@@ -56,7 +59,11 @@ def route_of(queue, opcode, remote, length):
             base, end = i64(peek(maps + TABLE_BASES * WORD))[at], i64(peek(maps + TABLE_ENDS * WORD))[at]
             slot = i64(peek(maps + TABLE_SLOTS * WORD))[at]
             if length <= end - remote:
-                return i64(peek(maps + TABLE_KEYS * WORD))[slot] + (remote - base)
+                mapped = i64(peek(maps + TABLE_KEYS * WORD))[slot] + (remote - base)
+                if held:
+                    return mapped
+                permitted = word_at(word_at(word_at(queue, lanes.Q_PORT), lanes.P_COPIER), C_SELF) != 0
+                return -mapped if permitted else np.int64(Route.LANE)
     return np.int64(Route.LANE if word_at(queue, lanes.Q_PID) == 0 else Route.PROCESS)
 
 
@@ -74,7 +81,8 @@ def post_send(qp, wr, bad_wr):
     direct, by_lane = np.int64(0), False
     while wr != 0 and error == 0:
         length = np.int64(u32(peek(wr + WR_SG_LIST) + SGE_LENGTH)[0])
-        route = route_of(queue, np.int64(u32(wr + WR_OPCODE)[0]), peek(wr + WR_REMOTE_ADDR), length)
+        held = u32(peek(wr + WR_SG_LIST) + SGE_LKEY)[0] != 0
+        route = route_of(queue, np.int64(u32(wr + WR_OPCODE)[0]), peek(wr + WR_REMOTE_ADDR), length, held)
         if post_entry(queue, wr, route):
             if route == Route.LANE:
                 by_lane = True
@@ -168,7 +176,7 @@ def copy_lot(port, queue, own):
         else:
             status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
         if status == WcStatus.SUCCESS:
-            if route == Route.PROCESS:
+            if route == Route.PROCESS or route < 0:
                 status = np.int64(PENDING)
                 others += 1
             elif opcode == Opcode.READ:
@@ -177,7 +185,9 @@ def copy_lot(port, queue, own):
                 stream_copy(route, local, length)
         poke(entry + lanes.E_KEY * WORD, status)
     if others > 0:
-        copy_others(port, queue, at, n)
+        for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
+            copy_by_kernel(port, queue, at, n, opcode, False)
+            copy_by_kernel(port, queue, at, n, opcode, True)
     fence()
     store(guard, peek(guard) + 1)
     for i in range(at, at + n):
@@ -188,47 +198,32 @@ def copy_lot(port, queue, own):
 
 
 @kernel
-def move_others(port, queue, first, n, opcode):
-    """One system call for the `n` iovecs from `first` on; the bytes it moved, or minus an errno."""
-    local = word_at(port, lanes.P_LOCAL) + first * IOVEC_BYTES
-    remote = word_at(port, lanes.P_REMOTE) + first * IOVEC_BYTES
-    syscall, pid = word_at(port, lanes.P_SYSCALL), word_at(queue, lanes.Q_PID)
-    if opcode == Opcode.READ:
-        moved = process_readv(syscall, pid, local, remote, n)
-    else:
-        moved = process_writev(syscall, pid, local, remote, n)
-    return moved if moved >= 0 else -errno(word_at(port, lanes.P_ERRNO))
+def is_left(entry, opcode, mapped):
+    """Whether an entry of a lot is left for the kernel to copy, to where it is `mapped` here, or to another process."""
+    pending = word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode
+    return pending and (word_at(entry, lanes.E_ROUTE) < 0) == mapped
 
 
 @kernel
-def copy_others(port, queue, at, n):
-    """Copy the lot's entries whose outcome is still PENDING: all at once, or one by one if that fails."""
-    for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
-        count, total = 0, 0
-        for i in range(at, at + n):
-            entry = entry_of(queue, i)
-            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
-                length = word_at(entry, lanes.E_LENGTH)
-                set_range(word_at(port, lanes.P_LOCAL), count, word_at(entry, lanes.E_LOCAL), length)
-                set_range(word_at(port, lanes.P_REMOTE), count, word_at(entry, lanes.E_REMOTE), length)
-                count += 1
-                total += length
-        if count == 0:
-            continue
-        whole = move_others(port, queue, 0, count, opcode) == total
-        k = 0
-        for i in range(at, at + n):
-            entry = entry_of(queue, i)
-            if word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode:
-                status = np.int64(WcStatus.SUCCESS)
-                if not whole:
-                    moved = move_others(port, queue, k, 1, opcode)
-                    if moved != word_at(entry, lanes.E_LENGTH):
-                        status = np.int64(WcStatus.REM_OP_ERR)
-                    if moved == -ESRCH:
-                        status = np.int64(WcStatus.REM_ABORT_ERR)
-                poke(entry + lanes.E_KEY * WORD, status)
-                k += 1
+def copy_by_kernel(port, queue, at, n, opcode, mapped):
+    """Copy what is left of a lot, all at once, or one by one if that fails."""
+    copier, count, total = word_at(port, lanes.P_COPIER), 0, 0
+    pid = word_at(copier, C_SELF) if mapped else word_at(queue, lanes.Q_PID)
+    for i in range(at, at + n):
+        entry = entry_of(queue, i)
+        if is_left(entry, opcode, mapped):
+            remote = -word_at(entry, lanes.E_ROUTE) if mapped else word_at(entry, lanes.E_REMOTE)
+            set_pair(copier, FIRST + count, word_at(entry, lanes.E_LOCAL), remote, word_at(entry, lanes.E_LENGTH))
+            total += word_at(entry, lanes.E_LENGTH)
+            count += 1
+    if count == 0:
+        return
+    whole, k = move(copier, pid, opcode, FIRST, count) == total, FIRST
+    for i in range(at, at + n):
+        entry = entry_of(queue, i)
+        if is_left(entry, opcode, mapped):
+            poke(entry + lanes.E_KEY * WORD, np.int64(WcStatus.SUCCESS) if whole else move_one(copier, pid, opcode, k))
+            k += 1
 
 
 @kernel
@@ -300,10 +295,3 @@ def push(qp, posted, wc):
     alone = word_at(queue, Q_HEAD) - word_at(queue, Q_TAIL) == posted
     told = copied > 0 and (alone or waiting == 0)  # no descriptor tells of what was copied
     return answer_push(queue, posted, wc, push_lanes(queue, posted) and told)
-
-
-@kernel("int64(int64, int64, int64, int64, int64)")
-def peek_at(syscall, errno_location, pid, local, remote):
-    """Read one word of another process, by iovecs; 8, or minus an errno."""
-    moved = process_readv(syscall, pid, local, remote, 1)
-    return moved if moved >= 0 else -errno(errno_location)

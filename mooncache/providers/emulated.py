@@ -34,6 +34,7 @@ from mooncache.kernels.verbs import (
     SGE_ADDR,
     SGE_BYTES,
     SGE_LENGTH,
+    SGE_LKEY,
     WC_BYTES,
     WR_ID,
     WR_NEXT,
@@ -82,7 +83,8 @@ N_LOCK, N_MESSAGE_FREE, N_BYTE_FREE, N_MESSAGE_PS, N_BYTE_COST, N_LATENCY, N_MOV
 N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, N_GATHERS, N_BREAKS, NIC_WORDS = 7, 8, 9, 10, 11, 12, 13, 16
 # completion ring entries
 E_ID, E_STATUS, E_SIGNALED, E_DUE, ENTRY_WORDS = 0, 1, 2, 3, 4
-# what each moves, in a second ring; behind it address and length of as many ranges as the NIC gathers
+# what each moves, in a second ring; behind it address, negated as in `move_bytes`, and length of as many ranges as the
+# NIC gathers
 M_REMOTE, M_OPCODE, M_KEY, M_COUNT, M_RANGES = 0, 1, 2, 3, 4
 Q_MOVES = Q_OWN
 Q_BROKEN = Q_OWN + 1  # 0, or the WcStatus that the next work request ends with; those behind it are flushed
@@ -210,7 +212,8 @@ def post_send(qp, wr, bad_wr):
             poke(moved + M_KEY * WORD, rkey)
             poke(moved + M_COUNT * WORD, ranges)
             for i in range(ranges):
-                poke(moved + (M_RANGES + 2 * i) * WORD, peek(sge + i * SGE_BYTES + SGE_ADDR))
+                local, held = peek(sge + i * SGE_BYTES + SGE_ADDR), u32(sge + i * SGE_BYTES + SGE_LKEY)[0] != 0
+                poke(moved + (M_RANGES + 2 * i) * WORD, local if held or opcode == Opcode.SEND else -local)
                 poke(moved + (M_RANGES + 2 * i + 1) * WORD, np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0]))
         if planned > 0 and peek(peek(nic + N_PLAN * WORD) + P_AT * WORD) == posted:
             suffer(queue, nic, head, now)

@@ -44,9 +44,9 @@ from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q
 (
     P_EPOLL, P_SYSCALL, P_ERRNO, P_CLOCK, P_WRITE, P_LANES, P_LANE_COUNT, P_ADOPT, P_ADOPTED, P_LISTED, P_LIST, P_KEYS,
     P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
-    P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_LOCAL, P_REMOTE, P_POLL,
-) = range(CQ_OWN, CQ_OWN + 32)  # fmt: skip
-FRAMES_VERSION = 1
+    P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_COPIER, P_POLL,
+) = range(CQ_OWN, CQ_OWN + 31)  # fmt: skip
+FRAMES_VERSION = 2
 EVENTS = 64
 CHECK_NS = 250_000_000  # how often lanes are looked over for a stall
 CALLS = 4  # system calls on one lane before the next one has its turn
@@ -61,7 +61,10 @@ PENDING = -1  # an entry's status until it is answered
 
 
 class Route(IntEnum):
-    """How an entry's bytes travel. Above these: copied, to or from this address, where the peer's memory is mapped."""
+    """How an entry's bytes travel. Above these: copied, to or from this address, where the peer's memory is mapped.
+
+    Below: the same, negated, but by the kernel, since our own range may be gone.
+    """
 
     LANE = 0
     PROCESS = 1  # by process_vm_writev and readv
@@ -109,10 +112,10 @@ class Reason(IntEnum):
 FLIGHTS = 16  # frames sent and not answered, on one lane
 F_FIRST, F_COUNT, F_OPCODE, FLIGHT_WORDS = 0, 1, 2, 3
 HEADER, TABLE, BODY = 0, 1, 2  # what an incoming frame waits for
+LOST = 0  # E_LOCAL of a write whose source could not be read
 ENDED = 2  # L_READABLE: the stream has ended, and what is left of it can be read
 
 
-LOST = 0  # E_LOCAL of a write whose source could not be read
 @kernel
 def word_at(base, field):
     """A word of a lane, port or queue."""
@@ -241,9 +244,6 @@ def fault(lane, readiness):
 
 
 @kernel
-def drained(lane):
-    """A read was short, so the socket is empty; unless the stream has ended, which only another read tells."""
-@kernel
 def is_unreachable(lane):
     """Whether a system call on the lane failed because memory that it was given is gone, or may not be touched."""
     return errno(word_at(word_at(lane, L_PORT), P_ERRNO)) == EFAULT
@@ -269,6 +269,9 @@ def slice_of(lane, nth):
         i += 1
 
 
+@kernel
+def drained(lane):
+    """A read was short, so the socket is empty; unless the stream has ended, which only another read tells."""
     if word_at(lane, L_READABLE) == 1:
         poke(lane + L_READABLE * WORD, 0)
 

@@ -10,6 +10,7 @@ from mooncache.kernels.verbs import (
     ENOMEM,
     SGE_ADDR,
     SGE_LENGTH,
+    SGE_LKEY,
     WR_ID,
     WR_NEXT,
     WR_OPCODE,
@@ -54,6 +55,7 @@ def post_send(qp, wr, bad_wr):
         if opcode == Opcode.SEND:
             status = send_note(queue, local, length)
         else:
+            local = local if u32(sge + SGE_LKEY)[0] != 0 else -local
             status = move_bytes(queue, keys, peek(wr + WR_RKEY), opcode, local, peek(wr + WR_REMOTE_ADDR), length)
         entry = ring + (head & mask) * ENTRY_WORDS * WORD
         poke(entry + ENTRY_ID * WORD, peek(wr + WR_ID))

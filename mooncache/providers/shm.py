@@ -1,6 +1,7 @@
 """Peers on the same host: bytes are copied once, straight from pages to pages, by the sender's workers.
 
-    mapped    the peer's memory was allocated by an engine: its segment is mapped here
+    mapped    the peer's memory was allocated by an engine: its segment is mapped here. Our end is touched by a plain
+              copy where this engine holds what keeps it mapped; else the kernel copies, for it may be gone
     PROCESS   any other memory: process_vm_writev and readv, where the system permits them
     LANE      where it does not, and for notifications: a connection, as over TCP
 
@@ -37,15 +38,15 @@ from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.layout import LINE, WORD, Access, aligned
-from mooncache.kernels.linux import IOVEC_BYTES
+from mooncache.kernels.layout import LINE, WORD, Access
 from mooncache.kernels.publication import withdraw_key
-from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, function_address, put
+from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, put
 from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
+from mooncache.providers.careful import Copier
 from mooncache.providers.connections import STALL_S, StreamQueue
-from mooncache.providers.copying import GUARD_VALID, LOT, lead, peek_at, poll_cq, post_send, push
+from mooncache.providers.copying import GUARD_VALID, LOT, lead, poll_cq, post_send, push
 from mooncache.providers.quotas import check_leases
 from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
 from mooncache.providers.stream import StreamProvider, wait_while_odd
@@ -185,14 +186,11 @@ def reachable(sock: socket.socket, address: int, nonce: int) -> tuple[int, str]:
     pid = process_at(sock).pid
     if pid == 0:
         return 0, "it is in another process namespace"
-    seen = np.zeros(1, np.int64)
-    local, remote = np.array([address_of(seen), WORD], np.int64), np.array([address, WORD], np.int64)
-    moved = peek_at(
-        function_address("syscall"), function_address("__errno_location"), pid, address_of(local), address_of(remote)
-    )
-    if moved != WORD:
-        return 0, os.strerror(-moved)
-    if seen[0] != nonce or has_ended(sock):
+    try:
+        seen = Copier().look(pid, address)
+    except OSError as error:
+        return 0, str(error.strerror)
+    if seen != nonce or has_ended(sock):
         return 0, "the process that listened there is another one"
     return pid, ""
 
@@ -239,11 +237,10 @@ class Shm(StreamProvider):
             super().close()
             raise
         self.keys = KeyTable(self._table.view(np.int64))
-        self._vectors = [aligned(LOT * IOVEC_BYTES // WORD) for _ in range(2 * workers)]
-        for i, port in enumerate(self.ports):
+        self._copiers = [Copier(LOT) for _ in self.ports]
+        for port, copier in zip(self.ports, self._copiers, strict=True):
             port.words[lanes.P_KEYS] = self.keys.address
-            port.words[lanes.P_LOCAL] = address_of(self._vectors[2 * i])
-            port.words[lanes.P_REMOTE] = address_of(self._vectors[2 * i + 1])
+            port.words[lanes.P_COPIER] = copier.address
         return queues
 
     # ------------------------------------------------------------------------------ as a target

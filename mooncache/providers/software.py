@@ -42,14 +42,16 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.providers.base import Descriptor, Keys, Link, Provider
+from mooncache.providers.careful import C_SELF, FIRST, Copier, move_one, set_pair
 
 # key table: REGIONS entries of
 KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 31, 32
-# Q_SCRATCH: a timespec; from Q_OWN on: the provider's; Q_CUT: set to 1 by the kernels to get back what is in flight
+Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_COPIER, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 30, 31, 32
+# Q_SCRATCH: a timespec; from Q_OWN on: the provider's; Q_COPIER: see `careful`, of queues within a process
+# Q_CUT: set to 1 by the kernels to get back what is in flight
 # completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
 CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 
@@ -79,12 +81,21 @@ def key_status(keys, rkey, address, length, opcode):
 
 @kernel
 def move_bytes(queue, keys, rkey, opcode, local, remote, length):
-    """Copy one slice if its key still holds; returns a WcStatus. `Q_MOVING` is odd meanwhile, for `unregister`."""
+    """Copy one slice if its key still holds; returns a WcStatus. `Q_MOVING` is odd meanwhile, for `unregister`.
+
+    `local` is negated where the engine does not hold what keeps it mapped: then, and where the target does not, either
+    may be gone.
+    """
     store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
     fence()
     status = key_status(keys, rkey, remote, length, opcode)
     if status == WcStatus.SUCCESS:
-        if opcode == Opcode.READ:
+        held = peek(keys + ((rkey & KEY_SLOT_MASK) * KEY_WORDS + KEY_ACCESS) * WORD) & Access.HELD
+        if local < 0 or held == 0:
+            copier = peek(queue + Q_COPIER * WORD)
+            set_pair(copier, FIRST, abs(local), remote, length)
+            status = move_one(copier, peek(copier + C_SELF * WORD), opcode, FIRST)
+        elif opcode == Opcode.READ:
             copy(local, remote, length)
         else:
             copy(remote, local, length)
@@ -209,6 +220,7 @@ class Queue:
         entries = power_of_two(depth)
         self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
         self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
+        self.copier: Copier | None = None  # where it copies within this process
         self.rail = 0
         self.ring = aligned(entries * entry_words)
         self.words = aligned(QUEUE_WORDS)
@@ -283,9 +295,9 @@ class SoftwareProvider(Provider):
         return [made[i : i + self.rails] for i in range(0, len(made), self.rails)]
 
     def register(self, address: int, length: int, access: int) -> Keys:
-        """See `Provider.register`; all keys are the same."""
-        keys = (self.keys.add(address, length, access),) * self.rails
-        return Keys(keys, keys)
+        """See `Provider.register`; all remote keys are the same, and local ones say whether the memory is held."""
+        key = self.keys.add(address, length, access)
+        return Keys((access & Access.HELD,) * self.rails, (key,) * self.rails)
 
     def _add_queues(self, name: str, keys: KeyTable) -> None:
         """One queue a worker and rail for a new peer: those of a peer that was forgotten, or new ones."""
@@ -351,10 +363,25 @@ class InProcessProvider(SoftwareProvider):
         self._tables: dict[str, KeyTable] = {}  # of peers
         return super().open(workers, queue_depth, inbox, peers)
 
+    def register(self, address: int, length: int, access: int) -> Keys:
+        """See `Provider.register`."""
+        if not access & Access.HELD and not Copier().permitted:
+            raise TransportError(
+                f"memory given as (address, length) may go away, which provider {self.name!r} could not tell: this "
+                "system forbids process_vm_readv; register the array or tensor that holds it, or use 'tcp'"
+            )
+        return super().register(address, length, access)
+
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         self.keys.remove(keys.rkeys[0])
         wait_for_moves()
+
+    def _new_queue(self, worker: int, rail: int, keys: KeyTable) -> Queue:
+        queue = super()._new_queue(worker, rail, keys)
+        queue.copier = Copier()
+        queue.words[Q_COPIER] = queue.copier.address
+        return queue
 
     def describe(self, unix: str = "") -> InProcess:
         """See `Provider.describe`."""

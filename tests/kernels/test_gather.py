@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mooncache.errors import Status
 from mooncache.kernels import calls, layout
-from mooncache.kernels.layout import Opcode
+from mooncache.kernels.layout import Access, Opcode
 from mooncache.kernels.verbs import SEND_INLINE, WcStatus
 from mooncache.limits import CHUNK_SLICES, SLICES_GATHERED
 from mooncache.providers.emulated import Emulated, Nic
@@ -207,7 +207,7 @@ class Ends:
         self.here = stream.integers(1, 256, self.SIZE, dtype=np.uint8)
         self.there = stream.integers(1, 256, self.SIZE, dtype=np.uint8)
         for memory, table, own in ((self.here, self.rig.state.regions, True), (self.there, self.rig.remote, False)):
-            keys = self.rig.provider.register(memory.ctypes.data, self.SIZE, 3)
+            keys = self.rig.provider.register(memory.ctypes.data, self.SIZE, 3 | Access.HELD)
             table.add(memory.ctypes.data, self.SIZE, keys.lkeys if own else keys.rkeys, 7)
 
     def move(self, opcode, here, there, length) -> int:
