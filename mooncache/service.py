@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from mooncache.engine import Engine
 
 log = logging.getLogger("mooncache")
+
+
+TROUBLES, TROUBLE_CHARACTERS = 16, 200
+"""How much of `stats().trouble` an engine tells others, so that it fits into an answer."""
 
 
 class Service:
@@ -179,6 +184,9 @@ def _weakly(engine: Engine, function: Callable[..., Any]) -> Callable[..., Any]:
 def _answer(engine: Engine, request: Request) -> Reply:
     if request.purpose == "describe":
         return Reply(to_json(engine.descriptor()))
+    if request.purpose == "trouble" and request.process is not None:  # it is nobody's on another host
+        told = [line[:TROUBLE_CHARACTERS] for line in engine.stats().trouble[:TROUBLES]]
+        return Reply({"name": engine.name, "process": os.getpid(), "trouble": told})
     try:
         return engine.provider.serve(request)
     except MooncacheError:

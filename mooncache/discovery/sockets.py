@@ -17,6 +17,10 @@ BACKLOG = 512
 """Connections that wait in the system meanwhile: twice as many as may be at the door (`visitors`)."""
 
 
+UNIX_PREFIX = "mooncache-"
+"""Of the names of Unix sockets, by which engines are found on a machine."""
+
+
 def resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
     """Address family and socket address to listen at: the first that the system names for the host."""
     host, port = parse_address(bind)
@@ -54,7 +58,7 @@ def listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
 def listen_unix() -> socket.socket:
     """An abstract name: no file that would be left behind."""
     sock = forks.private(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-    sock.bind(f"\0mooncache-{secrets.token_hex(16)}")
+    sock.bind(f"\0{UNIX_PREFIX}{secrets.token_hex(16)}")
     sock.listen(BACKLOG)
     sock.setblocking(False)
     return sock

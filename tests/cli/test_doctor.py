@@ -10,14 +10,28 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from mooncache import cli
+from mooncache import Engine, UsageError, cli
 from mooncache.cli import checks
-from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, sockets, system
+from mooncache.cli.checks import (
+    cache,
+    clock,
+    cpu,
+    engines,
+    files,
+    gpu,
+    memory,
+    names,
+    numa,
+    processes,
+    rdma,
+    sockets,
+    system,
+)
 from mooncache.cli.checks.base import Finding, attempt, check, listed
 from mooncache.cli.doctor import PROVIDERS, STYLES, summary
 from mooncache.kernels.cache import Place
 from mooncache.providers.rdma.library import Installed
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL
 
 UNLIMITED = resource.RLIM_INFINITY
 LOADS = Installed("44.0-2", "44.0", None, None)
@@ -210,6 +224,24 @@ def test_files_of_rdma_and_gpus_that_make_no_sense_are_findings(machine):
 
 def test_an_empty_root_yields_findings_not_exceptions(tmp_path):
     assert "warning" in levels(checks.examine("auto", tmp_path))
+
+
+# ------------------------------------------------------------------ engines
+def test_engines_of_this_user_are_asked_what_is_wrong_with_them():
+    with Engine("ill", provider="tcp", **SMALL) as ill, Engine("closed-mouthed", secret="not the user's", **SMALL):
+        ill.provider.background.note("a keeper", "its thread failed")
+        *found, whole = engines.engines()
+        (told,) = [finding for finding in found if f"'ill' of process {os.getpid()}" in finding.text]
+        assert (told.level, told.text.partition(": ")[2]) == ("warning", "a keeper: its thread failed")
+        assert whole.level == "ok"
+        assert "do not: they have a secret" in whole.text
+        with pytest.raises(UsageError, match="trouble"):  # over the network
+            ill._service.dial(ill.address, "trouble", {})
+    assert not any(f"process {os.getpid()}" in finding.text for finding in engines.engines())
+
+
+def test_where_no_engine_is_open_that_is_said(tmp_path):
+    assert only(engines.engines(tmp_path)).text == "0 of this user are open and answer"
 
 
 # ------------------------------------------------------------------ what checks share

@@ -6,7 +6,21 @@ import os
 import resource
 from pathlib import Path
 
-from mooncache.cli.checks import cache, clock, cpu, files, gpu, memory, names, numa, processes, rdma, sockets, system
+from mooncache.cli.checks import (
+    cache,
+    clock,
+    cpu,
+    engines,
+    files,
+    gpu,
+    memory,
+    names,
+    numa,
+    processes,
+    rdma,
+    sockets,
+    system,
+)
 from mooncache.cli.checks.base import ROOT, Finding, attempt
 from mooncache.kernels import jit
 
@@ -41,4 +55,5 @@ def examine(need: str, root: Path = ROOT) -> list[Finding]:
         *rdma.library(need, ports),
         *(no_gpus or gpu.peer_memory(gpus, root)),
         *names.names(),
+        *engines.engines(root),
     ]
