@@ -287,6 +287,14 @@ class Engine:
             self._service.changed()
         self._registry.release(region)
 
+    async def aregister(self, buffer: Any, *, access: str = "both") -> Region:
+        """`register` in a thread, which goes on with it when this is cancelled: see `regions`."""
+        return await asyncio.to_thread(partial(self.register, buffer, access=access))
+
+    async def aunregister(self, region: Any) -> None:
+        """`unregister` in a thread, which goes on with it when this is cancelled."""
+        await asyncio.to_thread(self.unregister, region)
+
     @property
     def regions(self) -> dict[int, Region]:
         """What is registered, by the slot of its first part."""
@@ -842,6 +850,10 @@ class Engine:
         with self._ending:
             if not self._ended:
                 self._end()
+
+    async def aclose(self) -> None:
+        """`close` in a thread, which goes on with it when this is cancelled."""
+        await asyncio.to_thread(self.close)
 
     def _end(self) -> None:
         directory.leave(self)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mooncache import (
@@ -13,7 +15,7 @@ from mooncache import (
     TransferFailed,
     UsageError,
 )
-from tests.helpers import Pair, Task, awaited
+from tests.helpers import LIMIT, Pair, Task, awaited
 from tests.kernels.entries import Gated
 
 
@@ -137,3 +139,37 @@ def test_engines_that_follow_each_other_in_one_event_loop_can_all_be_awaited():
                 pair.close()
 
     asyncio.run(main())
+
+
+WAITS = {  # what waits for a provider -> the provider's method
+    "register": (lambda pair: pair.here.aregister(np.zeros(64, np.uint8), access="read"), "register"),
+    "unregister": (lambda pair: pair.here.aunregister(pair.local), "unregister"),
+    "forget": (lambda pair: pair.here.aforget(pair.peer), "disconnect"),
+    "close": (lambda pair: pair.here.aclose(), "close"),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_while_a_provider_takes_its_time_the_event_loop_goes_on(pair, monkeypatch, what):
+    call, method = WAITS[what]
+    pair.write(0).wait(LIMIT).close()
+    waits, may, slow = threading.Event(), threading.Event(), getattr(pair.here.provider, method)
+
+    def slowly(*arguments: Any) -> Any:
+        waits.set()
+        assert may.wait(LIMIT)
+        return slow(*arguments)
+
+    monkeypatch.setattr(pair.here.provider, method, slowly)
+
+    async def main() -> Any:
+        task = asyncio.ensure_future(call(pair))
+        while not waits.is_set():
+            await asyncio.sleep(0)
+        may.set()
+        return await task
+
+    done = asyncio.run(main())
+    assert (what == "register") == (done is not None and done.registered)
+    assert pair.local.registered == (what not in ("unregister", "close"))
+    assert pair.here.closed == (what == "close")

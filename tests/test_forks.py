@@ -40,7 +40,7 @@ def descriptors() -> dict[int, str]:
 
 # ------------------------------------------------------------------------------ what a child is refused
 SILENT = {
-    "Engine": {"close", "disown", "supersede", "retract_from"},  # nothing is left to close; the rest nobody calls there
+    "Engine": {"close", "aclose", "disown", "supersede", "retract_from"},  # nothing to close; the rest is not for callers
     "Region": set(),
     "Inbox": {"close", "disown"},
     "Batch": set(),
