@@ -40,7 +40,7 @@ def descriptors() -> dict[int, str]:
 
 # ------------------------------------------------------------------------------ what a child is refused
 SILENT = {
-    "Engine": {"close", "aclose", "disown", "supersede", "retract_from"},  # nothing to close; the rest is not for callers
+    "Engine": {"close", "aclose", "disown", "supersede", "retract_from"},  # nothing to close; not for callers
     "Region": set(),
     "Inbox": {"close", "disown"},
     "Batch": set(),
