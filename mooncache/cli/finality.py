@@ -203,6 +203,7 @@ def show(report: dict[str, Any]) -> None:
     late = sum(row["late_bytes_source"] + row["late_bytes_target"] for row in report["results"])
     says = (
         f"{late or 'No'} bytes landed in pages after they had been called safe. A fence is refused, and its pages are "
-        "not called safe, where a process of this host was stopped in the middle of a copy."
+        "not called safe, where a process of this host was stopped in the middle of a copy and cannot look again "
+        "whether it may go on."
     )
     show_table("Ended early", columns, rows, says)

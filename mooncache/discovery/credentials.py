@@ -30,6 +30,24 @@ class Process(NamedTuple):
         """Whether it runs as the same user as this one."""
         return self.uid == os.geteuid()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether each of its threads was stopped by a signal, outside of any system call, or has ended.
+
+        A thread that a debugger stopped may be on its way into a call, and counts as running.
+        """
+        tasks = f"/proc/{self.pid}/task"
+        try:
+            return self.pid != 0 and all(_state(f"{tasks}/{number}/stat") in "TXZ" for number in os.listdir(tasks))
+        except OSError:  # it ends meanwhile, or may not be looked at
+            return False
+
+
+def _state(stat: str) -> str:
+    """The letter for what a thread does: behind its name, which may be anything in brackets."""
+    with open(stat, encoding="utf-8", errors="replace") as line:
+        return line.read().rpartition(")")[2].split()[0]
+
 
 def process_at(sock: socket.socket) -> Process:
     """The process at the other end of a connected Unix socket: the one that connected, or that listened."""

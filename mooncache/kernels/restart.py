@@ -1,8 +1,8 @@
 """Copies that a thread which was interrupted does not go on with: it looks first whether it still may.
 
 A process may be stopped at any instruction, and go on minutes later as if nothing had been. So these are *restartable
-sequences* (Linux, `rseq(2)`; glibc registers each thread for them from 2.35 on): a thread that was preempted, stopped or
-given a signal inside of one goes on at its start, where the word is looked at again.
+sequences* (`rseq`, Linux 4.18; glibc registers each thread for them from 2.35 on): a thread that was preempted, stopped
+or given a signal inside of one goes on at its start, where the word is looked at again.
 
     owner     writes the word, and sees that the copying process is stopped       it never lands anything again
     copier    is stopped in a copy ................. goes on: the word differs, so it returns
@@ -65,8 +65,8 @@ def _offset() -> int:
 def _sequence(body: str, row: str, scratch: str) -> str:
     """A restartable sequence: `body` goes from label 1, where a thread starts and goes on, to label 2.
 
-    It must change nothing that it needs when it starts again, and may leave for label 9 at any time. `row` and `scratch`
-    are registers.
+    It must change nothing that it needs when it starts again, and may leave for label 9 at any time. `row` and
+    `scratch` are registers.
     """
     armed = f"movq %fs:0, %{scratch}\n addq {8 * R_OFFSET}(%{row}), %{scratch}"
     return f"""
@@ -95,9 +95,9 @@ def _sequence(body: str, row: str, scratch: str) -> str:
 
 def _lines(banks: int) -> str:
     """Copy 64 bytes from %rsi to %rdi, past the caches, and as much in the pages that follow."""
-    width, load_, store, register = (
-        (32, "vmovdqu", "vmovntdq", "ymm") if binding.get_host_cpu_features().get("avx") else (16, "movdqu", "movntdq", "xmm")
-    )
+    width, load_, store, register = 16, "movdqu", "movntdq", "xmm"
+    if binding.get_host_cpu_features().get("avx"):
+        width, load_, store, register = 32, "vmovdqu", "vmovntdq", "ymm"
     moves = []
     for bank in range(0, banks * BANK_BYTES, BANK_BYTES):
         at = range(0, LINE, width)

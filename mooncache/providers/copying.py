@@ -10,6 +10,7 @@ from mooncache.kernels import regions
 from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode
+from mooncache.kernels.restart import CHANGED, copy_while
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     POLL_AGAIN,
@@ -23,7 +24,7 @@ from mooncache.kernels.verbs import (
 )
 from mooncache.limits import WORKERS
 from mooncache.providers import lanes
-from mooncache.providers.careful import C_SELF, FIRST, move, move_one, set_pair
+from mooncache.providers.careful import C_RESTART, C_SELF, FIRST, move, move_one, set_pair, write_while
 from mooncache.providers.connections import nudge
 from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
 from mooncache.providers.serving import push_lanes, turn_lanes
@@ -33,8 +34,9 @@ from mooncache.providers.stream import answer_poll, answer_push, list_lanes, pos
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
 
-GUARD_VALID = WORKERS * LINE
-"""Where, behind the guards of all workers, the word lies that the peer sets to 0 when it fences this engine."""
+GUARD_EPOCH = WORKERS * LINE
+"""Where, behind the guards of all workers, the word lies at which the peer says that it has withdrawn something since:
+by another number, or by 0 when it has fenced this engine. A copy goes on only while it is the same."""
 
 SHARE_BYTES = 1 << 20
 """A chain this long is worth waking another worker for: it takes 200 us to copy, waking 30."""
@@ -154,59 +156,73 @@ def is_direct(entry):
 
 @kernel
 def copy_lot(port, queue, own):
-    """Copy one lot of a queue; returns how many entries. Their keys hold the outcome until all bytes are visible."""
+    """Copy one lot of a queue; returns how many entries."""
     at, n = claim(queue, own)
     if n == 0:
         return n
     guard = word_at(queue, lanes.Q_GUARDS) + word_at(port, lanes.P_INDEX) * LINE
     store(guard, peek(guard) + 1)
     fence()
-    keys = word_at(queue, Q_KEYS)
-    others = np.int64(0)
-    fenced = load(word_at(queue, lanes.Q_GUARDS) + GUARD_VALID) == 0
-    if fenced:
-        lanes.end_epoch(queue)
-    for i in range(at, at + n):
-        entry = entry_of(queue, i)
-        local, remote = word_at(entry, lanes.E_LOCAL), word_at(entry, lanes.E_REMOTE)
-        length, opcode = word_at(entry, lanes.E_LENGTH), word_at(entry, lanes.E_OPCODE)
-        route = word_at(entry, lanes.E_ROUTE)
-        if fenced:
-            status = np.int64(WcStatus.REM_ABORT_ERR)
-        else:
-            status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
-        if status == WcStatus.SUCCESS:
-            if route == Route.PROCESS or route < 0:
-                status = np.int64(PENDING)
-                others += 1
-            elif opcode == Opcode.READ:
-                stream_copy(local, route, length)
-            else:
-                stream_copy(route, local, length)
-        poke(entry + lanes.E_KEY * WORD, status)
-    if others > 0:
-        for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
-            copy_by_kernel(port, queue, at, n, opcode, False)
-            copy_by_kernel(port, queue, at, n, opcode, True)
+    while not copy_while_permitted(port, queue, at, n):
+        pass  # the peer has withdrawn something meanwhile: look at each key again
     fence()
     store(guard, peek(guard) + 1)
     for i in range(at, at + n):
         entry = entry_of(queue, i)
-        store(entry + lanes.E_STATUS * WORD, word_at(entry, lanes.E_KEY))
+        store(entry + lanes.E_STATUS * WORD, ~word_at(entry, lanes.E_KEY))
     add(queue + lanes.Q_COPIED * WORD, n)
     return n
 
 
 @kernel
+def copy_while_permitted(port, queue, at, n):
+    """Copy what of a lot is undecided. False when the epoch changed, so that each key is to be looked at again.
+
+    The outcome of an entry, complemented, takes the place of its key, which is above 0. It becomes the entry's status
+    once all bytes are visible.
+    """
+    word, copier = word_at(queue, lanes.Q_GUARDS) + GUARD_EPOCH, word_at(port, lanes.P_COPIER)
+    epoch, keys, others = load(word), word_at(queue, Q_KEYS), False
+    if epoch == 0:
+        lanes.end_epoch(queue)
+    for i in range(at, at + n):
+        entry = entry_of(queue, i)
+        if word_at(entry, lanes.E_KEY) < 0:
+            continue
+        local, remote = word_at(entry, lanes.E_LOCAL), word_at(entry, lanes.E_REMOTE)
+        length, opcode = word_at(entry, lanes.E_LENGTH), word_at(entry, lanes.E_OPCODE)
+        route = word_at(entry, lanes.E_ROUTE)
+        status = np.int64(WcStatus.REM_ABORT_ERR)
+        if epoch != 0:
+            status = key_status(keys, word_at(entry, lanes.E_KEY), remote, length, opcode)
+        if status == WcStatus.SUCCESS:
+            if route == Route.PROCESS or route < 0:
+                others = True
+                continue
+            if opcode == Opcode.READ:
+                stream_copy(local, route, length)
+            elif not copy_while(route, local, length, word, epoch, copier + C_RESTART * WORD):
+                return False
+        poke(entry + lanes.E_KEY * WORD, ~status)
+    if others:
+        write_while(copier, word, epoch)
+        for opcode in (np.int64(Opcode.WRITE), np.int64(Opcode.READ)):
+            for mapped in (False, True):
+                if not copy_by_kernel(port, queue, at, n, opcode, mapped):
+                    return False
+    return True
+
+
+@kernel
 def is_left(entry, opcode, mapped):
     """Whether an entry of a lot is left for the kernel to copy, to where it is `mapped` here, or to another process."""
-    pending = word_at(entry, lanes.E_KEY) == PENDING and word_at(entry, lanes.E_OPCODE) == opcode
-    return pending and (word_at(entry, lanes.E_ROUTE) < 0) == mapped
+    undecided = word_at(entry, lanes.E_KEY) >= 0 and word_at(entry, lanes.E_OPCODE) == opcode
+    return undecided and (word_at(entry, lanes.E_ROUTE) < 0) == mapped
 
 
 @kernel
 def copy_by_kernel(port, queue, at, n, opcode, mapped):
-    """Copy what is left of a lot, all at once, or one by one if that fails."""
+    """Copy what is left of a lot, all at once, or one by one if that fails. False when the epoch changed meanwhile."""
     copier, count, total = word_at(port, lanes.P_COPIER), 0, 0
     pid = word_at(copier, C_SELF) if mapped else word_at(queue, lanes.Q_PID)
     for i in range(at, at + n):
@@ -217,13 +233,20 @@ def copy_by_kernel(port, queue, at, n, opcode, mapped):
             total += word_at(entry, lanes.E_LENGTH)
             count += 1
     if count == 0:
-        return
-    whole, k = move(copier, pid, opcode, FIRST, count) == total, FIRST
+        return True
+    moved, k, status = move(copier, pid, opcode, FIRST, count), FIRST, np.int64(WcStatus.SUCCESS)
+    if moved == CHANGED:
+        return False
     for i in range(at, at + n):
         entry = entry_of(queue, i)
         if is_left(entry, opcode, mapped):
-            poke(entry + lanes.E_KEY * WORD, np.int64(WcStatus.SUCCESS) if whole else move_one(copier, pid, opcode, k))
+            if moved != total:
+                status = move_one(copier, pid, opcode, k)
+                if status == CHANGED:
+                    return False
+            poke(entry + lanes.E_KEY * WORD, ~status)
             k += 1
+    return True
 
 
 @kernel

@@ -6,10 +6,12 @@
     LANE      where it does not, and for notifications: a connection, as over TCP
 
 Keys are checked in the peer's own table, which is mapped here for reading, for every slice. A peer that withdraws a
-range waits for the *guards*, words that are odd while a sender copies. Who is handed these mappings is of the same user
-or has proven to know the secret: it is trusted to look at the keys before it writes, as no other kind of peer has to
-be. So it is handed only segments of which each byte is registered, for reading and for writing: the rest goes the other
-two ways, as nothing can be both a mapping for reading only and a file that its user cannot open for writing.
+range waits for the *guards*, words that are odd while a sender copies. A sender that is stopped in the middle of a copy
+looks at an *epoch* before it goes on (`kernels/restart.py`), and so need not be waited for. Who is handed these
+mappings is of the same user or has proven to know the secret: it is trusted to look at the keys before it writes, as no
+other kind of peer has to be. So it is handed only segments of which each byte is registered, for reading and for
+writing: the rest goes the other two ways, as nothing can be both a mapping for reading only and a file that its user
+cannot open for writing.
 
 Nothing that a peer says about itself is believed: its process is what the kernel says of the socket, its memory must
 be as long as it says, and sealed to stay so.
@@ -24,6 +26,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,22 +42,22 @@ from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.layout import LINE, WORD, Access
-from mooncache.kernels.publication import withdraw_key
+from mooncache.kernels.publication import publish, rise, withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, put
 from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.careful import Copier
 from mooncache.providers.connections import STALL_S, StreamQueue
-from mooncache.providers.copying import GUARD_VALID, LOT, lead, poll_cq, post_send, push
+from mooncache.providers.copying import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
 from mooncache.providers.quotas import check_leases
 from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
 from mooncache.providers.stream import StreamProvider, wait_while_odd
 
 log = logging.getLogger("mooncache")
 
-GUARD_BYTES = (limits.WORKERS + 1) * LINE  # behind those of the workers a line with the word VALID
-VALID = GUARD_VALID // WORD
+GUARD_BYTES = (limits.WORKERS + 1) * LINE  # behind those of the workers a line with these words
+EPOCH, RESTARTS = GUARD_EPOCH // WORD, GUARD_EPOCH // WORD + 1
 
 RETIRE_S = 2e-3
 """Between two looks at whether mappings that were retired are still used: a lot of a copy takes some hundred us."""
@@ -84,16 +87,27 @@ class Lease:
         ended: the peer is gone, and its guards mean nothing any more.
     """
 
-    def __init__(self, peer: str, process: Process | None) -> None:
-        self.peer, self.ended = peer, False
-        self.copier = f"peer {peer!r} (process {process.pid if process else 0} of this host)"
+    def __init__(self, peer: str, process: Process) -> None:
+        self.peer, self.ended, self._process = peer, False, process
+        self.copier = f"peer {peer!r} (process {process.pid} of this host)"
         self.sock: socket.socket | None = None  # to the peer, once it has it
         self.guards = allocate(GUARD_BYTES).view(np.int64)
-        self.guards[VALID] = 1
+        self.guards[EPOCH] = 1  # 0: nothing is copied any more
+        self._lock = threading.Lock()  # of the epoch
 
     def revoke(self) -> None:
         """Refuse what the peer copies from now on; a copy that it has begun ends in front of an odd guard."""
-        withdraw_key(address_of(self.guards) + VALID * WORD)
+        with self._lock:
+            withdraw_key(address_of(self.guards) + EPOCH * WORD)
+
+    def lands_no_more(self) -> bool:
+        """See `Copier`: it is stopped, and before it goes on with a copy it looks at its key again."""
+        if not self.guards[RESTARTS]:
+            return False
+        with self._lock:
+            if self.guards[EPOCH]:
+                rise(address_of(self.guards) + EPOCH * WORD)
+        return self._process.stopped
 
 
 class Share:
@@ -149,7 +163,7 @@ class Share:
     @property
     def revoked(self) -> bool:
         """Whether the peer has fenced this engine: nothing is copied any more by these mappings."""
-        return ctypes.c_int64.from_address(self.guards.address + GUARD_VALID).value == 0
+        return ctypes.c_int64.from_address(self.guards.address + GUARD_EPOCH).value == 0
 
     @property
     def mappings(self) -> list[Mapping]:
@@ -300,7 +314,7 @@ class Shm(StreamProvider):
         """See `Provider.serve`: a peer on this host asks for descriptors of our memory."""
         if request.purpose not in ("share", "segments"):
             return super().serve(request)
-        if not request.local:
+        if request.process is None:
             raise UsageError(f"{request.purpose!r} is answered over the Unix socket only")
         known = set(request.body["have"])
         wanted = {number: s for number, s in self._offered().items() if number not in known}
@@ -390,6 +404,8 @@ class Shm(StreamProvider):
                 "peer %r: memory that no engine allocated goes over TCP, since process_vm_readv is refused: %s",
                 peer.name, share.why,
             )  # fmt: skip
+        if all(copier.restarts for copier in self._copiers):
+            publish(share.guards.address + RESTARTS * WORD, 1)
         for queue in self.queues_of(peer.name):
             put(queue.words, Q_KEYS, share.keys.address)
             put(queue.words, lanes.Q_GUARDS, share.guards.address)

@@ -624,25 +624,38 @@ def wait_until(condition: Callable[[], bool], what: str, deadline: Deadline | No
         raise TransportError(f"{what} did not come within {limit.seconds:.3g} s; try again")
 
 
+LOOK_S = 0.01
+"""Who copies for longer than this has been stopped, or shares its core: see which. Looking costs a peer its slice."""
+
+
 class Copier(Protocol):
     """Whose guards are waited for."""
 
     copier: str  # as messages call it
     ended: bool
 
+    def lands_no_more(self) -> bool:
+        """Whether a copy that it is in the middle of lands nothing more, although its guard is odd."""
+
 
 def wait_while_odd(
     words: Sequence[tuple[np.ndarray, int]], whose: Copier | None = None, limit_s: float = STALL_S
 ) -> None:
-    """Return when each word that is odd now has changed, or its owner has ended.
+    """Return when each word that is odd now has changed, or its owner has ended, or lands nothing more.
 
     Whoever made it odd is copying, which takes microseconds. Raises TransportError after `limit_s`: it was stopped.
     """
-    deadline = time.monotonic() + limit_s
+    look_at = time.monotonic() + LOOK_S
+    deadline = look_at - LOOK_S + limit_s
     for array, index in words:
         seen = int(array[index])
         while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if whose and now > look_at:
+                if whose.lands_no_more():
+                    return
+                look_at = now + LOOK_S
+            if now > deadline:
                 raise TransportError(
                     f"{whose.copier if whose else 'a worker'} was stopped in the middle of a copy and may go on with "
                     "it at any time: end that process before this memory is used for anything else"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mooncache import Quiesced, Status, TransferFailed, TransportError, UsageError
+from mooncache.kernels import restart
 from tests.helpers import LIMIT, Task, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, Joined, over
@@ -189,6 +190,39 @@ def test_a_fence_does_not_wait_for_a_stopped_peer(fars, engines, wire):
         writer.go_on()
     writer(there.finish)
     assert (pages == CANARY).all()
+
+
+@over("mapped", "process")
+def test_a_fence_does_not_wait_for_a_peer_stopped_in_the_middle_of_a_copy(fars, engines, wire):
+    """It is stopped when the copy has come so far, mostly between two instructions of it."""
+    if not restart.restarts(restart.row()):
+        pytest.skip("this libc, system or CPU has no restartable sequences")
+    here, writer = engines(provider=wire.provider), fars()
+    pages = here.allocate(8 * MiB) if wire.mapped else np.zeros(8 * MiB, np.uint8)
+    region = here.register(pages)
+    writer(there.target, 8 * MiB, provider=wire.provider, mapped=wire.mapped, seed=4)
+    writer(there.fill, 1)
+    (name,) = writer(there.names)
+
+    def written() -> bool:
+        writer(there.begin, here.address, region.address, 65536)
+        return writer(there.finish) == {"OK"}
+
+    for at in range(0, pages.size, pages.size // 16):
+        until(written, "a batch submitted after the peer heard of the fence, arrived")
+        pages[:] = CANARY
+        writer(there.begin, here.address, region.address, 65536)
+        end = time.monotonic() + LIMIT
+        while pages[at] == CANARY:
+            assert time.monotonic() < end
+        writer.stop()
+        try:
+            Task(here.fence, name).result()
+            pages[:] = CANARY
+        finally:
+            writer.go_on()
+        writer(there.finish)
+        assert (pages == CANARY).all()
 
 
 @over("mapped")

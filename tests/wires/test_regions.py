@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, Engine, TransferFailed, TransportError, UsageError
+from mooncache.kernels import restart
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
 from mooncache.memory import allocate
 from mooncache.providers import lanes, stream
 from mooncache.providers.frames import Frame
-from mooncache.providers.shm import Shm
+from mooncache.providers.shm import RESTARTS, Shm
 from mooncache.providers.software import KEY, KEY_WORDS
 from tests.helpers import Task, assert_balanced, random_bytes, until
 from tests.wires import there
@@ -170,6 +171,11 @@ class Copying:
         far(there.connect, here.address)
         far(there.step_guard, here.address)
 
+    def forget_to_look_again(self) -> None:
+        """As a peer whose system has no restartable sequences."""
+        for lease in self.here.provider._leases:
+            lease.guards[RESTARTS] = 0
+
     def withdraw(self) -> Task:
         """Begin to unregister; returns when the key is gone."""
         task = Task(self.region.unregister)
@@ -203,8 +209,20 @@ def test_while_a_peer_is_waited_for_others_are_answered(copying, fars):
     withdrawing.result()
 
 
-def test_a_peer_stopped_in_a_copy_is_a_typed_error_in_the_end_and_no_hang(copying, monkeypatch, caplog):
+def test_a_peer_stopped_in_a_copy_is_not_waited_for_where_it_looks_again_before_it_goes_on(copying):
+    if not restart.restarts(restart.row()):
+        pytest.skip("this libc, system or CPU has no restartable sequences")
+    withdrawing = copying.withdraw()
+    assert withdrawing.running
+    copying.far.stop()
+    withdrawing.result()
+    Task(copying.here.close).result()
+    copying.far.go_on()
+
+
+def test_a_peer_stopped_in_a_copy_that_cannot_look_again_is_a_typed_error(copying, monkeypatch, caplog):
     monkeypatch.setattr(stream, "STALL_S", 0.3)
+    copying.forget_to_look_again()
     copying.far.stop()
     says = rf"\(process {copying.far.pid} of this host\) was stopped in the middle of a copy.*end that process"
     with pytest.raises(TransportError, match=says):
