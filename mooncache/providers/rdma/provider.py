@@ -376,15 +376,26 @@ class Rdma(Provider):
 
     def _look_at_events(self, index: int) -> None:
         nic = self.nics[index]
-        while (event := nic.next_event()) is not None:
-            if event.name in ("PORT_ERR", "DEVICE_FATAL"):
-                log.warning("RDMA port %s: %s", nic.port.name, event.name)
-                self.down.add(index)
-                for outgoing in list(self._outgoing.values()):
-                    outgoing.fail_nic(index)
-            elif event.name == "PORT_ACTIVE":
-                log.warning("RDMA port %s is active again", nic.port.name)
-                self.down.discard(index)
+        try:
+            while (event := nic.next_event()) is not None:
+                if event.name in ("PORT_ERR", "DEVICE_FATAL"):
+                    self._take_down(index, event.name)
+                elif event.name == "PORT_ACTIVE":
+                    log.warning("RDMA port %s is active again", nic.port.name)
+                    self.background.settled(f"RDMA port {nic.port.name}")
+                    self.down.discard(index)
+        except TransportError as error:  # the device is gone, and tells nothing more
+            self._watched.unregister(nic.async_fd)
+            self._take_down(index, str(error))
+
+    def _take_down(self, index: int, why: str) -> None:
+        """A port reaches nobody: what is on it goes over the others, if there are any."""
+        port = self.nics[index].port.name
+        if self.background.note(f"RDMA port {port}", why):
+            log.warning("RDMA port %s: %s", port, why)
+        self.down.add(index)
+        for outgoing in list(self._outgoing.values()):
+            outgoing.fail_nic(index)
 
     def _hung_up(self, descriptor: int) -> None:
         with self.lock:
