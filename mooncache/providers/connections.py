@@ -382,11 +382,12 @@ class StreamQueue(Queue):
         self.lanes = port.reserve(len(socks))
         self.words[[lanes.Q_SENT, lanes.Q_CLAIMED]] = self.words[Q_HEAD]
         put(self.words, lanes.Q_LANE_COUNT, 0)
-        put(self.words, lanes.Q_BROKEN, 0)  # before its worker sees a lane, which it would end as that of a broken one
+        self._table[: len(socks)] = [lane.address for lane in self.lanes]
+        # Before its worker sees a lane: it would end that of a broken queue pair, and list none of what it posts.
+        put(self.words, lanes.Q_LANE_COUNT, len(socks))
+        put(self.words, lanes.Q_BROKEN, 0)
         for lane, sock in zip(self.lanes, socks, strict=True):
             port.attach(lane, sock, self, peer)
-        self._table[: len(socks)] = [lane.address for lane in self.lanes]
-        put(self.words, lanes.Q_LANE_COUNT, len(socks))
 
 
 class Buffers(NamedTuple):

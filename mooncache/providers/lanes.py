@@ -178,7 +178,7 @@ def break_lane(lane, reason, error):
     port, queue = word_at(lane, L_PORT), word_at(lane, L_QUEUE)
     close_lane(lane, reason, error)
     if queue != 0:
-        for i in range(word_at(port, P_LANE_COUNT)):  # not the queue's own list: that is filled after its lanes live
+        for i in range(word_at(port, P_LANE_COUNT)):
             other = word_at(port, P_LANES) + i * LANE_WORDS * WORD
             if load(other + L_STATE * WORD) == LaneState.LIVE and word_at(other, L_QUEUE) == queue:
                 close_lane(other, Reason.SIBLING, 0)

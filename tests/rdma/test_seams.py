@@ -41,7 +41,7 @@ def test_the_timeout_of_a_call_bounds_each_step_to_a_connection(pair, monkeypatc
 
     with monkeypatch.context() as slow:
         slow.setattr(pair.there.provider, "serve", late)
-        with pytest.raises(TransportError, match=r"was not connected within the 0\.5 s.* to answer 'rdma-connect'"):
+        with pytest.raises(TransportError, match=r"was not connected within the 0\.5 s"):
             pair.write(0, length=64, timeout=0.5)
         going_on.set()
     pair.here.connect(pair.peer)

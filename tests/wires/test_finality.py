@@ -9,6 +9,7 @@ import pytest
 
 from mooncache import Quiesced, Status, TransferFailed, TransportError, UsageError
 from mooncache.kernels import restart
+from mooncache.providers.connections import Port
 from tests.helpers import LIMIT, Task, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, Joined, over
@@ -90,6 +91,24 @@ def test_a_deadline_costs_other_batches_nothing(join, wire, op):
         batch.close()
     a, b = (pair.data, pair.there()) if op == "write" else (pair.data, pair.there_at_first)
     assert (a[MiB : 6 * MiB] == b[MiB : 6 * MiB]).all()
+
+
+@over(*OVER_SOCKETS)
+def test_what_is_posted_while_a_connection_is_renewed_is_sent(join, wire, monkeypatch):
+    """The worker has the new connection, posts and completes, before the thread that made it has gone on."""
+    pair, attach = join(wire, 8 * MiB), Port.attach
+    pair.write(0, 0, 64).wait(LIMIT).close()
+    pair.far.stop()
+    other = pair.write(4 * MiB, 4 * MiB, MiB, notify=b"posted last")
+
+    def attach_and_wait(*arguments):
+        attach(*arguments)
+        until(lambda: other.done, "the end of the batch")
+
+    monkeypatch.setattr(Port, "attach", attach_and_wait)
+    assert statuses(begin(pair, timeout=0.05)) == {Status.TIMED_OUT}
+    pair.far.go_on()
+    other.wait(LIMIT).close()
 
 
 @over(*OVER_SOCKETS)
