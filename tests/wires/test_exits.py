@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mooncache import Engine
@@ -189,3 +192,36 @@ def test_a_stopped_peer_delays_the_end_by_no_more_than_a_close(
     assert code == 0
     assert "Traceback" not in said
     assert "Fatal" not in said
+
+
+# ------------------------------------------------------------------------------ children of multiprocessing
+def move(ready: Any, for_ever: bool) -> None:
+    """In a child: open engines, and end while they transfer; by itself, or by SIGTERM."""
+    here, there = (Engine(name, slices=65536, batches=256) for name in ("here", "there"))
+    memory, pages = here.allocate(1 << 22), there.allocate(1 << 22)
+    source, target = here.register(memory).address, there.register(pages).address
+    at = np.arange(4096, dtype=np.int64) * 1024
+    here.write("there", source + at, target + at, 1024).wait(LIMIT).close()
+    flying = [here.write("there", source + at, target + at, 1024) for _ in range(8)]
+    ready.send(len(flying))
+    while for_ever:
+        here.write("there", source + at, target + at, 1024).wait(LIMIT).close()
+
+
+@pytest.mark.parametrize("way", ["fork", "forkserver", "spawn"])
+def test_a_child_of_multiprocessing_ends_soon_however_it_was_started(way: str) -> None:
+    context: Any = multiprocessing.get_context(way)
+    for for_ever in (False, True):
+        heard, ready = context.Pipe(duplex=False)
+        process = context.Process(target=move, args=(ready, for_ever))
+        process.start()
+        try:
+            assert heard.poll(LIMIT)
+            assert heard.recv() == 8
+            if for_ever:
+                process.terminate()
+            process.join(LIMIT)
+            assert process.exitcode == (-signal.SIGTERM if for_ever else 0)
+        finally:
+            process.kill()
+            process.join()
