@@ -920,7 +920,8 @@ _open: weakref.WeakSet[Engine] = weakref.WeakSet()  # until they have ended
 
 @atexit.register
 def _close_all() -> None:
-    for engine in list(_open):
+    senders_first = sorted(_open, key=lambda engine: not engine._peers)  # lest they warn of peers that end here as well
+    for engine in senders_first:
         try:
             engine.close()
         except MooncacheError as error:  # the others are closed all the same

@@ -198,7 +198,7 @@ def test_a_child_neither_withdraws_a_name_nor_keeps_the_store(families, server: 
     def announced() -> bool:
         return family.here.name in family.there._service._names._generations()
 
-    assert Child(look_and_forget).result() == []
+    until(lambda: Child(look_and_forget).result() == [], "no socket left, once the store's threads are connected")
     assert announced()
     family.check()
 
