@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -127,7 +126,6 @@ SIGNALS = {
     "handler while closing": signal.SIGTERM, "interrupt": signal.SIGINT, "event loop": signal.SIGTERM,
 }  # fmt: skip
 CODES = {"signal": -signal.SIGTERM}
-ENDED = re.compile(r"^connection (to|from) peer '(here|there)' ended: [\w ]+\n", re.MULTILINE)
 
 
 class Process:
@@ -145,14 +143,14 @@ class Process:
         self._body = body
 
     def end(self) -> tuple[int, str]:
-        """Its exit code, and what it said on stderr, but for what one of its engines says of the other's end."""
+        """Its exit code, and what it said on stderr."""
         if self._body in SIGNALS:
             self._process.send_signal(SIGNALS[self._body])
         try:
             _, said = self._process.communicate(timeout=LIMIT)
         finally:
             self._process.kill()
-        return self._process.returncode, ENDED.sub("", said)
+        return self._process.returncode, said
 
 
 def _defaults() -> None:
