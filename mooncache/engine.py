@@ -98,8 +98,10 @@ class Engine:
             peers are called by "host:port".
         advertise: "host" or "host:port" that peers are told, if it is not that of `listen`: what a port mapping, NAT or
             a load balancer makes of it.
-        settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, slice_bytes,
-            queue_depth, chain, poll_lot, retries, signal, cache_slices, reaper_lot, reaper_period_ns, spin_ns.
+        settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, peers, regions (of
+            this engine, and of each peer), notes (notifications kept until they are fetched), note_bytes (of the
+            longest), slice_bytes, queue_depth, chain, poll_lot, retries, signal, cache_slices, reaper_lot,
+            reaper_period_ns, spin_ns.
 
     Attributes:
         name: its own.
@@ -146,7 +148,7 @@ class Engine:
             self._reaper = Block(self._state)
             self._orders = Block(self._state)  # of the thread that looks after connections
             self.awaiting.ctl = self._reaper.ctl
-            self._inbox = Inbox()
+            self._inbox = Inbox(self._settings)
             undo.callback(self._inbox.close)
             s = self._settings
             queues = self.provider.open(s.workers, s.queue_depth, self._inbox.words, s.peers)
@@ -416,7 +418,7 @@ class Engine:
                     self._peers[name] = known[0]
                     return known[0]
                 if self._vacant:
-                    peer = Peer(self._vacant.pop(), name)
+                    peer = Peer(self._vacant.pop(), name, self._settings.regions)
                     peer.generation = described.generation
                     self._state.connect(peer.index, peer.table, [])
                     peer.handle = self._state.handle(peer.index)
@@ -578,9 +580,9 @@ class Engine:
                 waited for if too few are free, and slices are posted. What is not answered by then fails as TIMED_OUT,
                 within 100 ms whatever the wire does. A connection that carries bytes of it is made anew, and others'
                 slices travel again. None: no limit but those of `connect`.
-            notify: up to 1,024 bytes that the peer's `notifications` gets when all data is in its memory, after those
-                of batches submitted to it before. Never sent for a batch that fails. The batch is done when the peer
-                has it; with n = 0 it travels alone.
+            notify: up to 64 KiB (the setting note_bytes) that the peer's `notifications` gets when all data is in its
+                memory, after those of batches submitted to it before. Never sent for a batch that fails. The batch is
+                done when the peer has it; with n = 0 it travels alone.
 
         Returns a running `Batch`, or a finished one when n is 0. The arrays may be reused at once; the ranges belong
         to the transfer until `Batch.quiesced`.
@@ -666,7 +668,7 @@ class Engine:
         requests = max(a.size for a in arrays)
         if notify is None:
             return Call(name, submit.submit, opcode, deadline, arrays, requests, False, timeout, given)
-        operands = (*arrays, pack(notify))
+        operands = (*arrays, pack(notify, self._settings.note_bytes))
         return Call(name, submit.submit_noted, opcode, deadline, operands, requests, True, timeout, given)
 
     def _attempt(self, call: Call) -> Batch | None:
@@ -893,6 +895,7 @@ class Engine:
             self.regions.clear()
             self._peers.clear()
             self._state.release([*self._blocks.values(), *self._workers, self._reaper, self._orders])
+        self._inbox.release()
 
     def __enter__(self) -> Engine:
         return self

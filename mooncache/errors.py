@@ -60,8 +60,8 @@ REASON: dict[Status, str] = {
     "while it was registered, or the device refused it",
     Status.RETRIES_EXCEEDED: "the wire lost it more often than the engine retries",
     Status.FLUSHED: "the connection broke down with this request on it",
-    Status.INBOX_FULL: "the data arrived, but the target's inbox has no room for more notifications of this engine: "
-    "does it fetch them?",
+    Status.INBOX_FULL: "the data arrived, but the target's inbox has no room for more notifications of this engine "
+    "(does it fetch them?), or takes none this long: its settings are notes and note_bytes",
     Status.PEER_GONE: "the connection to the peer is gone; whether the bytes arrived is not known. Submit it again: "
     "that connects anew",
 }

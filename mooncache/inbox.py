@@ -16,11 +16,11 @@ import numpy as np
 from mooncache import forks
 from mooncache.errors import EngineClosed, EngineInherited, UsageError, came
 from mooncache.kernels import inbox as kernels
-from mooncache.kernels.layout import aligned
-from mooncache.kernels.state import address_of, function_address
+from mooncache.kernels.layout import WORD, aligned
+from mooncache.kernels.state import Settings, address_of, function_address
+from mooncache.limits import NOTE_BYTES, NOTE_BYTES_MOST, SENDER_BYTES
 from mooncache.operands import deadline_ns
 
-MESSAGE_BYTES = 1024
 MARK = b"\0"
 """Before each message as it travels, so that none is empty."""
 
@@ -36,8 +36,8 @@ class Notification(NamedTuple):
     message: bytes
 
 
-def pack(message: object) -> np.ndarray:
-    """As it travels, uint8. Raises UsageError for one too long."""
+def pack(message: object, most: int = NOTE_BYTES) -> np.ndarray:
+    """As it travels, uint8. Raises UsageError for one of more than `most` bytes."""
     if isinstance(message, str):
         try:
             message = message.encode()
@@ -46,8 +46,11 @@ def pack(message: object) -> np.ndarray:
     if not isinstance(message, bytes | bytearray | memoryview):
         raise UsageError(f"expected a notification of bytes or str, got {type(message).__name__}")
     message = bytes(message)
-    if len(message) > MESSAGE_BYTES:
-        raise UsageError(f"expected a notification of at most {MESSAGE_BYTES} bytes, got {len(message)}")
+    if len(message) > most:
+        raise UsageError(
+            f"expected a notification of at most {most} bytes, got {len(message)}; the setting note_bytes, of both "
+            f"engines, permits longer ones, up to {NOTE_BYTES_MOST}"
+        )
     return np.frombuffer(MARK + message, np.uint8).copy()
 
 
@@ -59,19 +62,21 @@ def unpack(entry: bytes) -> Notification:
 
 
 class Inbox:
-    """What has arrived and was not fetched yet, at most limits.INBOX_NOTES; a batch whose message finds no room fails.
+    """What has arrived and was not fetched yet, up to the setting notes; a batch whose message finds no room fails.
 
     A sender finds room as long as it has fewer messages there than places are free.
 
     Iterating takes out what is there now; `async for` waits for more, for ever; `get` waits once.
     """
 
-    def __init__(self) -> None:
-        self.words = aligned(kernels.INBOX_WORDS)
+    def __init__(self, settings: Settings) -> None:
+        notes, self._longest = settings.notes, SENDER_BYTES + settings.note_stride
+        self.words = aligned(kernels.I_ENTRIES + notes * (kernels.N_BYTES + self._longest // WORD), sparse=True)
+        self.words[[kernels.I_NOTES, kernels.I_BYTES]] = notes, settings.note_stride
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.words[kernels.I_EVENT_FD] = self._event_fd
         self.words[[kernels.I_WRITE, kernels.I_READ]] = function_address("write"), function_address("read")
-        self._address = address_of(self.words)
+        self._left: list[Notification] = []  # what had not been fetched when the words were let go
         self._lock = threading.Lock()
         self._closed = self._inherited = False
         self._lent: set[int] = set()  # descriptors of those who wait
@@ -91,8 +96,11 @@ class Inbox:
     def _fetch(self) -> Notification | None:
         if self._inherited:
             raise EngineInherited("these notifications belong to the process that this one was forked from")
-        buffer = np.empty(kernels.ENTRY_BYTES, np.uint8)  # of this call alone: others fetch as well
-        length = kernels.fetch(self._address, buffer)
+        words = self.words  # may be let go meanwhile
+        if not words.size:
+            return self._left.pop(0) if self._left else None
+        buffer = np.empty(self._longest, np.uint8)  # of this call alone: others fetch as well
+        length = kernels.fetch(address_of(words), buffer)
         return None if length == kernels.EMPTY else unpack(buffer[:length].tobytes())
 
     def get(self, timeout: float | None = None) -> Notification:
@@ -152,6 +160,12 @@ class Inbox:
             if self._closed:
                 return
             self._closed = True
-            kernels.shut(self._address)
+            kernels.shut(address_of(self.words))
             descriptor, self._event_fd = self._event_fd, -1
             os.close(descriptor)
+
+    def release(self) -> None:
+        """Let the memory go, once it is closed and nobody delivers any more; what was not fetched is kept."""
+        left = list(self)
+        self.words = self.words[:0].copy()
+        self._left += left

@@ -33,7 +33,11 @@ REGIONS = (
     + 256  # auxiliary rows, weights, staging
     + 512  # buffers that were cut at a device's largest registration
 )
-"""Registered regions of one engine, and of one peer."""
+"""Registered regions of one engine, and of one peer, unless the setting says otherwise: 104 bytes each in a table, and
+there is a table for each peer."""
+
+REGIONS_MOST = 4096
+"""What that may be set to: 4 TiB in pieces of 1 GiB. Keys have room for it, and records of engines."""
 
 PEERS = 256
 """Peers of one engine: a decode fleet of 32 machines x 8 ranks."""
@@ -56,8 +60,8 @@ NICS = 8
 SLICES_GATHERED = 16
 """Slices of one work request, where they lie side by side at the target; NICs take 16 to 30 ranges at best speed."""
 
-MESSAGE_BYTES = 1 << 30
-"""Bytes of one work request: max_msg_sz of the usual NICs."""
+MESSAGE_BYTES = 1 << 32
+"""Bytes of one work request of a software wire, where lengths have 32 bits; NICs say theirs."""
 
 CHAIN = 128
 """Work requests behind one doorbell: a quarter of the queue depth, so that three quarters stay busy meanwhile."""
@@ -69,11 +73,24 @@ RETRIES = 3
 """Times a slice is posted again after the connection broke under it."""
 
 NOTE_BYTES = (
-    1  # so that it is never empty
-    + 1024  # the message: a request id, block ids, a rank
-    + 1023  # rounding up to a power of two
+    1000 * 40  # a lease's heartbeat: 1,000 requests, each an id of 36 characters with separators
+    + 25_536  # rounding up to a power of two
 )
-"""A batch's notification as it travels."""
+"""Longest message of a notification: what grows with the load has to fit into one.
+
+Each batch, each place of the inbox and each connection has room for one: BATCHES + INBOX_NOTES + connections times
+64 KiB are 330 MiB of address space, of which pages are taken when they are written to, 4 KiB for a short one. RDMA
+pins one for each NIC and direction of a connection.
+"""
+
+NOTE_BYTES_MOST = 1 << 20
+"""What that may be set to."""
+
+NOTE_HEAD_BYTES = (
+    1  # so that it is never empty
+    + 7  # rounding up to whole words
+)
+"""What a notification has besides its message as it travels."""
 
 SENDER_BYTES = (
     2  # length of the name

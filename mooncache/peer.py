@@ -28,11 +28,11 @@ class Peer:
         forgotten: by `Engine.forget`, or for want of room when it was gone; it is of no use any more.
     """
 
-    def __init__(self, index: int, name: str) -> None:
+    def __init__(self, index: int, name: str, regions: int = limits.REGIONS) -> None:
         self.index, self.name, self.generation = index, name, 0
         self.handle = index  # how submits name it: its row, and how often that had been another's
         self.engine = ""  # what it calls itself, once it was connected to
-        self.table = RegionTable(f"peer {name!r}")
+        self.table = RegionTable(f"peer {name!r}", regions)
         self.connecting = threading.Lock()  # held while the network is waited for, and while it is forgotten
         self.met = 0.0  # when it was last connected to; 0: never
         self.forgotten = False
@@ -91,8 +91,9 @@ class Peer:
         heirs = {heir: region for region in gone if (heir := next(filter(region.covered_by, new), None)) is not None}
         if len(new) - len(heirs) > self.table.room:
             raise CapacityError(
-                f"peer {self.name!r} has {len(now)} regions registered, and of {limits.REGIONS} this engine can know "
-                f"{len(self._retired)} are still used by batches under way: wait for those, or register fewer"
+                f"peer {self.name!r} has {len(now)} regions registered, and of {self.table.rows} this engine can know "
+                f"{len(self._retired)} are still used by batches under way: wait for those, register fewer, or open "
+                "this engine with more `regions`"
             )
         self.generation, self.engine = described.generation, described.name
         self.table.forgive()

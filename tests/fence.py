@@ -36,13 +36,13 @@ def fenced(nbytes: int, alignment: int) -> np.ndarray:
     return pages[start : start + nbytes]
 
 
-def zeros(n: int, dtype: DTypeLike) -> np.ndarray:
+def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
     """What `layout.zeros` does."""
     size = np.dtype(dtype).itemsize
     return fenced(n * size, size).view(dtype)
 
 
-def aligned(words: int) -> np.ndarray:
+def aligned(words: int, *, sparse: bool = False) -> np.ndarray:
     """What `layout.aligned` does."""
     return fenced(words * layout.WORD, layout.LINE).view(np.int64)
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from mooncache import EngineClosed, Failure, Notification, Status, TransferFailed, UsageError
 from mooncache.discovery.fields import is_name
 from mooncache.errors import REASON
-from mooncache.inbox import MESSAGE_BYTES, Inbox, pack, unpack
-from mooncache.kernels.inbox import ENTRY_BYTES, S_BYTES, S_LENGTH, sender
+from mooncache.inbox import Inbox, pack, unpack
+from mooncache.kernels.inbox import S_BYTES, S_LENGTH, sender
 from mooncache.kernels.verbs import WcStatus
-from mooncache.limits import INBOX_NOTES, NOTE_BYTES, REGIONS
+from mooncache.limits import INBOX_NOTES, NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS
 from mooncache.providers.emulated import Emulated, Nic
 from mooncache.providers.faults import Action, Fault, random_faults
 from mooncache.providers.loopback import Loopback
@@ -97,6 +97,33 @@ def test_it_is_never_sent_for_a_batch_that_failed(wired):
     assert messages(wired) == [b"before", b"after"]
     wired.close()
     assert_balanced(wired.here)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1024, 38_000, NOTE_BYTES])
+def test_a_long_message_arrives_as_it_was_sent(wired, length):
+    message = np.random.Generator(np.random.Philox(length)).bytes(length)
+    wired.here.write(wired.peer, NOTHING, NOTHING, 8, notify=message).wait(20).close()
+    wired.write(offsets(5), notify=message).wait(20).close()
+    assert messages(wired) == [message] * 2
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_the_longest_message_and_how_many_are_kept_are_settings(engines, wire):
+    here = engines(provider=WIRES[wire]())
+    there = engines(provider=WIRES[wire](), notes=4, note_bytes=100)
+
+    def send(message: bytes) -> None:
+        here.write(there.name, NOTHING, NOTHING, 8, notify=message).wait(20).close()
+
+    with pytest.raises(TransferFailed, match=r"INBOX_FULL .* note_bytes"):
+        send(b"x" * 1000)
+    send(b"x" * 100)
+    send(b"y")
+    with pytest.raises(TransferFailed, match="INBOX_FULL"):
+        send(b"")
+    assert [note.message for note in there.notifications()] == [b"x" * 100, b"y"]
+    with pytest.raises(UsageError, match="at most 100 bytes, got 101"):
+        there.write(here.name, NOTHING, NOTHING, 8, notify=b"x" * 101)
 
 
 ALONE = INBOX_NOTES // 2  # what one sender may leave there
@@ -344,6 +371,15 @@ def test_a_notification_belongs_to_no_region_however_it_fails(pairs, status, reg
     assert not table.refused.any()
 
 
+def test_what_was_not_fetched_outlives_the_engine_and_its_memory(wired):
+    wired.write(0, notify="kept").wait(20).close()
+    wired.write(0, notify="too").wait(20).close()
+    wired.there.close()
+    assert wired.there._inbox.words.size == 0
+    assert [note.message for note in wired.there.notifications()] == [b"kept", b"too"]
+    assert list(wired.there.notifications()) == []
+
+
 def test_closing_the_engine_ends_every_wait(pairs, monkeypatch):
     pair = pairs()
     inbox = pair.there.notifications()
@@ -373,8 +409,8 @@ def test_waiting_in_vain_ends_at_the_timeout(pair):
 @pytest.mark.parametrize(
     ("notify", "message"),
     [
-        (b"x" * (MESSAGE_BYTES + 1), "expected a notification of at most 1024 bytes, got 1025"),
-        ("ß" * 513, "at most 1024 bytes, got 1026"),
+        (b"x" * (NOTE_BYTES + 1), "at most 65536 bytes, got 65537; the setting note_bytes"),
+        ("ß" * 32769, "at most 65536 bytes, got 65538"),
         (17, "expected a notification of bytes or str, got int"),
     ],
 )
@@ -385,10 +421,10 @@ def test_what_is_no_notification_is_refused_and_nothing_submitted(pair, notify, 
 
 
 @settings(max_examples=200)
-@given(name=st.text(min_size=1, max_size=255), message=st.binary(max_size=MESSAGE_BYTES))
+@given(name=st.text(min_size=1, max_size=255), message=st.binary(max_size=1024))
 def test_packing_and_unpacking_give_the_same(name, message):
     packed = pack(message)
-    assert 1 <= packed.size <= NOTE_BYTES
+    assert 1 <= packed.size <= NOTE_HEAD_BYTES + len(message)
     words = sender(name)
     who = words[S_BYTES:].view(np.uint8)[: words[S_LENGTH]].tobytes()
     note = unpack(who + packed.tobytes())
@@ -398,7 +434,7 @@ def test_packing_and_unpacking_give_the_same(name, message):
 
 
 @settings(max_examples=200)
-@given(st.binary(max_size=ENTRY_BYTES))
+@given(st.binary(max_size=2048))
 def test_unpacking_takes_whatever_comes(note):
     assert isinstance(unpack(note), Notification)
 

@@ -102,6 +102,18 @@ def test_too_many_queue_pairs_are_refused_and_nothing_is_changed(state):
     assert int(state.worker_rows[0, layout.WORKER_QUEUE_COUNT]) == count
 
 
+def test_slices_longer_than_what_a_nic_takes_are_refused_and_nothing_is_changed():
+    state = State(Settings(slices=256, batches=4, peers=3, slice_bytes=MiB))
+    state.poll_from(0, [CompletionQueue(64)])
+    table, tables = RegionTable("a peer"), state.peer_tables.copy()
+    with pytest.raises(UsageError, match=r"slice_bytes is 1048576, .* at most 1048576 bytes .* slice_bytes=524288 or"):
+        state.connect(0, table, pairs(2, message_bytes=MiB))
+    assert (state.peer_tables == tables).all()
+    assert not state.queues
+    rows = state.connect(0, table, pairs(2, message_bytes=8 * MiB, gathers=16))
+    assert [row.words[layout.QUEUE_GATHERS] for row in rows] == [4, 4]
+
+
 def test_a_handle_of_a_former_peer_is_refused_though_its_row_is_anothers(pair, engines):
     former = pair.here.connect(pair.peer)
     pair.here.forget(former)
@@ -153,7 +165,7 @@ def test_a_region_gets_the_slot_of_a_former_one_only_when_no_older_batch_is_unde
 @pytest.mark.parametrize(
     ("regions", "error", "says"),
     [
-        ([region(k) for k in range(limits.REGIONS)], CapacityError, "wait for those, or register fewer"),
+        ([region(k) for k in range(limits.REGIONS)], CapacityError, "wait for those, register fewer, or"),
         ([region(0, 2), region(0, 3)], TransportError, "twice"),
     ],
 )

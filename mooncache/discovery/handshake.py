@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, parse
 from mooncache.discovery.record import RECORD_BYTES
 from mooncache.errors import CapacityError, DiscoveryError
-from mooncache.limits import NICS, QUEUE_PAIRS, REGIONS, WORKERS, KiB
+from mooncache.limits import NICS, QUEUE_PAIRS, REGIONS_MOST, WORKERS, KiB
 
 MAGIC = b"MOON"
 HEADER = struct.Struct(">4sI")
@@ -36,7 +36,7 @@ HANDSHAKE_S = 5.0
 """For a whole handshake: a thousand times what three messages take on a busy network, and no test of patience."""
 
 FDS = (
-    REGIONS  # a segment each
+    REGIONS_MOST  # a segment each
     + 2  # a key table and guards
 )
 """File descriptors that an answer can bring."""
@@ -74,11 +74,11 @@ CONNECT_BYTES = (
 )
 """What a peer over RDMA says of its queue pairs when it connects, or is answered."""
 
-SEGMENTS_BYTES = REGIONS * 64
+SEGMENTS_BYTES = REGIONS_MOST * 64
 """Number, address and length of each segment that a peer on this host may map, 19 digits each; asked by number."""
 
-CALL_BYTES = COMMON_BYTES + max(CONNECT_BYTES, REGIONS * 20)
-"""Largest call: 256 strangers at once hold 6 MiB."""
+CALL_BYTES = COMMON_BYTES + max(CONNECT_BYTES, REGIONS_MOST * 20)
+"""Largest call: 256 strangers at once hold 22 MiB."""
 
 ANSWER_BYTES = COMMON_BYTES + max(RECORD_BYTES, CONNECT_BYTES, SEGMENTS_BYTES)
 """Largest answer."""

@@ -7,12 +7,12 @@ from typing import Any
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, is_name, parse
 from mooncache.errors import CapacityError, DiscoveryError, UsageError
-from mooncache.limits import NICS, REGIONS, KiB
+from mooncache.limits import NICS, REGIONS_MOST, KiB
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 RECORD_BYTES = (
-    REGIONS * (96 + 20 * NICS)  # four field names, two integers of 19 digits, punctuation; rkeys of 19 digits
-    + REGIONS * 64  # the provider's data: numbers of segments that can be mapped, 19 digits each; or NICs, far fewer
+    REGIONS_MOST * (96 + 20 * NICS)  # four field names, two integers of 19 digits, punctuation; rkeys of 19 digits
+    + REGIONS_MOST * 64  # the provider's data: numbers of segments that can be mapped, 19 digits each; or NICs
     + 8 * KiB  # two names of 255 characters, each 12 bytes when escaped, the address of 260, the rest
 )
 """Largest record."""
@@ -63,8 +63,8 @@ def from_json(value: object, source: str) -> Descriptor:
     check_version(value, source)
     fields = Fields(value, source, ("version", "name", "generation", "address", "provider", "regions", "data"))
     regions = fields.get("regions", list)
-    if len(regions) > REGIONS:
-        raise DiscoveryError(f"{source}: expected at most {REGIONS} regions, got {len(regions)}")
+    if len(regions) > REGIONS_MOST:
+        raise DiscoveryError(f"{source}: expected at most {REGIONS_MOST} regions, got {len(regions)}")
     return Descriptor(
         fields.name("name"),
         fields.integer("generation", 1, WORD),

@@ -17,15 +17,13 @@ from mooncache.kernels.atomics import address_of as address_in
 from mooncache.kernels.atomics import call_read, call_write, copy, exchange, pause, peek, poke, store
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, aligned
-from mooncache.limits import INBOX_NOTES, NOTE_BYTES, SENDER_BYTES
+from mooncache.limits import SENDER_BYTES
 
 SENDERS = 4096  # counts: senders whose names fall together share one
-I_LOCK, I_HEAD, I_TAIL, I_EVENT_FD, I_WRITE, I_READ, I_BUFFER, I_CLOSED, I_COUNTS = range(9)  # words
+# words; I_NOTES: places, I_BYTES: of the longest note, whole words
+I_LOCK, I_HEAD, I_TAIL, I_EVENT_FD, I_WRITE, I_READ, I_BUFFER, I_CLOSED, I_NOTES, I_BYTES, I_COUNTS = range(11)
 I_ENTRIES = I_COUNTS + SENDERS
 N_LENGTH, N_COUNT, N_BYTES = 0, 1, 2  # words of an entry: then the sender's name with its length, then the note
-ENTRY_BYTES = SENDER_BYTES + NOTE_BYTES
-NOTE_WORDS = N_BYTES + ENTRY_BYTES // WORD
-INBOX_WORDS = I_ENTRIES + INBOX_NOTES * NOTE_WORDS
 S_COUNT, S_LENGTH, S_BYTES = 0, 1, 2  # words of a sender: its count, its bytes
 LENGTH_BYTES = 2
 EMPTY = -1
@@ -51,7 +49,8 @@ def lock(inbox):
 @kernel
 def entry_of(inbox, at):
     """Address of entry number `at`."""
-    return inbox + (I_ENTRIES + at % INBOX_NOTES * NOTE_WORDS) * WORD
+    size = N_BYTES * WORD + SENDER_BYTES + peek(inbox + I_BYTES * WORD)
+    return inbox + I_ENTRIES * WORD + at % peek(inbox + I_NOTES * WORD) * size
 
 
 @kernel
@@ -64,13 +63,13 @@ def stir(inbox):
 @kernel
 def deliver(inbox, who, address, length):
     """Append one notification of the sender `who`; False, with nothing changed, if it has no room or that is closed."""
-    if length > NOTE_BYTES:
+    if length > peek(inbox + I_BYTES * WORD):
         return False
     count, name_bytes = peek(who + S_COUNT * WORD), peek(who + S_LENGTH * WORD)
     counted = inbox + (I_COUNTS + count) * WORD
     lock(inbox)
     head, tail = peek(inbox + I_HEAD * WORD), peek(inbox + I_TAIL * WORD)
-    put = peek(counted) < INBOX_NOTES - (head - tail) and peek(inbox + I_CLOSED * WORD) == 0
+    put = peek(counted) < peek(inbox + I_NOTES * WORD) - (head - tail) and peek(inbox + I_CLOSED * WORD) == 0
     if put:
         entry = entry_of(inbox, head)
         poke(entry + N_LENGTH * WORD, name_bytes + length)
@@ -87,7 +86,7 @@ def deliver(inbox, who, address, length):
 
 @kernel("int64(int64, uint8[::1])")
 def fetch(inbox, buffer):
-    """Take the oldest entry out into `buffer`, uint8[ENTRY_BYTES]; returns its length, or EMPTY."""
+    """Take the oldest entry out into `buffer`, uint8[SENDER_BYTES + I_BYTES]; returns its length, or EMPTY."""
     lock(inbox)
     head, tail, length = peek(inbox + I_HEAD * WORD), peek(inbox + I_TAIL * WORD), np.int64(EMPTY)
     if tail < head:

@@ -27,6 +27,7 @@ from numpy.typing import DTypeLike
 
 WORD = 8  # bytes
 LINE = 64  # bytes of a cache line
+MAP_NORESERVE = 0x4000  # Python has no name for it
 MAPPED_BYTES = 1 << 20  # from here on a system call more, and up to a page, are nothing beside the array
 
 
@@ -155,11 +156,12 @@ ENDPOINT_ROWS = _next()  # int64[workers, peers, ENDPOINT_WORDS]
 WORKER_ROWS = _next()  # int64[workers, WORKER_WORDS]
 RETIRED_RING = _next()  # ring of batch slots that the reaper or an epoch frees
 LOCAL_TABLE = _next()  # region table of this engine
-NOTES = _next()  # uint8[batches, NOTE_BYTES]: the notification of each batch that has one
+NOTES = _next()  # uint8[batches, NOTE_STRIDE]: the notification of each batch that has one
 SHARED = _next()  # int64[SHARED_WORDS], words that several actors write, one cache line each
 
 # ------------------------------------------------------------------ scalars fixed when the engine opens
 CAPACITY = _next()  # slots
+NOTE_STRIDE = _next()  # bytes of the longest notification as it travels
 CHUNKS = _next()
 BATCHES = _next()
 PEERS = _next()
@@ -375,13 +377,13 @@ EPOCH_QUIET = (1 << 62) - 1
 # ------------------------------------------------------------------ region tables
 PEER_BITS = 16
 TABLE_COUNT = 0
-TABLE_BASES = 1  # address of int64[REGIONS], ascending
-TABLE_ENDS = 2  # address of int64[REGIONS]
-TABLE_SLOTS = 3  # address of int64[REGIONS]
-TABLE_KEYS = 4  # address of int64[NICS, REGIONS], by NIC and slot: lkey or rkey
-TABLE_ACCESS = 5  # address of int64[REGIONS], by slot: bits of Access
+TABLE_BASES = 1  # address of int64[regions], ascending
+TABLE_ENDS = 2  # address of int64[regions]
+TABLE_SLOTS = 3  # address of int64[regions]
+TABLE_KEYS = 4  # address of int64[NICS, regions], by NIC and slot: lkey or rkey
+TABLE_ACCESS = 5  # address of int64[regions], by slot: bits of Access
 TABLE_GONE = 6  # 1: the connection to this peer is broken; set by its provider
-TABLE_REFUSED = 7  # address of int64[REGIONS], by slot: 1 when the peer's NIC has refused its key; set by workers
+TABLE_REFUSED = 7  # address of int64[regions], by slot: 1 when the peer's NIC has refused its key; set by workers
 TABLE_REFUSALS = 8  # 1 when there are any
 TABLE_PEER = 9  # how submits name the peer: its row, and above PEER_BITS how often that had been another's
 TABLE_EPOCH = 10  # rises when a connection to this peer ends: what was submitted before is posted no more
@@ -422,24 +424,26 @@ OBJECT_STRING_LENGTH = 48
 STRING_BYTES = 32  # "hostname:12345@mlx5_0" and its terminator: past the small-string buffer, so on the heap
 
 
-def zeros(n: int, dtype: DTypeLike) -> np.ndarray:
+def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
     """dtype[n] of zeros; pages of its own for a large array, which the system gives when they are first written to.
 
     They go back to the system with the array. glibc keeps what was freed, up to 32 MiB each, and writes the zeros of
-    the next array itself.
+    the next array itself. `sparse`: little of a large one is written to: it gets small pages, and the system need not
+    have room for all of it.
     """
     nbytes = n * np.dtype(dtype).itemsize
     if nbytes < MAPPED_BYTES:
         return np.zeros(n, dtype)
-    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
+    pages = mmap.mmap(-1, nbytes, flags)
     with suppress(OSError):  # this kernel has no huge pages to give; numpy asks for them, too
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        pages.madvise(mmap.MADV_NOHUGEPAGE if sparse else mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype, n)
 
 
-def aligned(words: int) -> np.ndarray:
-    """int64[words] of zeros on a cache line of its own."""
-    raw = zeros(words + LINE // WORD, np.int64)
+def aligned(words: int, *, sparse: bool = False) -> np.ndarray:
+    """int64[words] of zeros on a cache line of its own; see `zeros`."""
+    raw = zeros(words + LINE // WORD, np.int64, sparse=sparse)
     skip = (-raw.ctypes.data % LINE) // WORD
     return raw[skip : skip + words]
 

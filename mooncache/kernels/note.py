@@ -26,6 +26,7 @@ from mooncache.kernels.layout import (
     BATCH_WORKER,
     CHUNK_SLICES,
     ENDPOINT_NOTE_FIRST,
+    NOTE_STRIDE,
     NOTES,
     SLICE_ATTEMPTS,
     SLICE_FIRST,
@@ -45,7 +46,6 @@ from mooncache.kernels.layout import (
 from mooncache.kernels.look import NOWHERE
 from mooncache.kernels.worker import endpoint_row, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS
-from mooncache.limits import NOTE_BYTES
 
 
 @kernel
@@ -53,7 +53,7 @@ def fill_note(ctl, row, requests, note, length):
     """Make the batch's last slot its notification; `note` is the address of `length` bytes, copied here."""
     last = peek(row + BATCH_LAST * WORD)
     slot = last * SLOTS + i64(word(ctl, CHUNK_SLICES))[last] - 1
-    own = word(ctl, NOTES) + slot_of(ctl, row) * NOTE_BYTES
+    own = word(ctl, NOTES) + slot_of(ctl, row) * word(ctl, NOTE_STRIDE)
     copy(own, note, length)
     i64(word(ctl, SLICE_SOURCE))[slot] = own
     i64(word(ctl, SLICE_TARGET))[slot] = 0

@@ -22,7 +22,6 @@ _libc = ctypes.CDLL(None)
 QUEUES_MAX = 1 << 14
 """Queue pairs of one worker, at most: their index is the uppermost part of a work request's id."""
 
-KEYS_BYTES = limits.REGIONS * WORD
 """A NIC's keys in a region table."""
 
 
@@ -51,6 +50,9 @@ class Settings:
     slices: int = limits.POOL_SLICES  # rounded up to whole chunks of 256
     batches: int = limits.BATCHES
     peers: int = limits.PEERS
+    regions: int = limits.REGIONS
+    notes: int = limits.INBOX_NOTES
+    note_bytes: int = limits.NOTE_BYTES
     slice_bytes: int = limits.SLICE_BYTES
     queue_depth: int = limits.QUEUE_DEPTH
     chain: int = limits.CHAIN
@@ -68,6 +70,9 @@ class Settings:
             "slices": limits.SLICES_MAX,
             "batches": 1 << 20,
             "peers": 1 << 15,
+            "regions": limits.REGIONS_MOST,
+            "notes": 1 << 20,
+            "note_bytes": limits.NOTE_BYTES_MOST,
             "slice_bytes": 1 << 30,
             "queue_depth": 1 << 16,
             "chain": 1 << 12,
@@ -91,20 +96,28 @@ class Settings:
         return -(-self.slices // limits.CHUNK_SLICES)
 
     @property
+    def note_stride(self) -> int:
+        """Bytes of the longest notification as it travels, whole words."""
+        return limits.NOTE_HEAD_BYTES + -(-self.note_bytes // layout.WORD) * layout.WORD
+
+    @property
     def chain_length(self) -> int:
         """Work requests behind one doorbell; at most half the queue, so that posting never leaves it empty."""
         return max(1, min(self.chain, self.queue_depth // 2))
 
 
 class RegionTable:
-    """Registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a time."""
+    """Registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a time.
 
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
+    `rows`: most ranges; a `State` takes tables of as many as its setting regions.
+    """
+
+    def __init__(self, owner: str, rows: int = limits.REGIONS) -> None:
+        self.owner, self.rows = owner, rows
         self.header = aligned(layout.TABLE_WORDS)
-        columns = [zeros(limits.REGIONS, np.int64) for _ in range(5)]
+        columns = [zeros(rows, np.int64) for _ in range(5)]
         self.bases, self.ends, self.slots, self.access, self.refused = columns
-        self.keys = np.zeros((limits.NICS, limits.REGIONS), np.int64)
+        self.keys = np.zeros((limits.NICS, rows), np.int64)
         for field, column in (
             (layout.TABLE_BASES, self.bases),
             (layout.TABLE_ENDS, self.ends),
@@ -114,7 +127,7 @@ class RegionTable:
             (layout.TABLE_REFUSED, self.refused),
         ):
             self.header[field] = address_of(column)
-        self._free = list(range(limits.REGIONS - 1, -1, -1))
+        self._free = list(range(rows - 1, -1, -1))
 
     def __len__(self) -> int:
         return int(self.header[layout.TABLE_COUNT])
@@ -150,7 +163,10 @@ class RegionTable:
             )
         if slot is None:
             if not self._free:
-                raise CapacityError(f"{self.owner}: all {limits.REGIONS} regions are in use; unregister some first")
+                raise CapacityError(
+                    f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
+                    "more `regions`"
+                )
             slot = self._free.pop()
         n = len(self)
         self.keys[: len(keys), slot], self.access[slot] = keys, access
@@ -211,6 +227,7 @@ class QueuePair(NamedTuple):
     rkeys: int = 0  # index of its NIC at the peer
     signal: int = 1  # ask for a completion every so many work requests, unless the settings say otherwise
     gathers: int = 1  # most slices in one work request
+    message_bytes: int = limits.MESSAGE_BYTES  # most bytes in one
     inline: int = 0  # bytes up to which a write is copied into its work request
     weight: int = layout.WEIGHT_ONE  # share of the load, see kernels/spread.py
     breaks: bool = False  # any error breaks it; it is posted to only after an order to probe it
@@ -235,10 +252,10 @@ class QueueRow:
             (layout.QUEUE_DEPTH, pair.depth),
             (layout.QUEUE_TAG, tag),
             (layout.QUEUE_CQ, cqs + pair.cq * layout.CQ_WORDS * WORD),
-            (layout.QUEUE_LKEYS, pair.lkeys * KEYS_BYTES),
-            (layout.QUEUE_RKEYS, pair.rkeys * KEYS_BYTES),
+            (layout.QUEUE_LKEYS, pair.lkeys * state.settings.regions * WORD),
+            (layout.QUEUE_RKEYS, pair.rkeys * state.settings.regions * WORD),
             (layout.QUEUE_SIGNAL, state.settings.signal or pair.signal),
-            (layout.QUEUE_GATHERS, min(pair.gathers, max(1, limits.MESSAGE_BYTES // (2 * state.settings.slice_bytes)))),
+            (layout.QUEUE_GATHERS, min(pair.gathers, pair.message_bytes // (2 * state.settings.slice_bytes))),
             (layout.QUEUE_INLINE, pair.inline),
             (layout.QUEUE_WEIGHT, pair.weight),
             (layout.QUEUE_BREAKS, pair.breaks),
@@ -358,7 +375,7 @@ class State:
         ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
         self.endpoint_rows[:, :, [layout.ENDPOINT_FIRST, layout.ENDPOINT_LAST]] = -1
         self.endpoint_rows[:, :, [layout.ENDPOINT_NOTE_FIRST, layout.ENDPOINT_NOTE_LAST]] = -1
-        self._hold(layout.NOTES, zeros(settings.batches * limits.NOTE_BYTES, np.uint8))
+        self._hold(layout.NOTES, zeros(settings.batches * settings.note_stride, np.uint8, sparse=True))
         self.worker_rows = self._hold(layout.WORKER_ROWS, aligned(settings.workers * layout.WORKER_WORDS)).reshape(
             settings.workers, layout.WORKER_WORDS
         )
@@ -387,7 +404,7 @@ class State:
         self.shared[layout.SHARED_FREE_BATCHES] = 1
         self.shared[layout.SHARED_FREE_COUNT] = chunks
         self.shared[layout.SHARED_LOW] = chunks
-        self.regions = RegionTable("this engine")
+        self.regions = RegionTable("this engine", settings.regions)
         self.template[layout.LOCAL_TABLE] = address_of(self.regions.header)
         self._set_scalars(virtual, event_fd, look_fd)
 
@@ -403,6 +420,7 @@ class State:
             (layout.CAPACITY, s.chunks * limits.CHUNK_SLICES),
             (layout.CHUNKS, s.chunks),
             (layout.BATCHES, s.batches),
+            (layout.NOTE_STRIDE, s.note_stride),
             (layout.PEERS, s.peers),
             (layout.WORKERS, s.workers),
             (layout.STORE, s.store),
@@ -441,8 +459,14 @@ class State:
 
         A peer that is entered again keeps its rows, which those queue pairs must fit (`fits`); those that are closed
         lead to them from now on. The table and what the addresses point to must live until `disconnect`.
-        Raises CapacityError, with nothing changed.
+        Raises CapacityError, or UsageError for slices that a device does not take, with nothing changed.
         """
+        longest = min((pair.message_bytes for own in queue_pairs for pair in own if not pair.notes), default=1 << 62)
+        if longest < 2 * self.settings.slice_bytes:
+            raise UsageError(
+                f"slice_bytes is {self.settings.slice_bytes}, so slices may have twice that, and a NIC sends at most "
+                f"{longest} bytes in a message: open the engine with slice_bytes={longest // 2} or less"
+            )
         new = [(worker, peer) for worker in range(len(queue_pairs)) if (worker, peer) not in self.queues]
         for worker, _ in new:
             self._check_room(worker, len(queue_pairs[worker]))

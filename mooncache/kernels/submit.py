@@ -247,7 +247,7 @@ def submit(ctl, peer, opcode, deadline, source, target, length):
 
 @kernel("int64(int64, int64, int64, int64, int64[::1], int64[::1], int64[::1], uint8[::1])")
 def submit_noted(ctl, peer, opcode, deadline, source, target, length, note):
-    """`submit` with a notification: 1 to NOTE_BYTES bytes, copied."""
+    """`submit` with a notification: 1 to NOTE_STRIDE bytes, copied."""
     n = max(source.size, target.size, length.size)
     return submit_words(
         ctl, peer, opcode, deadline, n,

@@ -24,9 +24,9 @@ from mooncache import forks, limits
 from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
 from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
-from mooncache.kernels.inbox import sender
+from mooncache.kernels.inbox import I_BYTES, sender
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, aligned
+from mooncache.kernels.layout import MAP_NORESERVE, WORD, aligned
 from mooncache.kernels.linux import (
     EPOLL_EVENT_BYTES,
     EPOLL_EVENT_DATA,
@@ -54,7 +54,6 @@ KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_K
 """A host that is gone without a word is noticed within 30 s, also by connections on which nothing is under way."""
 
 ZERO_BYTES = SLICE_BYTES_MAX
-MAP_NORESERVE = 0x4000
 LANES_MOST = 16
 
 
@@ -138,7 +137,7 @@ class Arrival:
 class Lane:
     """One lane's row and the memory it points to; used again for other connections."""
 
-    def __init__(self, row: np.ndarray, port: int) -> None:
+    def __init__(self, row: np.ndarray, port: int, note_bytes: int) -> None:
         self.row, self.peer, self.number = row, "", 0
         self.told = True  # why its latest connection ended
         self.reserved = False  # for a connection that is about to be attached
@@ -150,7 +149,6 @@ class Lane:
             lanes.L_IN_NEXT: HEADER_BYTES // WORD,
             lanes.L_IN_IOV: iovecs,
             lanes.L_IN_STATUS: FRAME_SLICES,
-            lanes.L_IN_NOTE: limits.NOTE_BYTES // WORD,
             lanes.L_OUT_HEAD: HEAD_BYTES_MAX // WORD,
             lanes.L_OUT_IOV: iovecs,
             lanes.L_FLIGHTS: FLIGHTS * FLIGHT_WORDS,
@@ -158,7 +156,9 @@ class Lane:
             lanes.L_OUT_TRAILER: FRAME_SLICES // WORD,
         }
         self._memory = {field: aligned(words) for field, words in fields.items()}
-        self._fixed = {field: address_of(words) for field, words in self._memory.items()} | {lanes.L_PORT: port}
+        self._note = aligned(note_bytes // WORD)  # written to when one comes
+        self._fixed = {field: address_of(words) for field, words in self._memory.items()}
+        self._fixed |= {lanes.L_PORT: port, lanes.L_IN_NOTE: address_of(self._note)}
 
     @property
     def state(self) -> int:
@@ -233,10 +233,11 @@ REASONS = {
 class Port:
     """A worker's side of all its lanes."""
 
-    def __init__(self, words: np.ndarray, index: int, keys: KeyTable, inbox: int, trouble_fd: int) -> None:
+    def __init__(self, words: np.ndarray, index: int, keys: KeyTable, inbox: np.ndarray, trouble_fd: int) -> None:
         self.words, self.address = words, address_of(words)
         self.rows = aligned(limits.LANES * LANE_WORDS).reshape(limits.LANES, LANE_WORDS)
         self.lanes: list[Lane] = []
+        self._note_bytes = int(inbox[I_BYTES])
         self.nudge = -1
         self.epoll = select.epoll()
         forks.private(self)
@@ -264,7 +265,7 @@ class Port:
             lanes.P_TIMESPEC: timespec,
             lanes.P_STALL: round(STALL_S * 1e9),
             lanes.P_ZEROS: zeros(),
-            lanes.P_INBOX: inbox,
+            lanes.P_INBOX: address_of(inbox),
             lanes.P_INDEX: index,
             lanes.P_NUDGE: self.nudge,
             lanes.P_ONE: one,
@@ -290,7 +291,8 @@ class Port:
                 f"a worker serves at most {len(self.rows)} connections, and all are in use: give the engine more "
                 "workers, or its peers fewer workers or lanes"
             )
-        made = [Lane(self.rows[len(self.lanes) + i], self.address) for i in range(n - len(found))]
+        new = self.rows[len(self.lanes) : len(self.lanes) + n - len(found)]
+        made = [Lane(row, self.address, self._note_bytes) for row in new]
         for lane in [*found, *made]:
             lane.reserved = True
         self.lanes += made

@@ -15,7 +15,7 @@ from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD
 from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES
-from mooncache.limits import NOTE_BYTES
+from mooncache.limits import NOTE_BYTES_MOST, NOTE_HEAD_BYTES
 
 MAGIC = 0x4D434631 << 8  # "MCF1", above the kind's byte
 HEADER_BYTES = 128
@@ -96,7 +96,7 @@ def request_holds(head):
         if length <= 0 or length > SLICE_BYTES_MAX:
             return False
         total += length
-    if kind == Frame.NOTE and (count != 1 or total > NOTE_BYTES):
+    if kind == Frame.NOTE and (count != 1 or total > NOTE_BYTES_MOST + NOTE_HEAD_BYTES):
         return False
     return count > 0 and peek(head + H_BYTES) == (0 if kind == Frame.READ else total)
 

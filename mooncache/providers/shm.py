@@ -123,10 +123,10 @@ class Share:
     def __init__(self, answer: Answer, there: Sequence[int]) -> None:
         self.sock, body = answer.sock, answer.body
         self.segments: dict[int, tuple[int, Mapping]] = {}  # by number: the peer's address, our mapping
-        self.maps = RegionTable("mapped memory")
+        self.maps = RegionTable("mapped memory", 1)
         with ExitStack() as undo:
             undo.callback(self.sock.close)
-            self.keys = Mapping(answer.fds[0], limits.REGIONS * KEY_WORDS * WORD, writable=False)
+            self.keys = Mapping(answer.fds[0], limits.REGIONS_MOST * KEY_WORDS * WORD, writable=False)
             undo.callback(self.keys.close)
             self.guards = Mapping(answer.fds[1], GUARD_BYTES, writable=True)
             undo.callback(self.guards.close)
@@ -146,7 +146,7 @@ class Share:
                 mapping = Mapping(descriptor, int(length), writable=True)
                 undo.callback(mapping.close)
                 segments[int(number)] = int(address), mapping
-            table = RegionTable("mapped memory")
+            table = RegionTable("mapped memory", max(1, len(segments)))
             for address, mapping in segments.values():
                 table.add(address, mapping.length, (mapping.address,), 0)
             undo.pop_all()
@@ -246,7 +246,7 @@ class Shm(StreamProvider):
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox, peers)
         try:
-            self._table = allocate(limits.REGIONS * KEY_WORDS * WORD, for_reading=True)
+            self._table = allocate(limits.REGIONS_MOST * KEY_WORDS * WORD, for_reading=True)
         except BaseException:
             super().close()
             raise

@@ -44,9 +44,9 @@ from mooncache.kernels.verbs import (
 from mooncache.providers.base import Descriptor, Keys, Link, Provider
 from mooncache.providers.careful import C_SELF, FIRST, Copier, move_one, set_pair
 
-# key table: REGIONS entries of
+# key table: REGIONS_MOST entries of
 KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
-KEY_SLOT_MASK = limits.REGIONS - 1
+KEY_SLOT_MASK = limits.REGIONS_MOST - 1
 # queue words
 Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
 Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_COPIER, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 30, 31, 32
@@ -125,11 +125,11 @@ class KeyTable:
     """What a device lets peers reach. Keys are drawn at random, so that an old one names nothing by chance."""
 
     def __init__(self, words: np.ndarray | None = None) -> None:
-        """`words`: zeroed int64[REGIONS * KEY_WORDS] to use, on a cache line of its own."""
-        words = aligned(limits.REGIONS * KEY_WORDS) if words is None else words
-        self.entries = words.reshape(limits.REGIONS, KEY_WORDS)
+        """`words`: zeroed int64[REGIONS_MOST * KEY_WORDS] to use, on a cache line of its own."""
+        words = aligned(limits.REGIONS_MOST * KEY_WORDS) if words is None else words
+        self.entries = words.reshape(limits.REGIONS_MOST, KEY_WORDS)
         self.closed = False
-        self._free = list(range(limits.REGIONS - 1, -1, -1))
+        self._free = list(range(limits.REGIONS_MOST - 1, -1, -1))
 
     @property
     def address(self) -> int:
@@ -139,9 +139,11 @@ class KeyTable:
     def add(self, address: int, length: int, access: int) -> int:
         """Enter a range; returns its key, never 0."""
         if not self._free:
-            raise CapacityError(f"all {limits.REGIONS} registrations of this device are in use; unregister some first")
+            raise CapacityError(
+                f"all {limits.REGIONS_MOST} registrations of this device are in use; unregister some first"
+            )
         slot = self._free.pop()
-        key = secrets.randbelow(1 << 53) * limits.REGIONS + slot  # 53 random bits above ten of the slot: 63 in all
+        key = secrets.randbelow(1 << 51) * limits.REGIONS_MOST + slot  # 51 random bits above twelve of the slot
         self.entries[slot, 1:] = address, address + length, access
         publish(self._entry(slot), key)
         return key
@@ -233,7 +235,9 @@ class Queue:
         """Let what is posted from now on reach the device with this key table, and the inbox, where it comes from
         `caller`."""
         if self.words[Q_KEYS] != keys.address:
-            self.held += [keys.entries] if inbox is None else [keys.entries, inbox]
+            self.held.append(keys.entries)
+        if inbox is not None and self.words[Q_INBOX] != address_of(inbox):
+            self.held.append(inbox)
         self._sender = sender(caller)
         put(self.words, Q_SENDER, address_of(self._sender))
         put(self.words, Q_INBOX, 0 if inbox is None else address_of(inbox))
@@ -441,4 +445,5 @@ class InProcessProvider(SoftwareProvider):
         self.keys.clear()
         wait_for_moves()
         self._tables.clear()
+        self.inbox = self.inbox[:0].copy()
         self.give_up_memory()

@@ -221,7 +221,7 @@ class StreamProvider(SoftwareProvider):
             undo.callback(os.close, self._trouble_fd)
             self.ports: list[Port] = []
             for i, words in enumerate(self.lists):
-                self.ports.append(Port(words, i, self.keys, address_of(inbox), self._trouble_fd))
+                self.ports.append(Port(words, i, self.keys, inbox, self._trouble_fd))
                 undo.callback(self.ports[-1].close)
             self._watched.register(self._trouble_fd, select.EPOLLIN)
             self._connect_ports(workers)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mooncache.discovery.fields import WORD
 from mooncache.discovery.record import RECORD_BYTES, decode, encode
 from mooncache.errors import CapacityError, DiscoveryError, UsageError
-from mooncache.limits import NICS, REGIONS
+from mooncache.limits import NICS, REGIONS_MOST
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 OWN = Descriptor(
@@ -24,7 +24,7 @@ LARGEST = replace(
     address="x" * 253 + ":65535",
     generation=WORD - 1,
     provider="\U0001f600" * 255,
-    regions=(RemoteRegion(WORD // 2, WORD // 2 - 1, (WORD - 1,) * NICS, 3),) * REGIONS,
+    regions=(RemoteRegion(WORD // 2, WORD // 2 - 1, (WORD - 1,) * NICS, 3),) * REGIONS_MOST,
 )
 
 json_values = st.recursive(
@@ -92,7 +92,8 @@ def changed(*path: Any, to: Any) -> bytes:
         changed("generation", to=0), changed("generation", to=WORD), changed("generation", to=1.0),
         changed("generation", to=True), changed("generation", to="5"),
         changed("address", to="host"), changed("address", to=None), changed("provider", to=None),
-        changed("regions", to={}), changed("regions", to=[[0, 1, 2, 3]]), changed("regions", to=[{}] * (REGIONS + 1)),
+        changed("regions", to={}), changed("regions", to=[[0, 1, 2, 3]]),
+        changed("regions", to=[{}] * (REGIONS_MOST + 1)),
         changed("regions", 0, "address", to=-1), changed("regions", 0, "address", to=WORD - 8192),
         changed("regions", 0, "length", to=0), changed("regions", 0, "length", to=-8192),
         changed("regions", 0, "rkeys", to=[-1]), changed("regions", 0, "rkeys", to=[WORD]),

@@ -22,9 +22,9 @@ PAIRS = limits.WORKERS * limits.QUEUE_PAIRS
 
 CALLS: dict[str, dict[str, Any]] = {
     "describe": {},
-    "lane": {"lanes": 1, "queue": MOST, "round": MOST},
+    "lane": {"lanes": 2, "queue": MOST, "round": MOST},
     "share": {"have": []},
-    "segments": {"have": [MOST] * limits.REGIONS},
+    "segments": {"have": [MOST] * limits.REGIONS_MOST},
     "rdma-connect": {
         "version": 1, "instance": MOST, "connection": MOST, "paths": [PATH] * limits.NICS, "queues": [PAIR] * PAIRS,
         "notes": [PAIR] * limits.NICS, "answer": MOST,
@@ -37,17 +37,17 @@ CALLS: dict[str, dict[str, Any]] = {
 def largest(data: object) -> Descriptor:
     region = RemoteRegion(MOST, MOST, (MOST,) * limits.NICS, 3)
     address = f"{'h' * 253}:65535"
-    return Descriptor(NAME, MOST, address, NAME, (region,) * limits.REGIONS, data)
+    return Descriptor(NAME, MOST, address, NAME, (region,) * limits.REGIONS_MOST, data)
 
 
 DATA: dict[str, dict[str, Any]] = {
-    "shm": {"lanes": 1, "unix": "mooncache-" + "0" * 32, "segments": [MOST] * limits.REGIONS},
+    "shm": {"lanes": 2, "unix": "mooncache-" + "0" * 32, "segments": [MOST] * limits.REGIONS_MOST},
     "rdma": {"rdma": 1, "instance": MOST, "nics": [[GID, 0xFFFF, 4096, 0xFF, 1234.5678, False]] * limits.NICS},
 }
 ANSWERS: dict[str, tuple[dict[str, Any], int]] = {
     "describe by shm": (to_json(largest(DATA["shm"])), 0),
     "describe by rdma": (to_json(largest(DATA["rdma"])), 0),
-    "share": ({"segments": [[MOST, MOST, MOST]] * limits.REGIONS, "word": MOST, "nonce": -MOST}, handshake.FDS),
+    "share": ({"segments": [[MOST, MOST, MOST]] * limits.REGIONS_MOST, "word": MOST, "nonce": -MOST}, handshake.FDS),
     "rdma-connect": (
         {"queues": [[0xFFFFFF, 0xFFFFFF]] * PAIRS, "notes": [[0xFFFFFF, 0xFFFFFF, MOST, 0xFFFFFFFF]] * limits.NICS}, 0,
     ),

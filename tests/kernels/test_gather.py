@@ -133,9 +133,9 @@ def test_only_a_short_write_of_a_single_slice_is_carried_inline():
 
 
 def test_a_work_request_never_grows_beyond_what_nics_take():
-    rig = rig_of({"gathers": 16}, slice_bytes=1 << 27)
+    rig = rig_of({"gathers": 16, "message_bytes": 1 << 30}, slice_bytes=1 << 27)
     assert rig.word(layout.QUEUE_GATHERS) == 4
-    rig = rig_of({"gathers": 16}, slice_bytes=1 << 30)
+    rig = rig_of({"gathers": 16, "message_bytes": 1 << 31}, slice_bytes=1 << 30)
     assert rig.word(layout.QUEUE_GATHERS) == 1
 
 

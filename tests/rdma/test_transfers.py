@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from mooncache import TransferFailed
+from mooncache import Engine, TransferFailed
 from mooncache.errors import Status
 from mooncache.limits import INBOX_NOTES, SLICES_GATHERED
 from mooncache.providers.emulated import Emulated, Nic
@@ -105,6 +105,28 @@ def test_notifications_arrive_after_their_data_in_the_order_of_submission(pair):
     for batch in batches:
         batch.wait(WAIT)
         batch.close()
+
+
+@pytest.mark.parametrize("length", [1, 1500, 65_536])
+def test_a_long_notification_arrives_as_it_was_sent(pair, length):
+    message = np.random.Generator(np.random.Philox(length)).bytes(length)
+    with pair.write(0, length=4096, notify=message) as batch:
+        batch.wait(WAIT)
+    assert [note.message for note in pair.there.notifications()] == [message]
+
+
+def test_a_notification_longer_than_the_peer_takes_is_not_sent(rdma):
+    with Engine("sender", provider=rdma()) as here, Engine("taker", provider=rdma(), note_bytes=100) as there:
+        here.connect(there.address)
+        for length in (101 + 7, 100):  # whole words
+            batch = here.write(there.address, *[np.zeros(0, np.int64)] * 2, 8, notify=bytes(length))
+            if length > 100:
+                with pytest.raises(TransferFailed, match="INBOX_FULL"):
+                    batch.wait(WAIT)
+            else:
+                batch.wait(WAIT)
+            batch.close()
+        assert [note.message for note in there.notifications()] == [bytes(100)]
 
 
 def test_a_full_inbox_refuses_and_takes_again_when_it_was_fetched(pair):

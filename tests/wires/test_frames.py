@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mooncache.discovery.dial import dial
 from mooncache.errors import DiscoveryError, UsageError
 from mooncache.kernels.verbs import WcStatus
+from mooncache.limits import NOTE_BYTES_MOST, NOTE_HEAD_BYTES
 from mooncache.providers.frames import FRAME_SLICES, SLICE_BYTES_MAX, Frame
 from mooncache.providers.lanes import FRAMES_VERSION
 from tests.helpers import random_bytes, until
@@ -25,6 +26,7 @@ KiB = 1 << 10
 FIRST, LAST = 64 * KiB, 128 * KiB  # what is registered of 192 KiB
 CANARY, BLANK = 238, 119
 DENIED = int(WcStatus.REM_ACCESS_ERR)
+TOO_LONG = NOTE_BYTES_MOST + NOTE_HEAD_BYTES + 1  # for a notification of any engine's
 
 
 class Target:
@@ -205,7 +207,7 @@ BAD = {
     "a negative sum": (lambda t: frame(Frame.WRITE, 0, [_entry(t)], bytes(64), size=-1), NO_HEADER),
     "a read with bytes": (lambda t: frame(Frame.READ, 0, [_entry(t)], bytes(64)), NO_TABLE),
     "two notifications in one": (lambda t: frame(Frame.NOTE, 0, [_entry(t), _entry(t)], bytes(128)), NO_TABLE),
-    "a notification too long": (lambda t: frame(Frame.NOTE, 0, [_entry(t, 2049)], bytes(2049)), NO_TABLE),
+    "a notification too long": (lambda t: frame(Frame.NOTE, 0, [_entry(t, TOO_LONG)], size=TOO_LONG), NO_TABLE),
     **{
         f"kind {k}": ((lambda t, k=k: frame(k, 0, [_entry(t)], bytes(64))), NO_HEADER)
         for k in (1, 3, 5, 6, 7, 10, 100, 255)

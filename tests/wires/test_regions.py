@@ -16,9 +16,12 @@ from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
 from mooncache.memory import allocate
 from mooncache.providers import lanes, stream
+from mooncache.providers.emulated import Emulated, Nic
 from mooncache.providers.frames import Frame
+from mooncache.providers.loopback import Loopback
 from mooncache.providers.shm import RESTARTS, Shm
 from mooncache.providers.software import KEY, KEY_WORDS
+from mooncache.providers.tcp import Tcp
 from tests.helpers import Task, assert_balanced, random_bytes, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, WIRES, over
@@ -409,3 +412,20 @@ def test_slices_that_are_copied_and_slices_for_the_connection_share_a_queue(engi
         assert (got[i * 65_541 : i * 65_541 + 65_000] == data[i * 65_540 : i * 65_540 + 65_000]).all()
     here.close()
     assert_balanced(here)
+
+
+@pytest.mark.parametrize("provider", [Loopback, lambda: Emulated(Nic(), Nic()), Tcp, Shm])
+def test_how_many_regions_there_may_be_is_a_setting(engines, provider):
+    n = REGIONS + 100
+    memory, source = np.zeros((n + 1, 64), np.uint8), np.arange(64, dtype=np.uint8)
+    target, few, many = (engines(provider=provider(), regions=limit) for limit in (n, REGIONS, n))
+    regions = [target.register(row) for row in memory[:n]]
+    address = target.address or target.name
+    with pytest.raises(CapacityError, match=f"all {n} regions are in use; unregister some .* more `regions`"):
+        target.register(memory[n])
+    with pytest.raises(CapacityError, match=f"of {REGIONS} this engine can know .* this engine with more `regions`"):
+        few.connect(address)
+    local = many.register(source)
+    for i in (0, 7, n - 1):
+        many.write(address, np.full(200, local.address), np.full(200, regions[i].address), 64).wait(20).close()
+        np.testing.assert_array_equal(memory[i], source)

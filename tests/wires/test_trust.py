@@ -17,19 +17,21 @@ from mooncache import Engine, Notification, TransportError
 from mooncache.discovery.credentials import has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer, dial
 from mooncache.discovery.listener import Reply, Request
+from mooncache.kernels.layout import WORD
 from mooncache.kernels.state import address_of
-from mooncache.limits import NOTE_BYTES
+from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
 from mooncache.providers.frames import Frame
 from mooncache.providers.lanes import FRAMES_VERSION
 from mooncache.providers.shm import GUARD_BYTES, reachable
+from mooncache.providers.software import KEY_WORDS
 from tests.helpers import LIMIT, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget
 from tests.wires.raw import frame, lane_to, receive_head
 
 KiB = 1 << 10
-TABLE_BYTES = 32 * KiB
+TABLE_BYTES = REGIONS_MOST * KEY_WORDS * WORD
 
 
 def segment_behind(array: np.ndarray) -> Segment:
@@ -279,7 +281,9 @@ def test_memory_that_is_not_handed_out_is_reached_all_the_same(engines, far, acc
 
 # ------------------------------------------------------------------------------ notifications
 @pytest.mark.parametrize("provider", ["tcp", "shm"])
-@pytest.mark.parametrize("text", [b"", b"\5\0legit: forged", b"\xff" * NOTE_BYTES], ids=["empty", "a name", "long"])
+@pytest.mark.parametrize(
+    "text", [b"", b"\5\0legit: forged", b"\xff" * (NOTE_BYTES + NOTE_HEAD_BYTES)], ids=["empty", "a name", "long"]
+)
 def test_a_notification_is_of_the_engine_that_connected_whatever_it_says(engines, provider, text):
     there = engines(provider=provider)
     note = b"\0" + text[1:]

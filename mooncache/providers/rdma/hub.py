@@ -11,7 +11,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
-from mooncache.kernels.inbox import sender
+from mooncache.kernels.inbox import I_BYTES, sender
 from mooncache.kernels.layout import WORD, Access, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
@@ -63,7 +63,7 @@ class Record:
         base = address_of(hub.memory) + index * hub.record_bytes
         self.answer = base
         self.buffer = base + WORD  # of a mailbox: what it answers with
-        self.mailboxes = [base + 64 + i * notes.BUFFER_BYTES for i in range(hub.rails)]
+        self.mailboxes = [base + 64 + i * (WORD + hub.note_bytes) for i in range(hub.rails)]
         with ExitStack() as undo:
             self._registered: list[Registration] = []
             for nic in hub.nics:
@@ -72,13 +72,19 @@ class Record:
             undo.pop_all()
         self.rkeys = [registration.rkey for registration in self._registered]
 
-    def open(self, rails: Sequence[Rail], gone: int) -> None:
-        """Make it usable; its rails are down. `gone`: address of the word that says that the peer is."""
+    def open(self, rails: Sequence[Rail], gone: int, most: int = 0) -> None:
+        """Make it usable; its rails are down.
+
+        Args:
+            gone: address of the word that says that the peer is.
+            most: bytes of the longest notification that the peer takes.
+        """
         hub, words = self._hub, self.words
         hub.incarnation = hub.incarnation % 0xFFFF + 1
         words[1:] = 0
         hub.memory[self.index, :8] = 0
         words[[notes.R_BUFFER, notes.R_ANSWER, notes.R_GONE]] = self.mailboxes[0], self.answer, gone
+        words[notes.R_MOST] = most
         for i, rail in enumerate(rails):
             row = words[notes.R_OWN + i * notes.RAIL_WORDS :][: notes.RAIL_WORDS]
             row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, self._registered[rail.nic].lkey
@@ -141,7 +147,8 @@ class NoteHub:
 
     def __init__(self, nics: Sequence[Nic], workers: int, inbox: np.ndarray) -> None:
         self.nics, self.rails = nics, len(nics)
-        self.record_bytes = 64 + self.rails * notes.BUFFER_BYTES
+        self.note_bytes = int(inbox[I_BYTES])  # of the longest notification as it travels
+        self.record_bytes = 64 + self.rails * (WORD + self.note_bytes)
         self.memory = np.zeros((RECORDS, self.record_bytes), np.uint8)
         self.records = aligned(RECORDS * notes.RECORD_WORDS).reshape(RECORDS, notes.RECORD_WORDS)
         self.free = list(range(RECORDS - 1, -1, -1))

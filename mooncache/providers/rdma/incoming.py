@@ -61,6 +61,7 @@ class Incoming:
             self.close()
             raise
         self.answer = {
+            "note_bytes": provider.hub.note_bytes,
             "queues": [[ours.number, psn] for (_, _, ours), psn in zip(self._queues, psns, strict=True)],
             "notes": [
                 [ours.number, psn, self._record.mailboxes[i], self._record.rkeys[self._plans[path].path.local]]

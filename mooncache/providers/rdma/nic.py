@@ -56,6 +56,7 @@ class Limits(NamedTuple):
         max_mr_size: bytes of one registration.
         max_rd_atomic: RDMA reads under way on one connection, as far as it can both send and answer them.
         max_qp, max_mr: queue pairs and registrations.
+        max_msg_sz: bytes of one message over the port.
     """
 
     max_qp_wr: int
@@ -65,6 +66,7 @@ class Limits(NamedTuple):
     max_rd_atomic: int
     max_qp: int
     max_mr: int
+    max_msg_sz: int
 
 
 class Event(NamedTuple):
@@ -155,6 +157,7 @@ class Nic:
             max_rd_atomic=min(device.max_qp_init_rd_atom, device.max_qp_rd_atom),
             max_qp=device.max_qp,
             max_mr=device.max_mr,
+            max_msg_sz=port.max_msg_sz,
         )
         self.operations = operations(self.context_address)
         self.async_fd = half(self.context_address + CONTEXT_ASYNC_FD)

@@ -12,7 +12,7 @@ To the kernels all this is one more queue pair and one more completion queue for
 poll_cq are the functions here. The first worker also serves: it takes what the NICs report of these queue pairs, peers'
 mail included. A lock keeps workers and the threads that open and close connections apart.
 
-    immediate data: number << 12 | length        answer: number << 8 | outcome
+    immediate data: number        answer: number << 8 | outcome        mailbox: length, then the notification
     work request id: record << 32 | incarnation << 16 | rail << 8 | Kind
 """
 
@@ -57,7 +57,7 @@ SEND_SOLICITED = 4  # wakes who sleeps on the other side
 WC_IMM_DATA = 24  # struct ibv_wc
 RECV_WR_BYTES = 32  # struct ibv_recv_wr
 RECV_WR_ID, RECV_NEXT, RECV_SG_LIST, RECV_NUM_SGE = 0, 8, 16, 24
-LENGTH_BITS, OUTCOME_BITS = 12, 8
+OUTCOME_BITS = 8
 NUMBERS = 1 << 20  # sequence numbers; 0 is never used
 DELIVERED, FULL = 1, 2  # outcomes
 RECEIVES = 4  # receives posted on each of these queue pairs: one is used at a time, and one again after each repair
@@ -73,6 +73,7 @@ N_CQ, N_CHANNEL, N_ARMED, N_DUE, N_EVENTS, NIC_WORDS = 0, 1, 2, 3, 4, 8
 # records: an outbox (a connection of ours) or a mailbox (a peer's); `INCARNATION` 0: not in use
 R_INCARNATION, R_NUMBER, R_BUFFER, R_ANSWER, R_RAILS, R_RAIL, R_LENGTH, R_GONE, R_OUTCOME, R_SENT = range(10)
 R_SENDER = 10  # of a mailbox: who writes to it
+R_MOST = 11  # of an outbox: bytes of the longest notification that the peer takes
 R_OWN = 16  # then the rails' rows
 RAILS = limits.NICS
 RAIL_QP, RAIL_LKEY, RAIL_ADDRESS, RAIL_RKEY, RAIL_UP, RAIL_BUFFER, RAIL_WORDS = 0, 1, 2, 3, 4, 5, 8
@@ -81,7 +82,6 @@ RECORD_WORDS = R_OWN + RAILS * RAIL_WORDS
 Q_HUB, Q_RECORD, Q_ID, Q_BUSY, QUEUE_WORDS = 0, 1, 2, 3, 8
 # completion queue words: one a worker
 C_HUB, C_SERVES, C_COUNT, C_QUEUES = 0, 1, 2, 3
-BUFFER_BYTES = limits.NOTE_BYTES
 
 
 class Kind(IntEnum):
@@ -149,14 +149,13 @@ def post_write(hub, record, rail, kind, imm, address, length):
 def send(hub, record):
     """Post the notification in the outbox on a rail that is up; it waits when none is."""
     poke(record + R_SENT * WORD, 0)
-    imm = peek(record + R_NUMBER * WORD) << LENGTH_BITS | peek(record + R_LENGTH * WORD)
     for i in range(peek(record + R_RAILS * WORD)):
         rail = (peek(record + R_RAIL * WORD) + i) % peek(record + R_RAILS * WORD)
         row = rail_at(record, rail)
         if peek(row + RAIL_UP * WORD) == 0:
             continue
-        length, buffer = peek(record + R_LENGTH * WORD), peek(record + R_BUFFER * WORD)
-        if post_write(hub, record, rail, np.int64(Kind.NOTE), imm, buffer, length):
+        number, buffer = peek(record + R_NUMBER * WORD), peek(record + R_BUFFER * WORD)
+        if post_write(hub, record, rail, np.int64(Kind.NOTE), number, buffer, WORD + peek(buffer)):
             poke(record + R_RAIL * WORD, rail)
             poke(record + R_SENT * WORD, 1)
             return
@@ -177,10 +176,12 @@ def post_note(qp, wr, bad_wr):
     poke(queue + Q_ID * WORD, peek(wr + WR_ID))
     poke(queue + Q_BUSY * WORD, 1)
     if peek(record + R_INCARNATION * WORD) != 0:
-        copy(peek(record + R_BUFFER * WORD), peek(sge + SGE_ADDR), length)
         poke(record + R_LENGTH * WORD, length)
-        poke(record + R_NUMBER * WORD, peek(record + R_NUMBER * WORD) % (NUMBERS - 1) + 1)
-        send(hub, record)
+        if length <= peek(record + R_MOST * WORD):
+            poke(peek(record + R_BUFFER * WORD), length)
+            copy(peek(record + R_BUFFER * WORD) + WORD, peek(sge + SGE_ADDR), length)
+            poke(record + R_NUMBER * WORD, peek(record + R_NUMBER * WORD) % (NUMBERS - 1) + 1)
+            send(hub, record)
     unlock(hub)
     return np.int32(0)
 
@@ -190,6 +191,8 @@ def outcome_of(queue, record):
     """How the notification on its way has ended, a WcStatus; -1 when it has not."""
     if peek(record + R_INCARNATION * WORD) == 0:
         return np.int64(WcStatus.REM_ABORT_ERR)
+    if peek(record + R_LENGTH * WORD) > peek(record + R_MOST * WORD):
+        return np.int64(WcStatus.RNR_RETRY_EXC_ERR)  # it was not sent
     answer = load(peek(record + R_ANSWER * WORD))
     if answer >> OUTCOME_BITS == peek(record + R_NUMBER * WORD):
         full = answer & ((1 << OUTCOME_BITS) - 1) == FULL
@@ -228,12 +231,13 @@ def post_receive(hub, record, rail):
 
 
 @kernel
-def take_mail(hub, record, rail, imm):
+def take_mail(hub, record, rail, number):
     """A notification lies in a mailbox: deliver it unless that was done before, and answer."""
-    number, length = imm >> LENGTH_BITS, imm & ((1 << LENGTH_BITS) - 1)
     if number != peek(record + R_NUMBER * WORD):
         inbox, who = peek(hub + H_INBOX * WORD), peek(record + R_SENDER * WORD)
-        put = deliver(inbox, who, peek(rail_at(record, rail) + RAIL_BUFFER * WORD), length)
+        mailbox = peek(rail_at(record, rail) + RAIL_BUFFER * WORD)
+        length = peek(mailbox)  # looked at once: the peer may write here any time
+        put = length > 0 and deliver(inbox, who, mailbox + WORD, length)
         poke(record + R_NUMBER * WORD, number)
         poke(record + R_OUTCOME * WORD, DELIVERED if put else FULL)
     word = peek(record + R_BUFFER * WORD)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mooncache")
 
-VERSION = 1
+VERSION = 2
 LOST_S = 5.0
 """A peer that has not answered for this long, while a queue pair waits for it, is gone."""
 
@@ -149,6 +149,7 @@ class Outgoing:
                             rkeys=remote,
                             signal=provider.signal,
                             gathers=sges,
+                            message_bytes=nic.limits.max_msg_sz,
                             inline=verbs.inline,
                             weight=shares[index],
                             breaks=True,
@@ -188,6 +189,7 @@ class Outgoing:
         )
         self.socket = answer.sock
         try:
+            most = min(int(answer.body["note_bytes"]), provider.hub.note_bytes)
             mailboxes = [[int(address), int(rkey)] for _, _, address, rkey in answer.body["notes"]]
             self._join(self._lanes, answer.body["queues"])
             self._join(self._note_lanes, [entry[:2] for entry in answer.body["notes"]])
@@ -199,7 +201,7 @@ class Outgoing:
             Rail(lane.verbs.address, self._plans[lane.plan].path.local, *mailbox)
             for lane, mailbox in zip(self._note_lanes, mailboxes, strict=True)
         ]
-        self._record.open(rails, self.link.gone)
+        self._record.open(rails, self.link.gone, most)
         for queue in self._notes:
             queue.lead_to(self._record)
         for index, lane in enumerate(self._note_lanes):
