@@ -447,6 +447,7 @@ class Emulated(InProcessProvider):
             self._mender.close()
             self._mender, self.trouble_fd = None, Provider.trouble_fd
         super().close()
+        self._by_pair.clear()
 
     # ------------------------------------------------------------------------------ rails that break
     def take_down(self, rail: int) -> None:

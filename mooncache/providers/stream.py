@@ -550,6 +550,7 @@ class StreamProvider(SoftwareProvider):
             sock.close()
         self._sockets.clear()
         self.give_up_memory()
+        self._inbox = self._inbox[:0].copy()
         self.keys.release()
 
     def disown(self) -> None:
