@@ -118,7 +118,7 @@ def test_a_long_notification_arrives_as_it_was_sent(pair, length):
 def test_a_notification_longer_than_the_peer_takes_is_not_sent(rdma):
     with Engine("sender", provider=rdma()) as here, Engine("taker", provider=rdma(), note_bytes=100) as there:
         here.connect(there.address)
-        for length in (101 + 7, 100):  # whole words
+        for length in (112, 100):  # with what goes before it, in whole words: 112 bytes are taken
             batch = here.write(there.address, *[np.zeros(0, np.int64)] * 2, 8, notify=bytes(length))
             if length > 100:
                 with pytest.raises(TransferFailed, match="INBOX_FULL"):

@@ -262,6 +262,10 @@ class Usage(NamedTuple):
     mappings: int  # of shared memory
     resident: int  # bytes
 
+    def within(self, before: Usage) -> bool:
+        """Whether it is no more than before, but for what malloc keeps."""
+        return self.descriptors == before.descriptors and self.mappings <= before.mappings
+
 
 def usage() -> Usage:
     gc.collect()
