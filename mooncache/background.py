@@ -63,6 +63,9 @@ class Background:
                 run()
                 return
             except Exception as error:
+                if self._closing.is_set():  # what it works with is closed under it
+                    log.debug("background thread %r ended as its owner closed", name, exc_info=error)
+                    return
                 times += 1
                 self._failed(name, error, times)
                 if failed is not None:

@@ -49,6 +49,10 @@ class Usage(NamedTuple):
     mappings: int
     resident_mib: float
 
+    def at_rest(self, before: Usage) -> bool:
+        """Whether there are no more descriptors and threads than before."""
+        return self.descriptors <= before.descriptors and self.threads <= before.threads
+
 
 def look() -> Usage:
     """At this process."""
@@ -180,7 +184,7 @@ class Turnover:
         """At both processes; a peer that just ended may take a moment to be noticed."""
         for _ in range(TRIES):
             seen = [look(), Usage(*self.others.ask(do="look"))]
-            if not before or all(now.descriptors <= then.descriptors for now, then in zip(seen, before, strict=True)):
+            if not before or all(now.at_rest(then) for now, then in zip(seen, before, strict=True)):
                 break
             sleep(PAUSE_S)
         return seen
