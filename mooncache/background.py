@@ -52,8 +52,9 @@ class Background:
         """
         thread = threading.Thread(target=self._run, args=(name, run, failed), name=name, daemon=True)
         with self._lock, shortage.told(f"thread {name!r} cannot be started"):
-            thread.start()
+            # Listed first: `start` may be left by an exception of a signal handler, and the thread runs all the same.
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+            thread.start()
         return thread
 
     def _run(self, name: str, run: Callable[[], object], failed: Callable[[Exception], object] | None) -> None:
@@ -63,9 +64,6 @@ class Background:
                 run()
                 return
             except Exception as error:
-                if self._closing.is_set():  # what it works with is closed under it
-                    log.debug("background thread %r ended as its owner closed", name, exc_info=error)
-                    return
                 times += 1
                 self._failed(name, error, times)
                 if failed is not None:
@@ -105,11 +103,16 @@ class Background:
     def close(self, seconds: float = threading.TIMEOUT_MAX) -> bool:
         """Wait for all threads, which must have been told to end; not from one of them. Returns whether all have."""
         self.stop()
+        return self.join(seconds=seconds)
+
+    def join(self, name: str = "", seconds: float = threading.TIMEOUT_MAX) -> bool:
+        """Wait for all threads, or those of this name, to end. Returns whether they have."""
         with self._lock:
-            threads = self._threads
+            threads = [thread for thread in self._threads if name in ("", thread.name)]
         end = monotonic() + seconds
         for thread in threads:
-            thread.join(max(0.0, end - monotonic()))
+            if thread.ident is not None:  # else it was never started, or sees at once that it is to end
+                thread.join(max(0.0, end - monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
     def __repr__(self) -> str:

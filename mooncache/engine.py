@@ -195,8 +195,8 @@ class Engine:
             actors.append(("reaper", pump.reaper, self._reaper))
         for role, kernel, block in actors:
             thread = threading.Thread(target=kernel, args=(block.ctl,), name=f"{self.name}-{role}", daemon=True)
+            self._threads.append(thread)  # first: a signal handler may raise while it is started
             thread.start()
-            self._threads.append(thread)
         self._looker.start(self.name, self._look_where_asked)
 
     def _end_threads(self) -> None:
@@ -204,7 +204,8 @@ class Engine:
         calls.stop(self.ctl)
         calls.stop_reaper(self.ctl)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # else it was never started
+                thread.join()
         self._looker.stop()
 
     # ------------------------------------------------------------------------------ who calls

@@ -6,7 +6,6 @@ Workers keep the refused slices until the peer was asked again, and write to an 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ class Looker:
     def __init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self.background = Background()
-        self._thread: threading.Thread | None = None
+        self._name = ""  # of its thread
         self._closed = False
         forks.private(self)
 
@@ -36,7 +35,8 @@ class Looker:
 
     def start(self, name: str, look: Callable[[], None]) -> None:
         """Begin. `look`: a method of the engine, which is not held: one that is forgotten can be collected."""
-        self._thread = self.background.start(f"{name}-looker", partial(self._run, weakref.WeakMethod(look)))
+        self._name = f"{name}-looker"
+        self.background.start(self._name, partial(self._run, weakref.WeakMethod(look)))
 
     def _run(self, method: weakref.WeakMethod[Callable[[], None]]) -> None:
         while True:
@@ -52,8 +52,7 @@ class Looker:
         self._closed = True
         self.background.stop()
         os.eventfd_write(self.event_fd, 1)
-        if self._thread is not None:
-            self._thread.join()
+        self.background.join(self._name)
 
     def close(self) -> None:
         """Close the eventfd. The thread must have been stopped, and the workers must have left."""

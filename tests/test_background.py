@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 import logging
 import threading
 
 import pytest
 
-from mooncache import background
+from mooncache import Engine, background
 from mooncache.background import Background
-from tests.helpers import until
+from tests.helpers import SMALL, until
+from tests.test_forks import descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +76,34 @@ def test_trouble_is_news_once_and_goes_when_it_is_settled():
     assert threads.settled("names")
     assert not threads.settled("names")
     assert threads.trouble == ()
+
+
+class Interrupted(BaseException):
+    """As a signal handler raises."""
+
+
+@pytest.mark.parametrize("provider", ["loopback", "emulated", "tcp", "shm", "auto"])
+def test_an_open_that_is_interrupted_while_a_thread_starts_ends_those_that_run(provider, monkeypatch, caplog):
+    start, before = threading.Thread.start, set(threading.enumerate())
+    started: list[str] = []
+
+    def start_and_raise(thread):
+        start(thread)
+        started.append(thread.name)
+        if len(started) == most:
+            raise Interrupted
+
+    Engine(provider=provider, **SMALL).close()
+    held = descriptors()
+    for most in itertools.count(1):
+        started.clear()
+        with monkeypatch.context() as patched, contextlib.suppress(Interrupted):
+            patched.setattr(threading.Thread, "start", start_and_raise)
+            Engine(provider=provider, **SMALL).close()
+        assert set(threading.enumerate()) <= before
+        gc.collect()
+        assert descriptors() == held
+        if len(started) < most:
+            break
+    assert most > 1
+    assert caplog.text == ""

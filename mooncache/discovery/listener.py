@@ -158,6 +158,7 @@ class Listener:
             self._closed = False
             self.background = Background()
             forks.private(self)
+            undo.callback(self.close)  # a signal handler may raise while the thread is started
             self.background.start(f"{name}-listener", self._run)
             undo.pop_all()
 

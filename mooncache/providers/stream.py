@@ -225,6 +225,7 @@ class StreamProvider(SoftwareProvider):
                 undo.callback(self.ports[-1].close)
             self._watched.register(self._trouble_fd, select.EPOLLIN)
             self._connect_ports(workers)
+            undo.callback(self._end_threads)  # a signal handler may raise while this one is started
             self.background.start("mooncache-lanes", self._watch, lambda error: self.hang_up())
             undo.pop_all()
         return queues
@@ -532,12 +533,7 @@ class StreamProvider(SoftwareProvider):
     def close(self) -> None:
         """See `Provider.close`."""
         self.keys.clear()
-        with self._lock:
-            self._closed = True
-        for settler in self._settlers.values():
-            settler.close()
-        os.eventfd_write(self._trouble_fd, 1)
-        self.background.close()
+        self._end_threads()
         self._left_unsettled = self.unsettled
         self._settlers.clear()  # they hold this provider
         self._complaints.close()
@@ -552,6 +548,14 @@ class StreamProvider(SoftwareProvider):
         self.give_up_memory()
         self._inbox = self._inbox[:0].copy()
         self.keys.release()
+
+    def _end_threads(self) -> None:
+        with self._lock:
+            self._closed = True
+        for settler in self._settlers.values():
+            settler.close()
+        os.eventfd_write(self._trouble_fd, 1)
+        self.background.close()
 
     def disown(self) -> None:
         """See `forks.Holder`; its ports and sockets do so by themselves."""
@@ -646,8 +650,8 @@ def wait_while_odd(
 
     Whoever made it odd is copying, which takes microseconds. Raises TransportError after `limit_s`: it was stopped.
     """
-    look_at = time.monotonic() + LOOK_S
-    deadline = look_at - LOOK_S + limit_s
+    since = time.monotonic()
+    look_at, deadline = since + LOOK_S, since + limit_s
     for array, index in words:
         seen = int(array[index])
         while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):

@@ -29,3 +29,11 @@ def rdma(device: str):
 
     helpers.LIMIT = 120
     return lambda **options: Rdma([device], timeout=18, **options)
+
+
+@pytest.fixture
+def pair(rdma):
+    """Two engines on the device, of which the first writes to the second."""
+    pair = helpers.Pair(rdma(), rdma(), arena=2 << 20, slices=16 * 1024)
+    yield pair
+    pair.close()

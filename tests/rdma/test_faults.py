@@ -19,13 +19,6 @@ from tests.helpers import SMALL, Pair, until
 WAIT = 120
 
 
-@pytest.fixture
-def pair(rdma):
-    pair = Pair(rdma(), rdma(), arena=2 << 20, slices=16 * 1024)
-    yield pair
-    pair.close()
-
-
 def outgoing(pair):
     return pair.here.provider._outgoing[pair.peer]
 

@@ -5,16 +5,9 @@ import threading
 import pytest
 
 from mooncache import EngineInherited, TransportError
-from tests.helpers import Pair, until
+from tests.helpers import until
 from tests.rdma.test_faults import WAIT, open_descriptors, outgoing, resources, write_right
 from tests.test_forks import Child
-
-
-@pytest.fixture
-def pair(rdma):
-    pair = Pair(rdma(), rdma(), arena=2 << 20, slices=16 * 1024)
-    yield pair
-    pair.close()
 
 
 def test_forget_gives_back_all_that_belonged_to_a_peer_and_it_can_be_connected_to_again(pair):
