@@ -37,6 +37,11 @@ class Quiesced(IntEnum):
         return self is Quiesced.BOTH
 
 
+# an enum's member costs several times as much to look up
+NOT_QUIESCED, NOT_FINISHED = Quiesced.NO, int(Status.NOT_FINISHED)
+STALE = -int(Status.STALE_HANDLE)
+
+
 class Batch:
     """Requests that were submitted together. Close it when done with it: its slices live until then.
 
@@ -54,7 +59,7 @@ class Batch:
     def __init__(self, engine: Engine, handle: int, to: Peer, requests: int, notified: bool, breaks: int) -> None:
         self._engine, self._handle, self._to, self.requests = engine, handle, to, requests
         self._breaks = breaks  # of the peer's connections, before it was submitted
-        self._quiesced = Quiesced.NO
+        self._quiesced = NOT_QUIESCED
         self._notes = int(notified)  # slices that carry its notification
         self._closed = False
         self._failures: tuple[Failure, ...] | None = None
@@ -120,15 +125,14 @@ class Batch:
         Raises:
             UsageError: the batch is not finished yet, or was closed before it was.
         """
-        status = self._learn()
-        if status == Status.NOT_FINISHED:
+        if self._learn() == -NOT_FINISHED:
             raise UsageError("this batch is not finished; wait for it before asking for its failures")
         if self._failures is None:
             raise UsageError("this batch was closed before it finished; its failures were not kept")
         return self._failures
 
-    def _learn(self) -> Status:
-        """Note the outcome in `_failures` if it can be known. Returns what `calls.status` does.
+    def _learn(self) -> int:
+        """Note the outcome in `_failures` if it can be known. Returns what `calls.failed` does.
 
         Another thread may close the batch at any moment, but notes the outcome first.
         """
@@ -145,7 +149,7 @@ class Batch:
                     Failure(int(i), Status(int(code)), self._reason(Status(int(code)), *at))
                     for i, code, at in zip(request[:count], why[:count], where[:count].tolist(), strict=True)
                 )
-        return Status.OK if count >= 0 else Status(-count)
+        return int(count)
 
     def _reason(self, status: Status, local: int, remote: int, length: int) -> str:
         """Why a request failed; where memory is at fault, which, and whose."""
@@ -166,12 +170,13 @@ class Batch:
             TransferFailed: some requests failed, the others arrived.
             UsageError: the batch is closed, or was by another thread before it was done. EngineClosed: the engine is.
         """
-        self._check_held()
+        if self._closed or self._engine.inherited:
+            self._check_held()
         deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
         held = self._engine._state.memory  # by this thread, while it is in `calls.wait`
         status = calls.status(ctl, handle)
-        while status == Status.NOT_FINISHED:
+        while status == NOT_FINISHED:
             left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
             if left <= 0:
                 raise TimeoutError(
@@ -195,7 +200,7 @@ class Batch:
 
     def _tell(self) -> None:
         """The batch is done or closed: return if all arrived, else raise."""
-        if self._learn() == Status.STALE_HANDLE:
+        if self._learn() == STALE:
             if self._engine.closed:
                 raise self._engine_closed()
             if self._failures is None:

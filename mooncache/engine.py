@@ -678,7 +678,7 @@ class Engine:
         if to is None or (to.name != call.peer and to.gone):  # two names of one engine may be of two later on
             return None
         breaks = to.breaks
-        handle = call.kernel(self.ctl, to.handle, call.opcode.value, call.deadline, *call.operands)
+        handle = call.kernel(self.ctl, to.handle, int(call.opcode), call.deadline, *call.operands)
         return Batch(self, handle, to, call.requests, call.noted, breaks) if handle >= 0 else None
 
     def _own(self, peer: Any) -> Peer:
@@ -706,7 +706,7 @@ class Engine:
                 continue
             bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
             breaks = to.breaks
-            handle = int(call.kernel(ctl, to.handle, call.opcode.value, call.deadline, *call.operands))
+            handle = int(call.kernel(ctl, to.handle, int(call.opcode), call.deadline, *call.operands))
             if handle >= 0:
                 return Batch(self, handle, to, call.requests, call.noted, breaks)
             status = Status(-handle)

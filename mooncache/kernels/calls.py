@@ -16,6 +16,7 @@ from mooncache.kernels.atomics import (
     load,
     pause,
     peek,
+    poke,
     store,
 )
 from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, move
@@ -39,6 +40,7 @@ from mooncache.kernels.layout import (
     CHUNK_SLICES,
     CHUNKS,
     EPOCH_QUIET,
+    IDLE_SINCE,
     LOCAL_TABLE,
     REFUSED,
     SHARED,
@@ -60,17 +62,20 @@ from mooncache.kernels.layout import (
     SYSCALL,
     TABLE_SLOTS,
     TURN,
+    WAITS,
     WORD,
     WORKER_CTL,
     WORKER_EPOCH,
     WORKER_EPOLL,
+    WORKER_IDLE,
     WORKER_SPINS,
     WORKERS,
     Kind,
     Slice,
 )
+from mooncache.kernels.linger import lingers
 from mooncache.kernels.pool import EVERY_THREAD, wake_waiters
-from mooncache.kernels.pump import ABANDONED, PAUSES, busy, lingers, sleep_on_descriptors, work_waits
+from mooncache.kernels.pump import ABANDONED, PAUSES, busy, sleep_on_descriptors, work_waits
 from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.reclaim.epoch import oldest_epoch
@@ -112,9 +117,13 @@ def wait(ctl, handle, ns):
     since = clock(ctl)
     worker = worker_row(ctl, peek(row + BATCH_WORKER * WORD))
     if peek(worker + WORKER_EPOLL * WORD) >= 0:
-        while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns and try_turn(worker):
-            turn_until(ctl, worker, row, handle, since + ns)
-        spin = np.int64(0)  # somebody else is at it, who may need this core
+        poke(ctl + (WAITS + IDLE_SINCE) * WORD, 0)
+        while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns:
+            if try_turn(worker):
+                turn_until(ctl, worker, row, handle, since + ns)
+            elif not lingers(ctl, ctl + WAITS * WORD):
+                break
+        spin = np.int64(0)
     else:
         spin = min(word(ctl, SPIN), ns)
     while not finished(row):
@@ -151,7 +160,7 @@ def turn_until(ctl, worker, row, handle, end):
             break
         if peek(worker + WORKER_SPINS * WORD) != 0 and busy(ctl, worker):
             pause()
-        elif not lingers(its_ctl, worker):
+        elif not lingers(its_ctl, worker + WORKER_IDLE * WORD):
             store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
             sleep_on_descriptors(ctl, worker, left)
     end_turn(ctl, worker)

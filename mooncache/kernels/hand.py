@@ -24,6 +24,7 @@ from mooncache.kernels.layout import (
     ENDPOINT_NOTE_FIRST,
     ENDPOINT_NOTES,
     ENDPOINT_QUEUES,
+    IDLE_SINCE,
     POLL_LOT,
     QUEUE_CQ,
     QUEUE_HEAD,
@@ -32,7 +33,7 @@ from mooncache.kernels.layout import (
     RING_EMPTY,
     TIME_BUSY,
     WORD,
-    WORKER_IDLE_SINCE,
+    WORKER_IDLE,
     WORKER_OWES,
     WORKER_RETRY_FIRST,
     WORKER_RING,
@@ -77,7 +78,7 @@ def post_at_once(ctl, worker, index, row):
         return np.int64(AtOnce.REFUSED)
     if peek(endpoint + ENDPOINT_COUNT * WORD) == 0:
         return np.int64(AtOnce.REFUSED)
-    poke(worker + WORKER_IDLE_SINCE * WORD, 0)
+    poke(worker + (WORKER_IDLE + IDLE_SINCE) * WORD, 0)
     queue = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))[0]
     head = peek(queue + QUEUE_HEAD * WORD)
     take_batch(ctl, worker, index, row)

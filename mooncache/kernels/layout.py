@@ -206,6 +206,8 @@ SCRATCH = _next()  # 6 words: timespec, bad_wr, single-request operands
 _SCRATCH_END = [_next() for _ in range(5)]
 SLEEPING = _next()  # 2 words of who sleeps or wakes: all that a worker's thread may use without its turn
 _SLEEPING_END = _next()
+WAITS = _next()  # 3 words, see IDLE_SINCE: of a thread that waits for a batch
+_WAITS_END = [_next() for _ in range(2)]
 REFUSED = _next()  # index of the request that the last refused submit stumbled over
 WORK_REQUESTS = _next()  # worker: ibv_send_wr[CHAIN]
 GATHERS = _next()  # worker: ibv_sge[CHAIN x SLICES_GATHERED]
@@ -356,9 +358,7 @@ WORKER_BELL_FD = 13  # eventfd in that set, or -1
 WORKER_SERVES = 14  # 1: poll even with nothing outstanding, since peers may want something
 WORKER_CTL = 15  # address of the worker's control block
 WORKER_NOTES = 16  # batches with a notification, all endpoints
-WORKER_IDLE_SINCE = 17  # when it last found nothing to do after something, ns; 0: it is not idle
-WORKER_YIELDS_BAD = 18  # idle moments to come in which it sleeps at once, since its core is wanted
-WORKER_YIELDS_PENALTY = 19  # how many the last bad one brought
+WORKER_IDLE = 17  # 3 words, see IDLE_SINCE
 WORKER_CQ_COUNT = 20
 WORKER_QUEUES = 21  # address of int64[]: its queue rows by index
 WORKER_QUEUE_COUNT = 22
@@ -373,6 +373,10 @@ WORKER_KEPT_LAST = 30
 WORKER_LOOKED = 31  # 1: one was asked; set by the looker
 WORKER_WORDS = 32
 EPOCH_QUIET = (1 << 62) - 1
+# a thread that yields its core for a moment before it sleeps, see kernels/linger.py
+IDLE_SINCE = 0  # when it last found nothing to do after something, ns; 0: it is not idle
+IDLE_BAD = 1  # idle moments to come in which it sleeps at once, since its core is wanted
+IDLE_PENALTY = 2  # how many the last bad one brought
 
 # ------------------------------------------------------------------ region tables
 PEER_BITS = 16

@@ -36,6 +36,7 @@ from mooncache.kernels.layout import (
     ENDPOINT_FIRST,
     ENDPOINT_LOST,
     HORIZON,
+    IDLE_SINCE,
     NEXT_COMPLETION,
     NOW,
     POLICY,
@@ -59,7 +60,7 @@ from mooncache.kernels.layout import (
     WORKER_CQ_COUNT,
     WORKER_CQS,
     WORKER_EPOLL,
-    WORKER_IDLE_SINCE,
+    WORKER_IDLE,
     WORKER_LOOKED,
     WORKER_NEXT_DEADLINE,
     WORKER_NOTES,
@@ -76,14 +77,13 @@ from mooncache.kernels.layout import (
     WORKER_SERVES,
     WORKER_SPINS,
     WORKER_UNDECIDED,
-    WORKER_YIELDS_BAD,
-    WORKER_YIELDS_PENALTY,
     Kind,
     Order,
     Policy,
     QueueState,
 )
-from mooncache.kernels.linux import epoll_wait, sched_yield
+from mooncache.kernels.linger import lingers
+from mooncache.kernels.linux import epoll_wait
 from mooncache.kernels.look import resume
 from mooncache.kernels.note import enqueue_note
 from mooncache.kernels.post import (
@@ -107,8 +107,6 @@ GRACE_NS = 20 * NS_PER_MS  # past its deadline a batch waits so long for the ans
 LOOK_AGAIN_NS = NS_PER_MS  # at a batch that changed while its deadline was looked at
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
 ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
-YIELD_NS = 500_000  # a yield that took longer met a thread that computes
-PENALTY, PENALTY_MOST = 64, 1 << 16  # idle moments
 PAUSES = 64  # between two looks at the clock while spinning
 
 
@@ -328,37 +326,10 @@ def park(ctl, worker):
 
 
 @kernel
-def lingers(ctl, worker):
-    """On a wire of sockets: whether it is too early to sleep. Lets others have the core meanwhile.
-
-    A peer's answer mostly comes within microseconds. Who sleeps until then is woken on the core of whoever wakes it,
-    and then both ends share one core while another idles: half the speed. Who yields keeps its place. But beside a
-    thread that computes, a yield costs a time slice, milliseconds, and a sleeper is woken at once: so a bad yield
-    makes the worker sleep right away for a number of idle moments, more each time.
-    """
-    now, since = clock(ctl), peek(worker + WORKER_IDLE_SINCE * WORD)
-    if since == 0:
-        poke(worker + WORKER_IDLE_SINCE * WORD, now)
-        if peek(worker + WORKER_YIELDS_BAD * WORD) > 0:
-            raise_word(worker + WORKER_YIELDS_BAD * WORD, -1)
-            return False
-    elif now - since > word(ctl, SPIN):
-        poke(worker + WORKER_YIELDS_PENALTY * WORD, peek(worker + WORKER_YIELDS_PENALTY * WORD) // 2)
-        return False
-    sched_yield(word(ctl, SYSCALL))
-    if clock(ctl) - now > YIELD_NS:
-        penalty = min(max(2 * peek(worker + WORKER_YIELDS_PENALTY * WORD), PENALTY), PENALTY_MOST)
-        poke(worker + WORKER_YIELDS_PENALTY * WORD, penalty)
-        poke(worker + WORKER_YIELDS_BAD * WORD, penalty)
-        return False
-    return True
-
-
-@kernel
 def idle_real(ctl, worker):
     """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
     if peek(worker + WORKER_SPINS * WORD) == 0:
-        if not lingers(ctl, worker):
+        if not lingers(ctl, worker + WORKER_IDLE * WORD):
             park(ctl, worker)
         return
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
@@ -407,7 +378,7 @@ def turn(ctl, worker, index):
     if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:
         happened += poll(ctl, worker)
     if happened > 0:
-        poke(worker + WORKER_IDLE_SINCE * WORD, 0)
+        poke(worker + (WORKER_IDLE + IDLE_SINCE) * WORD, 0)
     return happened
 
 

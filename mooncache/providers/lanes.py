@@ -45,7 +45,8 @@ from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q
     P_EPOLL, P_SYSCALL, P_ERRNO, P_CLOCK, P_WRITE, P_LANES, P_LANE_COUNT, P_ADOPT, P_ADOPTED, P_LISTED, P_LIST, P_KEYS,
     P_MSGHDR, P_EVENTS, P_TROUBLE_FD, P_TIMESPEC, P_NOW, P_NEXT_CHECK, P_STALL, P_ZEROS, P_INBOX, P_TURNS,
     P_INDEX, P_ASLEEP, P_NUDGE, P_ONE, P_PORTS, P_PORT_COUNT, P_LOTS, P_COPIER, P_POLL,
-) = range(CQ_OWN, CQ_OWN + 31)  # fmt: skip
+    P_FRESH,
+) = range(CQ_OWN, CQ_OWN + 32)  # fmt: skip
 FRAMES_VERSION = 2
 EVENTS = 64
 CHECK_NS = 250_000_000  # how often lanes are looked over for a stall
@@ -302,9 +303,13 @@ def guard(lane):
 def may_land(lane):
     """Whether bytes of an incoming lane may still be put into our pages; called between `guard` and `guard`.
 
-    Not if this engine has cut it, nor if its peer has reset or closed it: whoever did that took them for lost.
+    Not if this engine has cut it, nor if its peer has reset or closed it: whoever did that took them for lost. The
+    kernel is asked for the latter unless epoll has been asked just before.
     """
-    return load(lane + L_CUT * WORD) == 0 and not is_open_for(lane, POLLRDHUP)
+    port = word_at(lane, L_PORT)
+    fresh = word_at(port, P_FRESH) != 0
+    poke(port + P_FRESH * WORD, 0)
+    return load(lane + L_CUT * WORD) == 0 and (fresh or not is_open_for(lane, POLLRDHUP))
 
 
 @kernel

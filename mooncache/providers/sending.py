@@ -48,6 +48,7 @@ from mooncache.providers.lanes import (
     L_SEQ,
     L_WRITABLE,
     LOST,
+    P_FRESH,
     P_KEYS,
     P_MSGHDR,
     P_NOW,
@@ -142,6 +143,7 @@ def send(lane):
     """Send what there is, frame after frame, until the socket takes no more; returns system calls that moved bytes."""
     port, queue = word_at(lane, L_PORT), word_at(lane, L_QUEUE)
     message, moved = word_at(port, P_MSGHDR), 0
+    poke(port + P_FRESH * WORD, 0)
     while moved < CALLS:
         at, end = word_at(lane, L_OUT_AT), word_at(lane, L_OUT_END)
         if at == end:

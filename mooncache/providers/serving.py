@@ -37,6 +37,7 @@ from mooncache.providers.lanes import (
     P_CLOCK,
     P_EPOLL,
     P_EVENTS,
+    P_FRESH,
     P_LIST,
     P_LISTED,
     P_NEXT_CHECK,
@@ -180,6 +181,7 @@ def gather_events(port):
         elif what & EPOLLIN:
             poke(lane + L_READABLE * WORD, 1)
         enlist(lane)
+    poke(port + P_FRESH * WORD, n < EVENTS)
 
 
 @kernel
@@ -217,6 +219,7 @@ def turn_lanes(port):
         adopt(port)
     turns = word_at(port, P_TURNS)
     poke(port + P_TURNS * WORD, turns + 1)
+    poke(port + P_FRESH * WORD, 0)
     if word_at(port, P_LISTED) == 0 or turns % 8 == 0:
         gather_events(port)
     moved = serve_listed(port)
