@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from mooncache import Batch, Engine
-from mooncache.cli.measure import FREE_WIRE, provenance, scattered
+from mooncache.bench.harness.measure import FREE_WIRE, scattered
+from mooncache.bench.harness.report import provenance
 from mooncache.kernels import calls, layout
 from mooncache.kernels.account import clock, raise_word, word
 from mooncache.kernels.atomics import peek

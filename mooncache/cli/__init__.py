@@ -7,12 +7,12 @@ from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from mooncache.cli.bench import bench
 from mooncache.cli.doctor import doctor
+from mooncache.cli.found import Found, Loader
 from mooncache.cli.serve import serve
-from mooncache.errors import MooncacheError, UsageError
+from mooncache.errors import MooncacheError
 
 COMMANDS = "mooncache.commands"
 """Entry point group: name -> function. That is how `sim` adds commands which this package never imports."""
@@ -20,20 +20,12 @@ COMMANDS = "mooncache.commands"
 FAULT, INTERRUPTED = 2, 130  # exit statuses: the caller's or the machine's fault; Ctrl-C
 
 
-class Commands(TyperGroup):
-    """Own commands first, then entry points, which are imported when they are run or described."""
+class Commands(Found):
+    """Own commands first, then entry points."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands."""
-        own = super().list_commands(ctx)
-        return [*own, *sorted(added().keys() - set(own))]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None."""
-        own = super().get_command(ctx, cmd_name)
-        if own is None and cmd_name in added():
-            return imported(added()[cmd_name])
-        return own
+    def found(self) -> dict[str, Loader]:
+        """The commands that entry points add."""
+        return {name: point.load for name, point in added().items()}
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what it refuses becomes one line on stderr."""
@@ -51,28 +43,7 @@ def added() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=COMMANDS)}
 
 
-def imported(point: EntryPoint) -> Any:
-    """An added command. One that cannot be imported is still listed, and says why when it is run."""
-    try:
-        function = point.load()
-    except (ImportError, AttributeError) as error:
-        function = absent(point, error)
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(point.name)(function)
-    return typer.main.get_command(single)
-
-
-def absent(point: EntryPoint, error: Exception) -> Any:
-    """What stands in for a command that cannot be imported."""
-
-    def command() -> None:
-        raise UsageError(f"{point.name} comes from {point.value}, which cannot be imported: {error}") from error
-
-    command.__doc__ = f"Not available: {error}."
-    return command
-
-
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.command()(serve)
 app.command()(doctor)
@@ -96,4 +67,4 @@ def options(
 
 def main() -> None:
     """Run the command line; exits with its status."""
-    app()
+    app(prog_name="mooncache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
 from typing import TYPE_CHECKING
 
 import typer
@@ -30,12 +31,11 @@ def doctor(
     if provider not in PROVIDERS:
         raise UsageError(f"expected --provider to be one of {', '.join(PROVIDERS)}, got {provider!r}")
     from mooncache.cli.checks import examine
-    from mooncache.cli.measure import show_json
 
     findings = examine(provider)
     ok = not any(finding.level == "error" for finding in findings)
     if json:
-        show_json({"ok": ok, "findings": [asdict(finding) for finding in findings]})
+        print(dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         show(findings)
     if not ok:

@@ -18,8 +18,8 @@ from typing import Any
 import typer
 
 from mooncache import Engine
-from mooncache.cli.sizes import size_of, spell
 from mooncache.errors import UsageError
+from mooncache.sizes import size_of, spell
 
 LISTEN = "127.0.0.1:7777"
 PROVIDERS = ("auto", "tcp", "shm")

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mooncache import cli
-from mooncache.cli import lifecycle
+from mooncache.bench import lifecycle
+from tests.helpers import ROOT
 
 
 def run(*arguments):
@@ -64,7 +65,7 @@ def test_a_command_that_cannot_be_imported_is_listed_and_says_why(plugin):
     assert "gone" in run("--help").stdout
     refused = run("gone")
     assert refused.exit_code == cli.FAULT
-    assert refused.stderr.startswith("mooncache: error: gone comes from no_such_plugin:gone")
+    assert refused.stderr.startswith("mooncache: error: gone cannot be imported: No module named")
 
 
 def test_an_unknown_command_is_refused():
@@ -86,7 +87,25 @@ def test_an_interrupt_exits_with_130(monkeypatch):
     assert run("bench", "lifecycle").exit_code == cli.INTERRUPTED
 
 
-def test_the_installed_command_runs():
-    shown = subprocess.run([sys.executable, "-c", "from mooncache.cli import main; main()", "--version"],
-                           capture_output=True, text=True, check=True)  # fmt: skip
-    assert shown.stdout.startswith("mooncache ")
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "mooncache"]
+    assert subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.startswith(
+        "mooncache "
+    )
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Usage: mooncache [" in shown
+    assert "--install-completion" in shown
+
+
+def test_every_file_of_the_benches_is_a_command():
+    files = {file.stem for file in (ROOT / "mooncache/bench").glob("[!_]*.py")}
+    shown = run("bench", "--help").stdout
+    assert files
+    for name in files:
+        assert f"│ {name} " in shown
+        assert run("bench", name, "--help").exit_code == 0
+
+
+def test_a_command_imports_no_bench():
+    asks = "import sys; from mooncache import cli; sys.exit(any(m.startswith('mooncache.bench.') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", asks], cwd=ROOT, check=False).returncode == 0

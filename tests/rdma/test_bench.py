@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mooncache import cli
-from mooncache.cli import perftest, rdma, rdma_rank
+from mooncache.bench import rdma
+from mooncache.bench.ends import rdma as rdma_end
+from mooncache.bench.harness import perftest
 
 N, REPEATS, DEPTH, SIGNAL = 200, 1, 64, 8
 HEAD = {
@@ -24,10 +26,10 @@ class Here:
     """In place of `Process`: runs the commands in this process."""
 
     def __init__(self, module):
-        assert module == rdma_rank.__name__
+        assert module == rdma_end.__name__
 
     def tell(self, do, **command):
-        self._came = rdma_rank.HANDLERS[do](**command)
+        self._came = rdma_end.HANDLERS[do](**command)
 
     def answer(self, patience):
         return self._came
@@ -36,8 +38,8 @@ class Here:
         return self
 
     def __exit__(self, *_):
-        for role in list(rdma_rank._sides):
-            rdma_rank.close(role)
+        for role in list(rdma_end._sides):
+            rdma_end.close(role)
 
 
 def test_streams_and_latency_are_compared_with_perftest(device, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, check, read_if_there
-from mooncache.cli.measure import cpus_of
+from mooncache.cores import cpus_of
 
 CORES = 4  # one engine's worker, which polls; the caller's thread; the listener and other small threads; the system
 

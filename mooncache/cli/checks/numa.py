@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, check, listed
-from mooncache.cli.measure import cpus_of
+from mooncache.cores import cpus_of
 
 FAR = "bytes and doorbells cross the link between the nodes"
 

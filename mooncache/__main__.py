@@ -1,0 +1,5 @@
+"""`python -m mooncache` is the `mooncache` command."""
+
+from mooncache.cli import main
+
+main()

@@ -1,0 +1,370 @@
+"""`mooncache bench post`: what a worker pays a slice to build, chain and post work requests and to take completions.
+
+    per round   | post: all chains that the queue has room for | poll: until all of them are answered |
+                                                      ^ one reading of the clock each ^
+
+The provider is a stub: its `post_send` walks the chain and remembers the ids that a completion is asked for, its
+`poll_cq` reports those. Both are part of the figures, since a NIC's driver walks the chain as well; what it does
+besides is not. The worker is turned by hand in the thread that submitted, so it finds the slices in its own cache.
+
+The reference is pyverbs: the objects that it needs for the same slices, in the same run, without a device.
+
+    ratio = pyverbs_ns_per_slice / (ns_per_work_request + ns_per_completion)
+
+Both sides ask for equally many completions. `ns_per_completion` is per work request answered, not per entry polled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import typer
+
+from mooncache.bench.harness.measure import Traffic, expect, median, no_collections, scattered, slots_of
+from mooncache.bench.harness.options import JSON
+from mooncache.bench.harness.report import answer, progress, provenance, show_table
+from mooncache.errors import Status, TransportError
+from mooncache.kernels import calls, layout
+from mooncache.kernels.account import clock, raise_word, word
+from mooncache.kernels.atomics import peek, poke, u32
+from mooncache.kernels.complete import poll
+from mooncache.kernels.jit import callback, kernel
+from mooncache.kernels.layout import (
+    ACTOR,
+    WORD,
+    WORKER_OUTSTANDING,
+    WORKER_QUEUED,
+    Access,
+    Kind,
+    Opcode,
+    Slice,
+    aligned,
+    power_of_two,
+    words_of,
+)
+from mooncache.kernels.pump import post, take
+from mooncache.kernels.state import Block, CompletionQueue, QueuePair, RegionTable, Settings, State, address_of
+from mooncache.kernels.submit import submit
+from mooncache.kernels.verbs import (
+    CQ_CQ_CONTEXT,
+    QP_QP_CONTEXT,
+    SEND_SIGNALED,
+    WC_BYTES,
+    WC_STATUS,
+    WC_WR_ID,
+    WR_ID,
+    WR_NEXT,
+    WR_SEND_FLAGS,
+    WcStatus,
+)
+from mooncache.kernels.worker import worker_row
+from mooncache.limits import CHAIN, SLICES_GATHERED
+from mooncache.providers.rdma.objects import build_and_drop
+from mooncache.providers.software import Device
+
+SLICES = 30_000
+SIGNALS = (16, 1)  # work requests a completion; what is on top of the report is the first's
+SLICE_BYTES = 512
+REPEATS = 100
+WARM_UP = 3
+OBJECTS = CHAIN  # slices that pyverbs makes objects of in each repeat: as long as the kernels take for their batch,
+# so that other processes get into as many of one's samples as of the other's
+LKEYS, RKEYS = (11, 12), (21, 22)  # of the lower and the upper half of each buffer
+POST, POLL = 0, 1
+# the stub's words; its ring of ids comes behind them
+STUB_HEAD, STUB_TAIL, STUB_MASK, STUB_REQUESTS, STUB_CHAINS, STUB_RING = 0, 1, 2, 3, 4, 8
+
+
+# ------------------------------------------------------------------------------ kernels
+@callback("int32(int64, int64, int64)")
+def post_send(qp, wr, bad_wr):
+    """Remember the ids in this chain that a completion is asked for."""
+    stub = peek(qp + QP_QP_CONTEXT)
+    head, mask, requests = peek(stub + STUB_HEAD * WORD), peek(stub + STUB_MASK * WORD), np.int64(0)
+    while wr != 0:
+        if u32(wr + WR_SEND_FLAGS)[0] & SEND_SIGNALED != 0:
+            poke(stub + (STUB_RING + (head & mask)) * WORD, peek(wr + WR_ID))
+            head += 1
+        requests += 1
+        wr = peek(wr + WR_NEXT)
+    poke(stub + STUB_HEAD * WORD, head)
+    raise_word(stub + STUB_REQUESTS * WORD, requests)
+    raise_word(stub + STUB_CHAINS * WORD, 1)
+    return np.int32(0)
+
+
+@callback("int32(int64, int32, int64)")
+def poll_cq(cq, entries, wc):
+    """Report them, in order."""
+    stub = peek(cq + CQ_CQ_CONTEXT)
+    tail, mask = peek(stub + STUB_TAIL * WORD), peek(stub + STUB_MASK * WORD)
+    n = min(np.int64(entries), peek(stub + STUB_HEAD * WORD) - tail)
+    for i in range(n):
+        poke(wc + i * WC_BYTES + WC_WR_ID, peek(stub + (STUB_RING + ((tail + i) & mask)) * WORD))
+        u32(wc + i * WC_BYTES + WC_STATUS)[0] = WcStatus.SUCCESS
+    poke(stub + STUB_TAIL * WORD, tail + n)
+    return np.int32(n)
+
+
+@kernel("int64(int64, int64)", nogil=True)
+def work_off(ctl, times):
+    """Be the worker until all is answered, or nothing moves; adds ns of posting and of polling to int64[2] at `times`.
+
+    Returns the rounds it took.
+    """
+    index = word(ctl, ACTOR)
+    worker = worker_row(ctl, index)
+    take(ctl, worker, index)
+    rounds, moved = np.int64(0), np.int64(1)
+    since = clock(ctl)
+    while moved > 0 and (peek(worker + WORKER_QUEUED * WORD) > 0 or peek(worker + WORKER_OUTSTANDING * WORD) > 0):
+        moved = post(ctl, worker, index)
+        posted = clock(ctl)
+        taken = np.int64(1)
+        while taken > 0 and peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+            taken = poll(ctl, worker)
+            moved += taken
+        polled = clock(ctl)
+        raise_word(times + POST * WORD, posted - since)
+        raise_word(times + POLL * WORD, polled - posted)
+        since = polled
+        rounds += 1
+    return rounds
+
+
+# ------------------------------------------------------------------------------ the rig
+class Stub:
+    """A device that does nothing but remember what was posted."""
+
+    def __init__(self, depth: int) -> None:
+        entries = power_of_two(depth)
+        self.words = aligned(STUB_RING + entries)
+        self.words[STUB_MASK] = entries - 1
+        self.device = Device(post_send, poll_cq)
+        self.qp, self.cq = self.device.queue_pair(self.words), self.device.completion_queue(self.words)
+
+
+@dataclass
+class Rig:
+    """One engine's memory without threads, over a stub, and what its worker's stages took, ns."""
+
+    signal: int
+    traffic: Traffic
+    post: list[float] = field(default_factory=list)
+    poll: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = Settings(slices=2 * slots_of(self.slices), batches=4, peers=1, signal=self.signal)
+        self.chain = settings.chain_length
+        self.state, self.remote = State(settings), RegionTable("the peer")
+        self.caller, self.worker = Block(self.state), Block(self.state, 0)
+        self.stub = Stub(settings.queue_depth)
+        self.state.poll_from(0, [CompletionQueue(address_of(self.stub.cq))])
+        pair = QueuePair(address_of(self.stub.qp), settings.queue_depth, gathers=SLICES_GATHERED)
+        self.state.connect(0, self.remote, [[pair]])
+        for table, buffer, keys in (
+            (self.state.regions, self.traffic.source_buffer, LKEYS),
+            (self.remote, self.traffic.target_buffer, RKEYS),
+        ):
+            for half, key in zip(halves(buffer), keys, strict=True):
+                table.add(*half, (key,), Access.READ | Access.WRITE)
+        self.states = next(
+            a for a in self.state.arrays if a.size and address_of(a) == self.state.template[layout.SLICE_STATE]
+        )
+        self.length = np.full(1, self.traffic.length, np.int64)
+        self.lives = 0
+
+    @property
+    def slices(self) -> int:
+        """Slices of its batch."""
+        return int(self.traffic.source.size)
+
+    def live(self, counted: bool) -> None:
+        """One batch: submit, post and poll, check, close."""
+        times = np.zeros(2, np.int64)
+        self.states[:] = Slice.FREE
+        handle = submit(self.caller.ctl, 0, Opcode.WRITE, 0, self.traffic.source, self.traffic.target, self.length)
+        expect("submit refused with", min(handle, 0), 0)
+        work_off(self.worker.ctl, address_of(times))
+        self.lives += 1
+        self.check(handle)
+        expect("status of close", calls.close(self.caller.ctl, handle, True), Status.OK)
+        if counted:
+            self.post.append(times[POST] / self.slices)
+            self.poll.append(times[POLL] / self.slices)
+
+    def check(self, handle: int) -> None:
+        """Find that all of the batch was posted as it should be, and answered."""
+        expect("status of the batch", calls.status(self.caller.ctl, handle), Status.OK)
+        expect("slices done", int(np.count_nonzero(self.states == Slice.DONE)), self.slices)
+        for what, came in self.fingerprint.items():
+            expect(f"{what} with a completion every {self.signal}", came, self.lives * self.expected[what])
+        self.check_last_chain()
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """The fingerprint of one batch."""
+        doorbells, completions = counts_of(self.slices, self.chain, self.signal)
+        return {
+            "work_requests": self.slices,
+            "doorbells": doorbells,
+            "completions": completions,
+            "completed": self.slices,
+            "posted_to_the_stub": self.slices,
+            "chains_at_the_stub": doorbells,
+            "reported_by_the_stub": completions,
+        }
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What was counted of that, by the engine and by the stub, for all batches together."""
+        counts = words_of(Kind, self.caller.counters + self.worker.counters)
+        stub = {
+            "posted_to_the_stub": STUB_REQUESTS,
+            "chains_at_the_stub": STUB_CHAINS,
+            "reported_by_the_stub": STUB_TAIL,
+        }
+        return {what: counts[what] for what in ("work_requests", "doorbells", "completions", "completed")} | {
+            what: int(self.stub.words[at]) for what, at in stub.items()
+        }
+
+    def check_last_chain(self) -> None:
+        """Compare the work requests of the last chain, which still lie there, with the requests they are for."""
+        n = self.slices % self.chain or self.chain
+        wrs, ranges = self.worker.work_requests[:n], self.worker.gathers[: 2 * n].reshape(n, 2)
+        source, target = self.traffic.source[-n:], self.traffic.target[-n:]
+        asked = (np.arange(1, n + 1) % self.signal == 0) | (np.arange(1, n + 1) == n)
+        lkeys, rkeys = (
+            keys_of(self.traffic.source_buffer, source, LKEYS),
+            keys_of(self.traffic.target_buffer, target, RKEYS),
+        )
+        for what, came, wanted in (
+            ("ids", wrs["wr_id"] - wrs["wr_id"][0], np.arange(n)),
+            ("gather lists", wrs["sg_list"], address_of(ranges) + 16 * np.arange(n)),
+            ("ranges", wrs["num_sge"], np.ones(n)),
+            ("opcodes", wrs["opcode"], np.full(n, Opcode.WRITE)),
+            ("flags", wrs["send_flags"], SEND_SIGNALED * asked),
+            ("remote addresses", wrs["remote_addr"], target),
+            ("remote keys", wrs["rkey"], rkeys),
+            ("local addresses", ranges[:, 0], source),
+            ("lengths and local keys", ranges[:, 1], self.traffic.length | lkeys << 32),
+        ):
+            expect(f"{what} of the last chain that differ", int(np.count_nonzero(came != wanted)), 0)
+
+
+def counts_of(slices: int, chain: int, signal: int) -> tuple[int, int]:
+    """(doorbells, completions) of a batch: each chain is full but the last, and asks for a completion at its end."""
+    full, rest = divmod(slices, chain)
+    return full + (rest > 0), full * -(-chain // signal) + -(-rest // signal)
+
+
+def halves(buffer: np.ndarray) -> list[tuple[int, int]]:
+    """(address, length) of the lower and the upper half of one of the traffic's buffers; no request lies in both."""
+    middle = buffer.size // 2
+    return [(address_of(buffer), middle), (address_of(buffer) + middle, buffer.size - middle)]
+
+
+def keys_of(buffer: np.ndarray, places: np.ndarray, keys: tuple[int, int]) -> np.ndarray:
+    """The key of the half that each address lies in."""
+    return np.where(places < address_of(buffer) + buffer.size // 2, *keys)
+
+
+# ------------------------------------------------------------------------------ the reference
+@dataclass
+class Reference:
+    """pyverbs' objects for some of the same slices, and what they took, ns a slice."""
+
+    rig: Rig
+    took: list[float] = field(default_factory=list)
+    missing: str | None = None  # why there is none, and what to do
+
+    def __post_init__(self) -> None:
+        traffic, n = self.rig.traffic, min(OBJECTS, self.rig.slices)
+        self.slices = list(zip(traffic.source[:n].tolist(), traffic.target[:n].tolist(), strict=True))
+
+    def live(self, counted: bool) -> None:
+        """Build and drop them all once."""
+        if self.missing is not None:
+            return
+        chain, signal, n = self.rig.chain, self.rig.signal, len(self.slices)
+        begin = perf_counter_ns()
+        try:
+            made = build_and_drop(self.slices, self.rig.traffic.length, chain, signal)
+        except TransportError as error:
+            self.missing = str(error)
+            return
+        took = perf_counter_ns() - begin
+        expect("chains and completions of pyverbs", made, counts_of(n, chain, signal))
+        if counted:
+            self.took.append(took / n)
+
+
+# ------------------------------------------------------------------------------ the report
+def run(slices: int, repeats: int) -> dict[str, Any]:
+    """Measure; the report that `--json` prints. Everything takes turns, so that a disturbance hits all alike."""
+    traffic = scattered(slices, SLICE_BYTES)
+    rigs = [Rig(signal, traffic) for signal in SIGNALS]
+    references = [Reference(rig) for rig in rigs]
+    with no_collections(), progress(f"{slices:,} slices", repeats) as bar:
+        for number in range(-WARM_UP, repeats):
+            for rig, reference in zip(rigs, references, strict=True):
+                rig.live(number >= 0)
+                reference.live(number >= 0)
+            bar()
+    results = [result(rig, reference) for rig, reference in zip(rigs, references, strict=True)]
+    return {
+        "bench": "post",
+        "slices": slices,
+        "slice_bytes": SLICE_BYTES,
+        "chain": rigs[0].chain,
+        "queue_depth": rigs[0].state.settings.queue_depth,
+        **{key: value for key, value in results[0].items() if key != "fingerprint"},
+        "repetitions": repeats,
+        "pyverbs_missing": references[0].missing,
+        "results": results,
+        "provenance": provenance(),
+    }
+
+
+def result(rig: Rig, reference: Reference) -> dict[str, Any]:
+    """One row of the report."""
+    request, completion = median(rig.post), median(rig.poll)
+    objects = median(reference.took) if reference.took else None
+    return {
+        "signal": rig.signal,
+        "ns_per_work_request": round(request, 2),
+        "ns_per_completion": round(completion, 2),
+        "pyverbs_ns_per_slice": objects and round(objects, 1),
+        "ratio": objects and round(objects / (request + completion), 1),
+        "fingerprint": rig.expected,  # of each batch; `Rig.check` found it in every one
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report for people."""
+    columns = ("completion\nevery", "work request\nns", "completion\nns", "pyverbs\nns per slice", "ratio")
+    keys = ("signal", "ns_per_work_request", "ns_per_completion", "pyverbs_ns_per_slice", "ratio")
+    rows = [["-" if row[key] is None else row[key] for key in keys] for row in report["results"]]
+    if report["pyverbs_missing"] is None:
+        says = (
+            f"pyverbs takes {report['ratio']:,.0f} times as long to make its objects for a slice as the worker "
+            "takes to build, chain and post its work request and to apply its completion."
+        )
+    else:
+        says = f"No figures of pyverbs: {report['pyverbs_missing']}"
+    show_table(f"{report['slices']:,} slices in chains of {report['chain']}: medians", columns, rows, says)
+
+
+def command(
+    slices: int = typer.Option(30_000, min=1, max=1_000_000, help="Slices of a batch."),
+    repeat: int = typer.Option(100, min=1, help="Batches of each kind."),
+    json: bool = JSON,
+) -> None:
+    """Build, chain and post work requests and take their completions, over a stub, against objects of pyverbs.
+
+    A completion is asked for every 16 work requests, and for each of them.
+    """
+    answer(run(slices, repeat), json, show)

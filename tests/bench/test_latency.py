@@ -1,0 +1,125 @@
+import itertools
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from mooncache import cli
+from mooncache.bench import beside, latency
+from mooncache.bench.ends import beside as beside_end
+from mooncache.bench.harness.process import Process
+
+ROW = {
+    "provider", "transport", "op", "slices", "block_bytes", "seconds_p50", "seconds_p99", "reference",
+    "reference_seconds_p50", "reference_seconds_p99", "ratio", "repeats", "verified_bytes",
+}  # fmt: skip
+BESIDE = {
+    "provider", "stream", "slices", "block_bytes", "calls", "call_us_p50", "call_us_p99", "p99_to_largest",
+    "quiet_call_us_p50", "quiet_call_us_p99",
+}  # fmt: skip
+
+
+def bench(*arguments, status=0):
+    """Run `mooncache bench latency ...`; returns its result, and its report if it printed one."""
+    result = CliRunner().invoke(cli.app, ["bench", "latency", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return result, json.loads(result.stdout) if "--json" in arguments and result.stdout else None
+
+
+@pytest.mark.parametrize(("provider", "ops"), [("loopback", ["write"]), ("tcp", ["write", "read"]), ("shm", ["read"])])
+def test_every_size_is_measured_and_verified(provider, ops, capsys):
+    options = ("--provider", provider, *(word for op in ops for word in ("--op", op)), "--block", 8, "--block", "1KiB")
+    _, report = bench(*options, "--operations", 10, "--json")
+    rows = report["results"]
+    assert [(row["op"], row["block_bytes"]) for row in rows] == list(itertools.product(ops, [8, 1024]))
+    for row in rows:
+        assert set(row) == ROW
+        assert (row["provider"], row["transport"], row["reference"]) == (provider, provider, "plain socket")
+        assert row["seconds_p99"] >= row["seconds_p50"] > 0
+        assert row["reference_seconds_p99"] >= row["reference_seconds_p50"] > 0
+        assert row["repeats"] == 10 * latency.PLACES  # each round goes to every place
+        assert row["verified_bytes"] == 11 * latency.PLACES * row["block_bytes"]
+    latency.show(report)
+    shown = capsys.readouterr().out
+    assert "One operation, waited for" in shown
+    assert "µs" in shown
+
+
+def test_blocks_of_another_round_are_noticed(monkeypatch):
+    tell = Process.tell
+
+    def falsified(self, **command):
+        tell(self, **(command | {"seed": 0} if command["do"] == "fill" else command))
+
+    monkeypatch.setattr(Process, "tell", falsified)
+    refused, _ = bench("--provider", "loopback", "--block", 8, status=2)
+    assert "64 blocks of 8B to arrive unchanged by loopback, 64 did not" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--provider", "pigeon"), "expected --provider to be one of"),
+        (("--op", "swap"), "expected --op to be one of"),
+        (("--block", "none"), "expected a size"),
+        (("--operations", 0), "expected --operations in 1 .. 1000000, got 0"),
+        (("--beside-stream", "--provider", "loopback"), "expected --provider to be one of"),
+        (("--beside-stream", "--block", "8"), "leave --op and --block out"),
+        (("--beside-stream", "--operations", 4), "expected --operations of at least 5"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(options, says):
+    refused, _ = bench(*options, status=2)
+    assert refused.stdout == ""
+    assert says in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("provider", beside.STREAMS)
+def test_small_writes_are_measured_beside_a_stream(provider, capsys):
+    _, report = bench("--beside-stream", "--provider", provider, "--operations", 20, "--json")
+    rows, (sleeps,) = report["results"], report["sleeps"]
+    assert [row["slices"] for row in rows] == list(beside_end.BATCHES)
+    for row in rows:
+        assert set(row) == BESIDE
+        assert row["calls"] == 20
+        assert 0 < row["call_us_p50"] <= row["call_us_p99"]
+        assert 0 < row["quiet_call_us_p50"] <= row["quiet_call_us_p99"]
+    assert rows[-1]["p99_to_largest"] == 1
+    assert sleeps["provider"] == provider
+    assert sleeps["stream_bytes_per_s"] > 0
+    assert sleeps["late_us_p50_with"] <= sleeps["late_us_p99_with"]
+    beside.show(report)
+    assert "sleeps of 1 ms ended" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stream_that_stood_still_is_noticed(monkeypatch):
+    ask = Process.ask
+
+    def still(self, **command):
+        answer = ask(self, **command)
+        return answer | {"batches": 0} if command["do"] == "end_stream" else answer
+
+    monkeypatch.setattr(Process, "ask", still)
+    refused, _ = bench("--beside-stream", "--provider", "tcp", "--operations", 5, status=2)
+    assert "the stream over tcp stood still" in refused.stderr
+
+
+def test_bytes_that_are_wrong_beside_a_stream_are_noticed(monkeypatch):
+    ask = Process.ask
+
+    def falsified(self, **command):
+        return ask(self, **(command | {"seed": 0} if command["do"] in ("wrong", "wrong_stream") else command))
+
+    monkeypatch.setattr(Process, "ask", falsified)
+    refused, _ = bench("--beside-stream", "--provider", "shm", "--operations", 5, status=2)
+    assert "that are wrong: expected 0" in refused.stderr
+
+
+def test_two_cores_are_apart_if_there_are_two(monkeypatch):
+    first, second = latency.two_cores()
+    assert {first, second} <= os.sched_getaffinity(0)
+    assert (first == second) == (len(os.sched_getaffinity(0)) == 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    assert latency.two_cores() == (5, 5)
