@@ -30,7 +30,7 @@ endif
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 28
 
-setup: $(STAMP)  ## make the environment with Mooncache in editable form and its development tools
+setup: $(STAMP)  ## make the environment: Mooncache in editable form, its extras, its development tools
 
 demo: setup  ## reproduce the incident and compare where deletion happens
 	$(BIN)/mooncache compare configs/tp4_layerwise.yaml
@@ -98,8 +98,9 @@ $(STAMP): pyproject.toml $(ANOTHER)
 	  echo "Mooncache needs Python 3.10 to 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	  echo "$(PYTHON) has no venv or no pip to put into one: install them (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "Making $(VENV) with Mooncache, all its extras but rdma, and development tools: some minutes, 1 GB"
 	$(PYTHON) -m venv $(if $(ANOTHER),--clear) $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@$(PYTHON) -c '$(IDENTITY)' > $@
 
 $(BED): $(STAMP)

@@ -10,7 +10,7 @@ import typer
 
 from mooncache.cli.bench import bench
 from mooncache.cli.doctor import doctor
-from mooncache.cli.found import Found, Loader
+from mooncache.cli.found import Found, Place
 from mooncache.cli.serve import serve
 from mooncache.errors import MooncacheError
 
@@ -23,9 +23,9 @@ FAULT, INTERRUPTED = 2, 130  # exit statuses: the caller's or the machine's faul
 class Commands(Found):
     """Own commands first, then entry points."""
 
-    def found(self) -> dict[str, Loader]:
+    def found(self) -> dict[str, Place]:
         """The commands that entry points add."""
-        return {name: point.load for name, point in added().items()}
+        return {name: Place(point.load, needs(point)) for name, point in added().items()}
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what it refuses becomes one line on stderr."""
@@ -41,6 +41,11 @@ class Commands(Found):
 def added() -> dict[str, EntryPoint]:
     """The commands that entry points add, by name."""
     return {point.name: point for point in entry_points(group=COMMANDS)}
+
+
+def needs(point: EntryPoint) -> str:
+    """What pip installs for an entry point to be imported: its distribution, with the extras that it names."""
+    return f"{point.dist.name}[{','.join(point.extras)}]" if point.dist is not None and point.extras else ""
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)

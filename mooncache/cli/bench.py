@@ -10,16 +10,16 @@ from pkgutil import iter_modules
 import typer
 
 from mooncache import bench as benches
-from mooncache.cli.found import Found, Loader
+from mooncache.cli.found import Found, Place
 
 
 class Benches(Found):
     """One bench a file. Its kernels are compiled only for those who run it."""
 
-    def found(self) -> dict[str, Loader]:
+    def found(self) -> dict[str, Place]:
         """The benches by name."""
         files = [module.name for module in iter_modules(benches.__path__) if not module.ispkg]
-        return {name: partial(command, name) for name in files}
+        return {name: Place(partial(command, name)) for name in files}
 
 
 def command(name: str) -> Callable[..., None]:

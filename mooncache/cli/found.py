@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
 from mooncache.errors import UsageError
 
-Loader = Callable[[], Callable[..., None]]
-"""Imports a command; returns the function whose parameters are its options."""
+
+class Place(NamedTuple):
+    """Where a command comes from."""
+
+    load: Callable[[], Callable[..., None]]
+    """Imports it; returns the function whose parameters are its options."""
+    needs: str = ""
+    """What pip installs for it to work, such as mooncache[sim]."""
 
 
 class Found(TyperGroup):
     """Commands that were added to the group first, then those that it finds."""
 
     @abstractmethod
-    def found(self) -> Mapping[str, Loader]:
+    def found(self) -> Mapping[str, Place]:
         """What there is, by the name of the command."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -30,27 +36,33 @@ class Found(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name, or None."""
         own = super().get_command(ctx, cmd_name)
-        if own is None and (load := self.found().get(cmd_name)) is not None:
-            return imported(cmd_name, load)
+        if own is None and (place := self.found().get(cmd_name)) is not None:
+            return imported(cmd_name, place)
         return own
 
 
-def imported(name: str, load: Loader) -> Any:
+def imported(name: str, place: Place) -> Any:
     """A command that was found. One that cannot be imported is still listed, and says why when it is run."""
+    settings: dict[str, Any] = {}
     try:
-        function = load()
+        function = place.load()
     except (ImportError, AttributeError) as error:
-        function = absent(name, error)
+        function = absent(name, place.needs, error)
+        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(function)
+    single.command(name, context_settings=settings)(function)
     return typer.main.get_command(single)
 
 
-def absent(name: str, error: Exception) -> Callable[[], None]:
-    """What stands in for a command that cannot be imported."""
+def absent(name: str, needs: str, error: Exception) -> Callable[..., None]:
+    """What stands in for a command that cannot be imported: it takes whatever options, and refuses."""
+    if needs and isinstance(error, ModuleNotFoundError):
+        why = f"needs more than the engine does: pip install '{needs}' ({error})"
+    else:
+        why = f"cannot be imported: {error}"
 
-    def command() -> None:
-        raise UsageError(f"{name} cannot be imported: {error}") from error
+    def command(ctx: typer.Context) -> None:
+        raise UsageError(f"{name} {why}") from error
 
-    command.__doc__ = f"Not available: {error}."
+    command.__doc__ = f"Not available: {why}."
     return command

@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, version
+from importlib.metadata import EntryPoint, entry_points, version
 from textwrap import dedent
 
 import pytest
@@ -66,6 +66,20 @@ def test_a_command_that_cannot_be_imported_is_listed_and_says_why(plugin):
     refused = run("gone")
     assert refused.exit_code == cli.FAULT
     assert refused.stderr.startswith("mooncache: error: gone cannot be imported: No module named")
+
+
+def test_a_command_whose_extra_is_missing_says_which_to_install(monkeypatch):
+    (compare,) = (point for point in entry_points(group=cli.COMMANDS) if point.name == "compare")
+    monkeypatch.setitem(sys.modules, "simpy", None)  # as if it were not installed
+    for module in [name for name in sys.modules if name.partition(".")[0] == "sim"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(cli, "added", lambda: {"compare": compare})
+    refused = run("compare", "configs/tp4_layerwise.yaml", "--set", "nic.rails=4")
+    assert (refused.exit_code, refused.stdout) == (cli.FAULT, "")
+    assert refused.stderr.startswith(
+        "mooncache: error: compare needs more than the engine does: pip install 'mooncache[sim]'"
+    )
+    assert refused.stderr.count("\n") == 1
 
 
 def test_an_unknown_command_is_refused():
