@@ -68,9 +68,14 @@ class Outcome:
 
 
 class Cluster:
-    """All actors of one run."""
+    """All actors of one run.
 
-    def __init__(self, scenario: Scenario, workload: Workload, make_rank: MakeRank) -> None:
+    Args:
+        ranks: how many ranks of an instance are simulated, all by default. They get the same layers at the same
+            instants and share nothing, so one is enough to know what each does.
+    """
+
+    def __init__(self, scenario: Scenario, workload: Workload, make_rank: MakeRank, ranks: int | None = None) -> None:
         self.env = Environment()
         self.scenario, self.workload = scenario, workload
         self.queue = simpy.Store(self.env)
@@ -79,13 +84,18 @@ class Cluster:
         self.next_ready = [0] * scenario.prefill.instances  # no layer becomes ready before that
         self.first_layer = [0] * scenario.prefill.instances  # compute time of the first layer of a waiting request
         self.ranks = [
-            [make_rank(self.env, lambda i=i: self._ready_at(i)) for _ in range(workload.ranks)]  # type: ignore[misc]
+            [make_rank(self.env, lambda i=i: self._ready_at(i)) for _ in range(ranks or workload.ranks)]  # type: ignore[misc]
             for i in range(scenario.prefill.instances)
         ]
         requests = len(workload.requests)
         self.outcome = Outcome(np.zeros(requests, np.int64), np.zeros((requests, workload.layers), np.int64))
-        self.missing = np.full(requests, workload.layers * workload.ranks)  # layers yet to arrive
+        self.missing = np.full(requests, workload.layers * (ranks or workload.ranks))  # layers yet to arrive
         self.left = requests
+
+    @property
+    def each(self) -> list[RankModel]:
+        """The ranks that are simulated, of all instances."""
+        return [rank for ranks in self.ranks for rank in ranks]
 
     def run(self) -> Outcome:
         """Simulate until nothing is left to do: all is sent, closed, freed and decoded.

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mooncache.errors import UsageError
 from mooncache.kernels import jit
 from sim import report
-from sim.compare import Comparison, Job, Run, conclude, jobs_of, run_all
+from sim.compare import conclude
 from sim.config import load_scenario
 from sim.costs import load_calibration
+from sim.kernels import compile_all
+from sim.runs import Plan, run_all, side_by_side
+from sim.told import Told
 
 WIDTH = 100  # columns, where the output is no terminal
 
@@ -51,36 +52,33 @@ def compare(
             )
         asked = load_scenario(scenario, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
     load_calibration(asked.calibration)
-    jit.prewarm()
+    plan = Plan(asked)
     started = time.perf_counter()
-    runs = _run(jobs_of(asked), processes, Console(stderr=True, quiet=as_json or not sys.stderr.isatty()))
-    seconds = time.perf_counter() - started
-    found = conclude(asked, runs)
+    with side_by_side(processes) as mapped, Told(quiet=as_json) as told:
+        compile_all(mapped, lambda done, all_: told.say("compiling kernels for this machine, once", done, all_))
+        compiled = time.perf_counter()
+        for run in run_all(plan, mapped):
+            told.say("simulating", sum(map(len, plan.runs.values())), plan.known, run.job.pair)
+    seconds = time.perf_counter() - compiled
+    found = conclude(asked, [run for runs in plan.runs.values() for run in runs])
     speed = found.slices / seconds
-    folder = report.write(found, results, {"slices_per_second": round(speed), "seconds": round(seconds, 3)})
+    manifest = {
+        "slices_per_second": round(speed),
+        "seconds": round(seconds, 3),
+        "compile_seconds": round(compiled - started, 3),
+        "slices_simulated": found.simulated,
+    }
+    folder = report.write(found, results, manifest)
     if as_json:
-        typer.echo(json.dumps(_one_object(found, speed)))
+        typer.echo(json.dumps({**found.result, "slices_per_second": round(speed)}))
         return
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     report.print_table(found, console)
-    simulated = f"{found.slices:,} slices simulated at {speed / 1e6:,.0f} M/s"
-    console.print(f"\n{simulated}. Written: {folder}/summary.md", highlight=False)
-
-
-def _one_object(found: Comparison, speed: float) -> dict[str, object]:
-    return {**found.result, "slices_per_second": round(speed)}
-
-
-def _run(jobs: Sequence[Job], processes: int | None, console: Console) -> list[Run]:
-    """Simulate with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("simulating", total=len(jobs))
-        runs = []
-        for run in run_all(jobs, processes):
-            runs.append(run)
-            progress.update(task, advance=1, description=f"{run.job.pair}, replication {run.job.replication + 1}")
-        return runs
+    console.print(
+        f"\n{found.slices:,} slices in {seconds:.1f} s, of which {found.simulated:,} had to be simulated one by one. "
+        f"Written: {folder}/summary.md",
+        highlight=False,
+    )
 
 
 def calibrate(

@@ -7,92 +7,21 @@ response time minus that of the same request, in the same replication, under `le
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sim.clock import Environment
-from sim.cluster import Cluster, RankModel
-from sim.config import PAIRS, Scenario, Trace
-from sim.costs import PS_PER_NS, Calibration, digest, load_calibration, prices
-from sim.fast import BatchCosts, FastRank
-from sim.rank import Figures, Rank
+from sim.config import Scenario, Trace
+from sim.costs import PS_PER_NS, Calibration, digest, load_calibration
+from sim.rank import Figures
+from sim.runs import PS_PER_MS, REFERENCE, Job, Run, added_ms, simulate
 from sim.statistics import holm, mean_interval, paired_p_value, paired_ratio, percentile
 from sim.workload import SAMPLE_REQUESTS, Workload, build_workload
 
-PS_PER_US, PS_PER_MS = 10**6, 10**9
-REFERENCE = "pool/bulk"  # what response times are compared with
+PS_PER_US = 10**6
 TIE = 0.001  # response times this close are equal; the least CPU time for freeing decides, then the simplest policy
-
-
-class Job(NamedTuple):
-    """One simulation: a pair under one replication."""
-
-    scenario: Scenario
-    pair: str
-    replication: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one simulation found. Times are ps."""
-
-    job: Job
-    response: np.ndarray  # int64[requests]
-    stall: np.ndarray  # int64[requests, layers]
-    figures: Figures  # sums over ranks; high water: the highest rank's
-    slices: int
-
-
-def simulate(job: Job) -> Run:
-    """Run one job. Deterministic: the same job gives the same run in any process."""
-    scenario = job.scenario
-    store, policy = job.pair.split("/")
-    calibration = load_calibration(scenario.calibration)
-    workload = build_workload(scenario, scenario.seed + job.replication)
-    mean = round(np.mean([request.slices for request in workload.requests]))
-    price = prices(calibration, scenario, policy, mean)
-    wake_ps = round(calibration.ns("wake", mean) * PS_PER_NS)
-    costs = BatchCosts(scenario, store, policy, price)
-
-    def make_rank(env: Environment, next_ready: Callable[[], int]) -> RankModel:
-        if scenario.mode == "fast":
-            return FastRank(env, scenario, policy, costs, wake_ps)
-        return Rank(env, scenario, store, policy, price, wake_ps, next_ready)
-
-    cluster = Cluster(scenario, workload, make_rank)
-    outcome = cluster.run()
-    each = [rank.figures() for ranks in cluster.ranks for rank in ranks]
-    total = Figures(*(sum(column) for column in zip(*each, strict=True)))
-    figures = total._replace(high_water_slices=max(f.high_water_slices for f in each))
-    return Run(job, outcome.response, outcome.stall, figures, workload.total_slices)
-
-
-def jobs_of(scenario: Scenario) -> list[Job]:
-    """All simulations of a comparison; `leak` on each store is among them, asked for or not."""
-    needed = {*scenario.pairs, *(f"{pair.split('/')[0]}/leak" for pair in scenario.pairs)}
-    return [
-        Job(scenario, pair, replication)
-        for replication in range(scenario.replications)
-        for pair in PAIRS
-        if pair in needed
-    ]
-
-
-def run_all(jobs: Sequence[Job], processes: int | None = None) -> Iterator[Run]:
-    """Simulate all jobs, side by side, and yield their runs in order."""
-    processes = min(len(jobs), processes or os.cpu_count() or 1)
-    if processes <= 1:
-        yield from map(simulate, jobs)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the parent's kernels mid-flight
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(simulate, jobs)
 
 
 # ------------------------------------------------------------------------------ findings
@@ -116,6 +45,7 @@ class PolicyResult:
     response_ratio: float | None  # to pool/bulk, geometric mean over replications
     response_ratio_ci95: tuple[float, float] | None
     response_p_value: float | None  # Holm-corrected over all pairs
+    replications: int
 
     @property
     def pair(self) -> str:
@@ -133,6 +63,7 @@ class Comparison:
     verdict: str
     notes: tuple[str, ...]
     slices: int
+    simulated: int  # of these, one by one; the others are known from them
 
     @property
     def run_name(self) -> str:
@@ -146,7 +77,7 @@ class Comparison:
         return {
             "scenario": self.scenario.name,
             "seed": self.scenario.seed,
-            "replications": self.scenario.replications,
+            "replications": max(policy.replications for policy in self.policies),
             "mode": self.scenario.mode,
             "calibration": {
                 "name": self.calibration.name,
@@ -175,25 +106,36 @@ def conclude(scenario: Scenario, runs: Sequence[Run]) -> Comparison:
         notes = (*notes, fast_difference(scenario, slowest.pair))
     verdict = _verdict(scenario, policies, workload)
     return Comparison(
-        scenario, calibration, _with_p_values(policies, by_pair), verdict, notes, sum(run.slices for run in runs)
+        scenario,
+        calibration,
+        _with_p_values(policies, by_pair),
+        verdict,
+        notes,
+        sum(run.slices for run in runs),
+        sum(run.simulated for run in runs),
     )
 
 
 def _means(runs: Sequence[Run]) -> list[float]:
     """Mean response time of each replication, ms."""
-    return [float(run.response.mean()) / PS_PER_MS for run in runs]
+    return [run.response_ms for run in runs]
+
+
+def _response_ms(runs: Sequence[Run], base: Sequence[Run]) -> float:
+    """Mean response time over all replications; those that a pair lacks get its base's, and what it adds elsewhere."""
+    if len(runs) == len(base):
+        return float(np.mean(_means(runs)))
+    return float(np.mean(_means(base)) + np.mean(added_ms(runs, base)))
 
 
 def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
     runs, (store, policy) = by_pair[pair], pair.split("/")
     base = by_pair[f"{store}/leak"]
-    added = mean_interval(
-        [float((run.response - leak.response).mean()) / PS_PER_MS for run, leak in zip(runs, base, strict=True)]
-    )
+    added = mean_interval(added_ms(runs, base))
     stall = np.concatenate([run.stall.ravel() for run in runs])
     total = Figures(*(sum(column) for column in zip(*(run.figures for run in runs), strict=True)))
     reference = by_pair.get(REFERENCE)
-    ratio = paired_ratio(_means(runs), _means(reference)) if reference else None
+    ratio = paired_ratio(_means(runs), _means(reference[: len(runs)])) if reference else None
     return PolicyResult(
         store=store,
         policy=policy,
@@ -207,10 +149,11 @@ def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
         close_us_mean=total.close_ps / max(1, total.closes) / PS_PER_US,
         pool_high_water_slices=max(run.figures.high_water_slices for run in runs),
         leaked_slices=total.leaked_slices // len(runs),
-        response_ms_mean=float(np.mean(_means(runs))),
+        response_ms_mean=_response_ms(runs, base),
         response_ratio=ratio.ratio if ratio else None,
         response_ratio_ci95=(ratio.low, ratio.high) if ratio and ratio.low is not None and ratio.high else None,
         response_p_value=None,
+        replications=len(runs),
     )
 
 
@@ -220,7 +163,7 @@ def _with_p_values(policies: list[PolicyResult], by_pair: dict[str, list[Run]]) 
     if reference is None or len(reference) < 2:
         return policies
     others = [pair for pair in by_pair if pair != REFERENCE and pair in {p.pair for p in policies}]
-    values = holm([paired_p_value(_means(by_pair[pair]), _means(reference)) for pair in others])
+    values = holm([paired_p_value(_means(by_pair[pair]), _means(reference[: len(by_pair[pair])])) for pair in others])
     corrected = dict(zip(others, values, strict=True))
     return [replace(p, response_p_value=corrected.get(p.pair)) for p in policies]
 

@@ -238,7 +238,9 @@ class Scenario(_Section):
     pairs: tuple[str, ...] = PAIRS  # "all", or a list such as [heap/inline, pool/bulk]; in PAIRS' order
     calibration: str = "shipped"  # or the path of a calibration file of your own
     seed: Seed = 1  # of the first replication
-    replications: Replications = 5  # 2 at least for an interval; 5 bring Student's t down to 2.8
+    replications: Replications | None = None  # 2 at least for an interval; null: as many as `precision` asks, 2 to 40
+    precision: float = Field(default=0.1, gt=0, le=1)  # how far the interval of what a pair adds may reach to either
+    # side, as a share of the pair's response time; 0.1: a tenth is seen by users, and takes a fifth of a minute
     mode: Literal["exact", "fast"] = "exact"  # fast: whole batches by closed form, for long traces
 
     @property

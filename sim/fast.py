@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
-from mooncache.kernels import layout
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
@@ -52,12 +51,10 @@ def measure(scenario: Scenario, store: str, policy: str, prices: Prices, slices:
         rank.tasks.put(Layer(0, index, slices, slice_bytes, 0, done.append))
     env.run()
     first, second = done
-    engine = rank.engine
-    submitted = int(engine.row(0)[layout.BATCH_SUBMITTED_AT])
     figures = rank.figures()
     return BatchCost(
-        submit=submitted,
-        latency=first.done_ps - submitted,
+        submit=first.published_ps,
+        latency=first.done_ps - first.published_ps,
         occupancy=second.done_ps - first.done_ps,
         close=(first.close_ps + second.close_ps) // 2,
         busy=figures.busy_ps // 2,
@@ -70,14 +67,18 @@ class BatchCosts:
     """`BatchCost` for any number of slices, from a grid of exact ones that grows as it is asked for."""
 
     def __init__(self, scenario: Scenario, store: str, policy: str, prices: Prices) -> None:
-        self._exact = lru_cache(maxsize=None)(
-            lambda slices, slice_bytes: measure(scenario, store, policy, prices, slices, slice_bytes)
-        )
+        self._what = scenario, store, policy, prices
+        self._exact = lru_cache(maxsize=None)(self._measure)
         self._between = lru_cache(maxsize=None)(self._interpolate)
+        self.simulated = 0  # slices, one by one
 
     def __call__(self, slices: int, slice_bytes: int) -> BatchCost:
         """Cost of one batch of `slices` slices of `slice_bytes` each."""
         return self._between(slices, slice_bytes)
+
+    def _measure(self, slices: int, slice_bytes: int) -> BatchCost:
+        self.simulated += 2 * slices
+        return measure(*self._what, slices, slice_bytes)
 
     def _interpolate(self, slices: int, slice_bytes: int) -> BatchCost:
         step = int(np.floor(np.log(slices) / np.log(GRID)))

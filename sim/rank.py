@@ -55,6 +55,7 @@ class Layer:
     slice_bytes: int
     ready_ps: int
     done: Callable[[Layer], None]
+    published_ps: int = 0  # its submit was over
     done_ps: int = 0
     close_ps: int = 0  # what closing it cost the thread
 
@@ -177,6 +178,11 @@ class Rank:
         if self.policy == Policy.DEFERRED:
             env.process(self._reaper())
 
+    @property
+    def filled(self) -> int:
+        """Slices that went through the kernels."""
+        return int(self.engine.counts[Kind.SLICES_FILLED])
+
     def figures(self) -> Figures:
         """What this rank did so far."""
         engine, worker, leaked = self.engine, self.engine.worker, int(self.engine.counts[Kind.SLICES_LEAKED])
@@ -212,6 +218,7 @@ class Rank:
                 yield from self._wait_for_slots(index, caller, -handle)
             yield self._spend(index, caller)
             self.ends[index] = FOREVER
+            task.published_ps = env.now
             self.running[handle] = env.event()
             submit.publish(caller.ctl, handle)
             self._ring()

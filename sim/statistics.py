@@ -16,6 +16,8 @@ from scipy.special import stdtr, stdtrit
 
 from mooncache.errors import UsageError
 
+NORMAL = 1.9  # a little less than Student's t at 95 % ever is
+
 
 class Mean(NamedTuple):
     """A mean over replications; the interval is `mean` plus and minus `half_width`."""
@@ -41,6 +43,20 @@ def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Mean:
     if error is None:
         return Mean(mean, None)
     return Mean(mean, float(stdtrit(len(samples) - 1, (1 + confidence) / 2)) * error)
+
+
+def samples_needed(samples: Sequence[float], half_width: float, confidence: float = 0.95) -> int:
+    """How many samples that vary like these it takes for an interval of this half width; at least as many as there are.
+
+    Raises: UsageError for less than two samples, or a half width of 0.
+    """
+    _, error = _mean_and_error(samples)
+    if error is None or half_width <= 0:
+        raise UsageError(f"expected two samples or more and a half width above 0, came {samples} and {half_width}")
+    n, deviation = len(samples), error * math.sqrt(len(samples))
+    while float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n) > half_width:
+        n = max(n + 1, math.ceil((NORMAL * deviation / half_width) ** 2))  # Student's t is wider, so not beyond the end
+    return n
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Ratio:

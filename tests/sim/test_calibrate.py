@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from mooncache.cli import app
 from sim import calibrate, malloc_bench
-from sim.compare import Job, simulate
 from sim.config import PAIRS, load_scenario
 from sim.costs import TABLES, Calibration, load_calibration
+from sim.runs import Job, simulate
 
 SIZES, PAIRS_ON_AN_ARENA = (256, 30_000), (1, 2)  # the worker's chains are always measured with 30,000
 

@@ -14,10 +14,10 @@ from mooncache.kernels import layout
 from mooncache.kernels.layout import Kind, Policy
 from sim.clock import Environment
 from sim.cluster import Cluster
-from sim.compare import Job, simulate
 from sim.config import PAIRS, Scenario
 from sim.costs import Prices
 from sim.rank import Rank
+from sim.runs import Job, simulate
 from sim.workload import build_workload
 
 NS, US, MS = 1000, 10**6, 10**9

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from mooncache.cli import app
 from sim import compare, report
-from sim.compare import Job, conclude, jobs_of, run_all
+from sim.compare import conclude
 from sim.config import PAIRS, Scenario, load_scenario
 from sim.costs import digest, load_calibration
+from sim.runs import Job, Plan, run_all, simulate
 from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def test_only_policies_that_free_in_the_worker_have_a_share_of_it(small: Answer)
 
 def test_added_is_the_paired_difference_of_the_same_requests(tmp_path: Path, file: Callable[..., Path]) -> None:
     asked = load_scenario(file(pairs=["heap/inline", "pool/bulk"], replications=3))
-    runs = list(run_all(jobs_of(asked), 1))
+    runs = list(run_all(Plan(asked)))
     assert [(run.job.pair, run.job.replication) for run in runs] == [
         (pair, replication)
         for replication in range(3)
@@ -174,7 +175,7 @@ def test_added_is_the_paired_difference_of_the_same_requests(tmp_path: Path, fil
 def test_without_json_it_prints_a_table_the_notes_and_the_verdict(tmp_path: Path, file: Callable[..., Path]) -> None:
     answer = ask(file(pairs=["heap/inline", "heap/on_close", "pool/bulk"]), tmp_path / "results")
     assert answer.status == 0
-    for text in ("Three requests", "heap + inline", "heap + on_close", "pool + bulk", "Choose", "slices simulated"):
+    for text in ("Three requests", "heap + inline", "heap + on_close", "pool + bulk", "Choose", "one by one"):
         assert text in answer.out
     assert "heap + leak" not in answer.out  # simulated, since it is the zero, but not asked for
 
@@ -229,7 +230,7 @@ def test_seed_moves_the_first_replication_and_each_next_one_by_one(tmp_path: Pat
     means = [ask(file(), tmp_path / seed, *options, seed).pair("heap/inline")["response_ms_mean"] for seed in "123"]
     assert len(set(means)) == 3
     asked = load_scenario(file(), ["replications=2", "seed=2", "pairs=[heap/inline]"])
-    both = [r.response.mean() / 1e9 for r in run_all(jobs_of(asked), 1) if r.job.pair == "heap/inline"]
+    both = [r.response.mean() / 1e9 for r in run_all(Plan(asked)) if r.job.pair == "heap/inline"]
     assert both == means[1:]
 
 
@@ -264,7 +265,7 @@ def test_trace_replays_a_file(tmp_path: Path, trace: Path) -> None:
     answer = ask(scenario, tmp_path / "results", "--json", "--trace", str(trace))
     asked = load_scenario(scenario, [f"workload.path={trace}"])
     per_pair = compare.build_workload(asked, 1).total_slices
-    assert answer.object["slices"] == per_pair * 2 * asked.replications > 0
+    assert answer.object["slices"] == per_pair * sum(p["replications"] for p in answer.object["policies"]) * 2 > 0
 
 
 # ------------------------------------------------------------------------------ what is refused
@@ -359,7 +360,7 @@ def shipped() -> compare.Comparison:
     """Every layer, rank and slice of it, but one replication of the pairs that the incident is about."""
     pairs = "pairs=[heap/leak, heap/inline, heap/on_close, pool/leak, pool/inline, pool/bulk]"
     asked = load_scenario(SHIPPED, [pairs, "replications=1"])
-    return conclude(asked, list(run_all(jobs_of(asked), 2)))
+    return conclude(asked, list(run_all(Plan(asked))))
 
 
 def test_the_shipped_scenario_is_the_one_of_the_incident() -> None:
@@ -388,7 +389,7 @@ def test_the_verdict_names_the_best_the_worst_and_the_mechanism(shipped: compare
 # ------------------------------------------------------------------------------ verdicts
 def verdict_of(*pairs: str, **sections: Any) -> str:
     asked = Scenario.model_validate({**SMALL, "pairs": list(pairs), **sections})
-    return conclude(asked, list(run_all(jobs_of(asked), 1))).verdict
+    return conclude(asked, list(run_all(Plan(asked)))).verdict
 
 
 def test_where_nothing_matters_the_verdict_says_so() -> None:
@@ -414,7 +415,7 @@ def test_a_caller_that_frees_too_long_is_the_other_mechanism(tmp_path: Path) -> 
 
 def test_a_chart_of_one_pair_can_be_drawn(tmp_path: Path) -> None:
     asked = Scenario.model_validate({**SMALL, "pairs": ["pool/bulk"], "replications": 1})
-    found = conclude(asked, list(run_all(jobs_of(asked), 1)))
+    found = conclude(asked, list(run_all(Plan(asked))))
     folder = report.write(found, tmp_path / "results", {"seconds": 0})
     assert (folder / "chart.png").stat().st_size > 1000
     assert folder.name == found.run_name
@@ -422,7 +423,7 @@ def test_a_chart_of_one_pair_can_be_drawn(tmp_path: Path) -> None:
 
 def test_a_job_gives_the_same_run_again(file: Callable[..., Path]) -> None:
     job = Job(load_scenario(file()), "heap/thread_cache", 1)
-    one, two = compare.simulate(job), compare.simulate(job)
+    one, two = simulate(job), simulate(job)
     assert one.figures == two.figures
     np.testing.assert_array_equal(one.response, two.response)
     np.testing.assert_array_equal(one.stall, two.stall)

@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from mooncache.errors import MooncacheError, UsageError
 from sim import config, report
-from sim.compare import Job, conclude, jobs_of, run_all, simulate
+from sim.compare import conclude
 from sim.config import Scenario, load_scenario
 from sim.costs import load_calibration
 from sim.errors import ConfigError
 from sim.models import Transformer
+from sim.runs import Job, Plan, run_all, simulate
 from sim.workload import build_workload
 
 SHAPE = """\
@@ -161,7 +162,7 @@ def test_a_name_that_is_none_of_a_folder_is_refused(tmp_path: Path, name: str) -
 def test_results_are_written_to_a_folder_of_the_scenarios_name_and_nowhere_else(tmp_path: Path, name: str) -> None:
     text = SHAPE.replace("name: small", f"name: {_quoted(name)}") + "pairs: [pool/bulk]\n"
     asked = load(tmp_path, text)
-    found = conclude(asked, list(run_all(jobs_of(asked), 1)))
+    found = conclude(asked, list(run_all(Plan(asked))))
     folder = report.write(found, tmp_path / "results", {})
     assert folder.parent == tmp_path / "results"
     assert os.listdir(tmp_path / "results") == [folder.name]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from sim import fast
-from sim.compare import Job, Run, fast_difference, simulate
+from sim.compare import fast_difference
 from sim.config import PAIRS, Scenario
 from sim.costs import load_calibration, prices
 from sim.fast import BatchCost, BatchCosts, measure
+from sim.runs import Job, Run, simulate
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT.parent / "shared" / "data" / "traces" / "conversation_trace.jsonl"
