@@ -1,8 +1,8 @@
 """Where machine code lies on disk, and who of several processes may do what there.
 
     <base>/kernels-<key>/in-use          locked (shared) by each process that uses the directory, while it lives
-    <base>/kernels-<key>/.../NAME.lock   locked by the one process that compiles this kernel
-    <base>/kernels-<key>/.../NAME        Numba's files, each replaced as a whole
+    <base>/kernels-<key>/NAME.lock       locked by the one process that compiles this kernel
+    <base>/kernels-<key>/NAME            its machine code (`stored.py`), replaced as a whole
 
 `<base>` is `$MOONCACHE_CACHE_DIR`, else `$XDG_CACHE_HOME/mooncache`, else `~/.cache/mooncache`. Where it cannot be
 written, as in a container with a read-only home, the directory is `<tmp>/mooncache-kernels-<uid>-<key>`: of this user
@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import numba
 from numba.core.registry import cpu_target
+
+from mooncache.kernels.stored import SUFFIX
 
 log = logging.getLogger("mooncache")
 
@@ -109,8 +111,9 @@ def _private(usual: Path) -> Path:
     former = (other for other in folder.glob(f"{_PRIVATE}*") if other != path and _is_ours(other))
     _tell(remove_unused(former), folder)
     with suppress(OSError, shutil.Error), alone(path / "copy"):  # nothing there, or not for us to read: compiled anew
-        if not any(each.is_dir() for each in path.iterdir()):
-            shutil.copytree(usual, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_IN_USE, "*.lock"))
+        if not any(path.glob(f"*{SUFFIX}")):
+            others = shutil.ignore_patterns(_IN_USE, "*.lock", ".*")
+            shutil.copytree(usual, path, dirs_exist_ok=True, ignore=others)
     return path
 
 

@@ -6,7 +6,7 @@ alone makes a *part*: compiled into the entry points that call it, and only when
 
 Numba's own cache does not notice a change in a function that lives in another file, so the cache directory is keyed
 by a hash of all sources that kernels are made of (`cache.py`). Processes that start together compile each kernel once.
-A file of the cache that cannot be read is made anew, and no other with it.
+A file of the cache (`stored.py`) that is damaged is made anew, and no other with it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import logging
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
 import numba
 from llvmlite.binding import ffi
-from numba.core.caching import CompileResultCacheImpl
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.sigutils import normalize_signature
 
 from mooncache import forks
-from mooncache.kernels import cache
+from mooncache.kernels import cache, stored
 
 log = logging.getLogger("mooncache")
-
-_numba_config: Any = numba.config  # it makes its attributes at run time
 
 
 class _Lock:
@@ -71,27 +71,15 @@ def place() -> cache.Place | None:
         return _place[0]
 
 
-@contextmanager
-def _keyed_cache() -> Iterator[None]:
-    """Numba reads `config.CACHE_DIR` while a function is decorated; lend it ours and give it back."""
-    with _lock:
-        before, where = _numba_config.CACHE_DIR, place()
-        if where is not None:
-            _numba_config.CACHE_DIR = str(where.path)
-        try:
-            yield
-        finally:
-            _numba_config.CACHE_DIR = before
-
-
 class Entry(ABC):
     """Something compiled once, from the cache when it is there. Subclasses say how."""
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        if function.__closure__ is not None:
+            raise TypeError(f"kernel {function.__qualname__} closes over variables: pass them as arguments")
         self.function = function
         self.signature = signature
         self.compiled: Any = None
-        self._files: list[Path] = []
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self.__module__ = function.__module__
@@ -99,22 +87,23 @@ class Entry(ABC):
         _entries.append(self)
 
     @abstractmethod
-    def build(self, cached: bool) -> Any:
-        """Compile, or load from the cache."""
+    def build(self, where: NullCache) -> Any:
+        """Compile, or load what is stored there."""
 
     @property
-    def files(self) -> list[Path]:
-        """Its index and its machine code in the cache: of one signature, one CPU and one Python there is one each."""
-        if not self._files:  # no `cached_property`: until Python 3.12 it holds a lock of its own, for all kernels
-            with _keyed_cache():
-                where = CompileResultCacheImpl(self.function)
-            base = Path(where.locator.get_cache_path()) / where.filename_base
-            self._files = [base.with_name(f"{base.name}.nbi"), base.with_name(f"{base.name}.1.nbc")]
-        return self._files
+    def file(self) -> Path | None:
+        """Its machine code; None where no cache can be written. Raises OSError where its source cannot be read."""
+        where = place()
+        return None if where is None else where.path / stored.name_of(self.function, self.signature)
 
     def missing(self) -> bool:
         """Whether it has yet to be compiled on this machine."""
-        return self.compiled is None and (place() is None or not all(file.exists() for file in self.files))
+        return self.compiled is None and not self._stored()
+
+    def _stored(self) -> bool:
+        with suppress(OSError):
+            return (file := self.file) is not None and file.exists()
+        return False
 
     def ready(self) -> Any:
         """The compiled thing; compiles or loads it at the first call. Thread safe.
@@ -132,29 +121,29 @@ class Entry(ABC):
 
     def _load_or_compile(self, wait: bool) -> Any:
         """None where another process is at it, and we do not wait."""
-        if place() is None:
-            return self.build(cached=False)
-        if not self.missing():
-            with suppress(Exception):  # whatever a damaged file raises: once more below, with no other process at it
-                return self.build(cached=True)
         try:
-            with cache.alone(self.files[0], wait) as mine:
-                return self._compile_alone() if mine else None
+            file = self.file
+            if file is None:
+                return self.build(NullCache())
+            if file.exists():
+                with suppress(Exception):  # whatever a damaged file raises: again below, with no other process at it
+                    return self.build(stored.Stored(file))
+            with cache.alone(file, wait) as mine:
+                return self._compile_alone(file) if mine else None
         except OSError as error:  # a full disk, a quota, a directory that is read-only by now
             log.warning("kernel %s cannot be cached (%s); compiling it for this process alone", self.__name__, error)
-            return self.build(cached=False)
+            return self.build(NullCache())
 
-    def _compile_alone(self) -> Any:
-        there = not self.missing()
+    def _compile_alone(self, file: Path) -> Any:
+        there = file.exists()
         try:
-            return self.build(cached=True)
+            return self.build(stored.Stored(file))
         except Exception as error:
             if not there or isinstance(error, OSError):
                 raise
             log.warning("kernel cache unreadable (%s: %s); rebuilding %s", type(error).__name__, error, self.__name__)
-            for file in self.files:
-                file.unlink(missing_ok=True)
-            return self.build(cached=True)
+            file.unlink(missing_ok=True)
+            return self.build(stored.Stored(file))
 
 
 class Kernel(Entry):
@@ -164,11 +153,11 @@ class Kernel(Entry):
         super().__init__(function, signature)
         self.nogil = nogil
 
-    def build(self, cached: bool) -> Any:
+    def build(self, where: NullCache) -> Any:
         """Compile for the one signature."""
-        with _keyed_cache():
-            dispatcher = numba.njit(nogil=self.nogil, cache=cached, error_model="numpy")(self.function)
-            dispatcher.compile(self.signature)
+        dispatcher: Any = numba.njit(nogil=self.nogil, error_model="numpy")(self.function)
+        dispatcher._cache = where
+        dispatcher.compile(self.signature)
         dispatcher.disable_compile()
         return dispatcher
 
@@ -180,10 +169,12 @@ class Kernel(Entry):
 class Callback(Entry):
     """A C function written in Python; `address` is what goes into a provider's table of operations."""
 
-    def build(self, cached: bool) -> Any:
+    def build(self, where: NullCache) -> Any:
         """Compile with the C calling convention."""
-        with _keyed_cache():
-            return numba.cfunc(self.signature, cache=cached, error_model="numpy")(self.function)
+        function: Any = CFunc(self.function, normalize_signature(self.signature), {}, {"error_model": "numpy"})
+        function._cache = where
+        function.compile()
+        return function
 
     @property
     def address(self) -> int:
@@ -217,7 +208,7 @@ def cold() -> bool:
 
 
 def prewarm() -> None:
-    """Make every entry point ready; one line on stderr when that means compiling for the first time.
+    """Make every entry point ready; says so, and how far it is, when that means compiling for the first time.
 
     Processes that start together on a new machine share the work: each kernel is compiled by one of them.
     """
@@ -229,19 +220,33 @@ def prewarm() -> None:
 
 
 def _compile(missing: list[Entry]) -> None:
-    """Compile what no other process does, then wait for those; say how far it is at a terminal, else in the log."""
+    """Compile what no other process does, then wait for those."""
     where = place()
-    into = f"into {where.path}" if where is not None else "for this process"
-    told = sys.stderr is not None and sys.stderr.isatty()
-    log.info("compiling %d kernels %s: once, up to a minute or two", len(missing), into)
-    for done, entry in enumerate(missing):
-        if told:
-            print(f"\rmooncache: compiling kernels, once: {done}/{len(missing)} ", end="", file=sys.stderr)
+    progress = Progress(len(missing), f"into {where.path}" if where is not None else "for this process")
+    for entry in missing:
         entry._make(wait=False)
+        progress.tell(sum(entry.compiled is not None for entry in missing))
     left = [entry for entry in missing if entry.compiled is None]
     if left:
         log.info("other processes compile %d of the kernels; waiting for them", len(left))
-    for entry in left:
+    for already, entry in enumerate(left, 1):
         entry.ready()
-    if told:
-        print(f"\rmooncache: compiled {len(missing)} kernels {into}", file=sys.stderr)
+        progress.tell(len(missing) - len(left) + already)
+
+
+class Progress:
+    """Says how many kernels are compiled: at a terminal in one line that is rewritten, else in the log, each tenth."""
+
+    def __init__(self, kernels: int, into: str) -> None:
+        self.kernels, self.into, self.told = kernels, into, 0
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        log.info("compiling %d kernels %s: once, up to a minute or two", kernels, into)
+
+    def tell(self, done: int) -> None:
+        """So many are compiled by now."""
+        if self.terminal:
+            doing, end = (f"compiled {self.into}", "\n") if done == self.kernels else ("being compiled, once", "")
+            print(f"\rmooncache: {done} of {self.kernels} kernels {doing}\x1b[K", end=end, file=sys.stderr, flush=True)
+        elif done * 10 // self.kernels > self.told * 10 // self.kernels:
+            log.info("%d of %d kernels are compiled", done, self.kernels)
+        self.told = done

@@ -286,9 +286,9 @@ def test_a_cold_and_a_warm_cache_of_kernels(tmp_path):
     place = Place(tmp_path / "kernels-now", lasting=True)
     cold = only(checks.cache.cache(place, cold=True))
     assert (cold.level, cold.cure) == ("warning", checks.cache.COMPILE)
-    write(tmp_path, {"kernels-now/a/one.nbi": "x" * 99_999, "kernels-now/a/one.nbc": "y" * 99_999})
+    write(tmp_path, {"kernels-now/one.kernel": "x" * 199_999, "kernels-now/one.kernel.lock": ""})
     assert only(checks.cache.cache(place, cold=False)).text == f"warm: 1 kernels, 0.2 MB in {place.path}"
-    write(tmp_path, {"kernels-before/a/one.nbc": "z" * 299_999})
+    write(tmp_path, {"kernels-before/one.kernel": "z" * 299_999})
     assert only(checks.cache.cache(place, cold=False)).text.endswith("beside it those of 1 other versions, 0.3 MB")
 
 

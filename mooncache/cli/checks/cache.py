@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mooncache.cli.checks.base import Finding, check
 from mooncache.kernels.cache import Place
+from mooncache.kernels.stored import SUFFIX
 
 COMPILE = "python -c \"from mooncache import Engine; Engine(provider='loopback').close()\""
 
@@ -28,7 +29,7 @@ def cache(place: Place | None, cold: bool) -> Iterator[Finding]:
         text = f"cold: the first engine compiles for about half a minute, into {place.path}"
         yield Finding("kernel cache", "warning", text, COMPILE)
     else:
-        kernels = sum(1 for _ in place.path.rglob("*.nbi"))
+        kernels = sum(1 for _ in place.path.rglob(f"*{SUFFIX}"))
         text = f"warm: {kernels} kernels, {mb_of(place.path)} in {place.path}"
         former = [other for other in place.path.parent.glob("kernels-*") if other != place.path]
         if former:
