@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from mooncache.errors import UsageError
@@ -64,5 +65,5 @@ def absent(name: str, needs: str, error: Exception) -> Callable[..., None]:
     def command(ctx: typer.Context) -> None:
         raise UsageError(f"{name} {why}") from error
 
-    command.__doc__ = f"Not available: {why}."
+    command.__doc__ = escape(f"Not available: {why}.")
     return command
