@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import mooncache
+from mooncache.errors import REASON, UsageError
 from mooncache.kernels.layout import Policy
+from mooncache.kernels.state import Settings
 from mooncache.opening import PROVIDERS
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +39,49 @@ def test_the_readme_lists_all_wires() -> None:
     assert {*table_of("Wires"), "auto"} == set(PROVIDERS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md"])
+def test_the_readme_says_what_to_do_at_each_status_and_exception() -> None:
+    said = table_of("When something fails")
+    ours = {name for name, each in vars(mooncache).items() if isinstance(each, type) and issubclass(each, Exception)}
+    known = {status.name for status in REASON} | ours | {"TimeoutError"}
+    assert set(said) <= known
+    assert known - set(said) == {"MooncacheError", "TransferFailed"}  # the base, and what has the statuses
+
+
+def number_of(text: str) -> int:
+    """4,096 or 2^31 or 64 KiB."""
+    digits, _, unit = text.partition(" ")
+    base, _, power = digits.replace(",", "").partition("^")
+    return int(base) ** int(power or 1) << {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}[unit]
+
+
+def test_the_limits_of_the_readme_are_those_of_the_settings() -> None:
+    text = README.split("## Limits and sizing\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \|", text, re.MULTILINE)
+    assert len(rows) > 8
+    for settings, defaults, most in rows:
+        names = re.findall(r"`(\w+)`", settings)
+        spelled = [re.findall(r"[\d^]+(?:,\d{3})*(?: [KMG]iB)?", cell) for cell in (defaults, most)]
+        for name, default, limit in zip(names, *spelled, strict=True):
+            assert getattr(Settings(), name) == number_of(default), name
+            Settings(**{name: number_of(limit)})
+            with pytest.raises(UsageError):
+                Settings(**{name: number_of(limit) + 1})
+
+
+def test_what_the_readme_measured_is_in_the_list_with_date_and_commit() -> None:
+    text = README.split("## Measured\n")[1].split("\n## ")[0]
+    figures = re.findall(r"^\| ([^|]*) \| ([^|]*\d[^|]*) \| `", text, re.MULTILINE)
+    measured = (ROOT / "docs/measured.md").read_text()
+    assert len(figures) == 5
+    for what, figure in figures:
+        assert re.search(
+            re.escape(f"| {what} | {figure} |") + r" `[^`]*` \| \d{4}-\d\d-\d\d \| [0-9a-f]{7} \|", measured
+        )
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "docs/measured.md"]
+)
 def test_paths_that_documents_name_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:mooncache|sim|configs|notebooks|tests|kernels)/[\w/.]*)`", text)
