@@ -21,7 +21,7 @@ from sim.kernels import compile_all
 from sim.runs import Plan, run_all, side_by_side
 from sim.told import Told
 
-WIDTH = 100  # columns, where the output is no terminal
+WIDTH = 80  # columns, where the output is no terminal
 
 
 def compare(
@@ -58,7 +58,7 @@ def compare(
         compile_all(mapped, lambda done, all_: told.say("compiling kernels for this machine, once", done, all_))
         compiled = time.perf_counter()
         for run in run_all(plan, mapped):
-            told.say("simulating", sum(map(len, plan.runs.values())), plan.known, run.job.pair)
+            told.say("simulating", sum(map(len, plan.runs.values())), plan.known, run.job.pair.replace("/", " + "))
     seconds = time.perf_counter() - compiled
     found = conclude(asked, [run for runs in plan.runs.values() for run in runs])
     speed = found.slices / seconds
@@ -74,10 +74,9 @@ def compare(
         return
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     report.print_table(found, console)
+    one_by_one = f"{found.slices:,} slices in {seconds:.1f} s, {found.simulated:,} of them simulated one by one"
     console.print(
-        f"\n{found.slices:,} slices in {seconds:.1f} s, of which {found.simulated:,} had to be simulated one by one. "
-        f"Written: {folder}/summary.md",
-        highlight=False,
+        f"\n[dim]{one_by_one}.[/dim]\nWritten: {folder}/summary.md and chart.png", highlight=False, soft_wrap=True
     )
 
 

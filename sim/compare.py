@@ -1,7 +1,8 @@
 """The main job: the same requests under every pair of slice store and reclaim policy.
 
 Replications share their random streams across pairs, so each request is compared with itself: `added_ms` is its
-response time minus that of the same request, in the same replication, under `leak` on the same store.
+response time minus that of the same request, in the same replication, under pool + leak. What `leak` on the pair's own
+store adds is `leak_ms_mean`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from sim import units
 from sim.config import Scenario, Trace
 from sim.costs import PS_PER_NS, Calibration, digest, load_calibration
 from sim.rank import Figures
-from sim.runs import PS_PER_MS, REFERENCE, Job, Run, added_ms, simulate
+from sim.runs import BASE, REFERENCE, Job, Run, added_ms, leak_of, simulate
 from sim.statistics import holm, mean_interval, paired_p_value, paired_ratio, percentile
+from sim.verdict import verdict, warnings
 from sim.workload import SAMPLE_REQUESTS, Workload, build_workload
 
-PS_PER_US = 10**6
-TIE = 0.001  # response times this close are equal; the least CPU time for freeing decides, then the simplest policy
+PS_PER_US, PS_PER_MS = 10**6, 10**9
 
 
 # ------------------------------------------------------------------------------ findings
@@ -33,11 +35,14 @@ class PolicyResult:
     policy: str
     added_ms_mean: float
     added_ms_ci95: float | None  # half width; None with one replication
+    leak_ms_mean: float  # what `leak` on the same store adds
     stall_us_p50: float
     stall_us_p99: float
     worker_free_share: float  # of the worker's busy time
     worker_ns_per_slice: float
     freeing_ns_per_slice: float  # of all threads
+    submit_us_mean: float
+    transfer_us_mean: float  # from a submit's end to the batch's
     close_us_mean: float
     pool_high_water_slices: int  # of one rank
     leaked_slices: int  # of all ranks, in one replication
@@ -48,8 +53,13 @@ class PolicyResult:
     replications: int
 
     @property
+    def name(self) -> str:
+        """As everything for people writes it."""
+        return f"{self.store} + {self.policy}"
+
+    @property
     def pair(self) -> str:
-        """As scenarios write it."""
+        """As jobs name it."""
         return f"{self.store}/{self.policy}"
 
 
@@ -59,9 +69,13 @@ class Comparison:
 
     scenario: Scenario
     calibration: Calibration
+    title: str
     policies: list[PolicyResult]
     verdict: str
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    budget_ns_per_slice: float  # worker's time that a layer's compute leaves for each slice
+    stall_ms_by_layer: dict[str, np.ndarray]  # by pair: float64[layers], mean of all requests
     slices: int
     simulated: int  # of these, one by one; the others are known from them
 
@@ -86,7 +100,9 @@ class Comparison:
                 "machine": self.calibration.machine.model_dump(),
             },
             "slices": self.slices,
+            "budget_ns_per_slice": self.budget_ns_per_slice,
             "policies": [asdict(policy) for policy in self.policies],
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
             "verdict": self.verdict,
         }
@@ -104,15 +120,18 @@ def conclude(scenario: Scenario, runs: Sequence[Run]) -> Comparison:
     if scenario.mode == "fast":
         slowest = max(policies, key=lambda p: p.response_ms_mean)
         notes = (*notes, fast_difference(scenario, slowest.pair))
-    verdict = _verdict(scenario, policies, workload)
     return Comparison(
-        scenario,
-        calibration,
-        _with_p_values(policies, by_pair),
-        verdict,
-        notes,
-        sum(run.slices for run in runs),
-        sum(run.simulated for run in runs),
+        scenario=scenario,
+        calibration=calibration,
+        title=title_of(scenario, workload),
+        policies=_with_p_values(policies, by_pair),
+        verdict=verdict(scenario, workload, policies),
+        warnings=tuple(warnings(scenario, workload, policies)),
+        notes=notes,
+        budget_ns_per_slice=workload.compute_ps / workload.total_slices * workload.ranks / PS_PER_NS,
+        stall_ms_by_layer={pair: _by_layer(by_pair[pair]) for pair in scenario.pairs},
+        slices=sum(run.slices for run in runs),
+        simulated=sum(run.simulated for run in runs),
     )
 
 
@@ -130,7 +149,7 @@ def _response_ms(runs: Sequence[Run], base: Sequence[Run]) -> float:
 
 def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
     runs, (store, policy) = by_pair[pair], pair.split("/")
-    base = by_pair[f"{store}/leak"]
+    base = by_pair[BASE]
     added = mean_interval(added_ms(runs, base))
     stall = np.concatenate([run.stall.ravel() for run in runs])
     total = Figures(*(sum(column) for column in zip(*(run.figures for run in runs), strict=True)))
@@ -141,11 +160,14 @@ def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
         policy=policy,
         added_ms_mean=added.mean,
         added_ms_ci95=added.half_width,
+        leak_ms_mean=float(np.mean(added_ms(by_pair[leak_of(pair)], base))),
         stall_us_p50=percentile(stall, 50) / PS_PER_US,
         stall_us_p99=percentile(stall, 99) / PS_PER_US,
         worker_free_share=total.freeing_ps / max(1, total.busy_ps),
         worker_ns_per_slice=total.busy_ps / PS_PER_NS / sum(run.slices for run in runs),
         freeing_ns_per_slice=total.all_freeing_ps / PS_PER_NS / sum(run.slices for run in runs),
+        submit_us_mean=total.submit_ps / max(1, total.closes) / PS_PER_US,
+        transfer_us_mean=total.transfer_ps / max(1, total.closes) / PS_PER_US,
         close_us_mean=total.close_ps / max(1, total.closes) / PS_PER_US,
         pool_high_water_slices=max(run.figures.high_water_slices for run in runs),
         leaked_slices=total.leaked_slices // len(runs),
@@ -168,15 +190,35 @@ def _with_p_values(policies: list[PolicyResult], by_pair: dict[str, list[Run]]) 
     return [replace(p, response_p_value=corrected.get(p.pair)) for p in policies]
 
 
+def _by_layer(runs: Sequence[Run]) -> np.ndarray:
+    found: np.ndarray = np.concatenate([run.stall for run in runs]).mean(axis=0) / PS_PER_MS
+    return found
+
+
+def title_of(scenario: Scenario, workload: Workload) -> str:
+    """The scenario in one line, from what it is by now: `--set` may have changed what its description says."""
+    requests, nic = workload.requests, scenario.nic
+    compute = scenario.prefill.layer_time or workload.compute_ps / len(requests) / workload.layers
+    every = units.format_duration(compute)
+    wire = f"{nic.rails} x " if nic.rails > 1 else ""
+    wire += units.BIT_RATE.spell(nic.rate)
+    return (
+        f"{scenario.description or scenario.name}: {len(requests):,} requests x {workload.layers} layers x "
+        f"{workload.ranks} ranks, {_span([r.slices for r in requests])} slices of "
+        f"{_span([r.slice_bytes for r in requests])} B a layer and rank, computed in {every}, {wire}"
+    )
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+
+
 def _notes(scenario: Scenario, calibration: Calibration) -> list[str]:
     """What a reader must know to trust the figures."""
     machine = calibration.machine
     return [
         f"CPU costs: calibration {calibration.name!r}, measured {calibration.measured} on {machine.cpu} "
         f"({machine.cores} cores, {machine.libc}); the wire is the scenario's",
-        "added: against the same request under leak on the same store, which pays for fresh memory instead of freeing; "
-        "hence less than 0 for some",
-        "stall: from the moment a layer is computed until its last slice has arrived on the slowest rank",
     ]
 
 
@@ -192,46 +234,13 @@ def fast_difference(scenario: Scenario, pair: str) -> str:
     }
     response = _apart(both["fast"].response, both["exact"].response)
     stall = _apart(both["fast"].stall, both["exact"].stall)
+    name = pair.replace("/", " + ")
     return (
-        f"fast mode: over the first {len(both['exact'].response)} requests under {pair}, mean response time differs "
-        f"from the exact mode by {response:.4%}, mean stall by {stall:.3%}; slices alive are counted from submit to "
-        "close, without what a reaper or a cache still holds"
+        f"fast mode: over the first {len(both['exact'].response)} requests under {name}, mean response time differs"
+        f" from the exact mode by {response:.4%}, mean stall by {stall:.3%}; slices alive are counted from "
+        "submit to close, without what a reaper or a cache still holds"
     )
 
 
 def _apart(fast: np.ndarray, exact: np.ndarray) -> float:
     return abs(float(fast.mean()) - float(exact.mean())) / float(exact.mean())
-
-
-def _verdict(scenario: Scenario, policies: list[PolicyResult], workload: Workload) -> str:
-    """One sentence: which placement to choose, which hurts most, and by which mechanism."""
-    freeing = [p for p in policies if p.policy != "leak"]
-    if not freeing:
-        return "Only leaking engines were compared: each runs out of memory in the end."
-    fastest = min(p.response_ms_mean for p in freeing)
-    ties = [p for p in freeing if p.response_ms_mean <= fastest * (1 + TIE)]
-    best = min(reversed(ties), key=lambda p: round(p.freeing_ns_per_slice, 1))
-    worst = max(freeing, key=lambda p: p.added_ms_mean)
-    name = "{0.store} + {0.policy}".format
-    sentence = f"Choose {name(best)}: it adds {max(0.0, best.added_ms_mean):.1f} ms to a response"
-    if worst is best or worst.added_ms_mean < 1:
-        return f"{sentence}, and no other placement that was compared adds more than 1 ms."
-    return f"{sentence}; {name(worst)} adds {worst.added_ms_mean:,.0f} ms, because {_mechanism(worst, workload)}."
-
-
-def _mechanism(worst: PolicyResult, workload: Workload) -> str:
-    """Why a placement adds what it adds, from its own figures."""
-    slices = float(np.mean([request.slices for request in workload.requests]))
-    compute = float(np.mean([request.layer_ps.mean() for request in workload.requests])) / PS_PER_MS
-    worker = worst.worker_ns_per_slice * slices / 1e6
-    if worst.worker_free_share > 0.2:
-        slower = "longer than" if worker > compute else "next to"
-        return (
-            f"freeing slices takes {worst.worker_free_share:.0%} of the worker's time: a layer keeps it busy for "
-            f"{worker:.1f} ms, {slower} the {compute:.1f} ms in which the next layer is computed, "
-            "and transfers fall behind"
-        )
-    return (
-        f"the submitting thread spends {worst.close_us_mean / 1000:.1f} ms on freeing at each close, "
-        "and the next layer waits for it"
-    )

@@ -235,7 +235,7 @@ class Scenario(_Section):
     nic: Nic = Nic()
     decode: Decode = Decode()
     reclaim: Reclaim = Reclaim()
-    pairs: tuple[str, ...] = PAIRS  # "all", or a list such as [heap/inline, pool/bulk]; in PAIRS' order
+    pairs: tuple[str, ...] = PAIRS  # "all", or a list such as [heap + inline, pool + bulk]; in PAIRS' order
     calibration: str = "shipped"  # or the path of a calibration file of your own
     seed: Seed = 1  # of the first replication
     replications: Replications | None = None  # 2 at least for an interval; null: as many as `precision` asks, 2 to 40
@@ -265,11 +265,13 @@ class Scenario(_Section):
         if pairs == "all":
             return PAIRS
         if not isinstance(pairs, (list, tuple)) or not pairs:
-            raise UsageError(f"expected 'all' or a list of store/policy, came {came(pairs)}")
+            raise UsageError(f"expected 'all' or a list of store + policy, came {came(pairs)}")
+        names = {name: pair for pair in PAIRS for name in (pair.replace("/", " + "), pair)}
         for pair in pairs:
-            if pair not in PAIRS:
-                raise UsageError(f"expected store/policy, came {came(pair)}; {_did_you_mean(pair, PAIRS)}")
-        return tuple(pair for pair in PAIRS if pair in pairs)
+            if not isinstance(pair, str) or pair not in names:
+                raise UsageError(f"expected store + policy, came {came(pair)}; {_did_you_mean(pair, list(names)[::2])}")
+        chosen = {names[pair] for pair in pairs}
+        return tuple(pair for pair in PAIRS if pair in chosen)
 
     @model_validator(mode="after")
     def _is_of_a_size_that_ends(self) -> Scenario:

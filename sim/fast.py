@@ -101,7 +101,8 @@ class FastRank:
         self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, policy == "leak"
         self.tasks = simpy.Store(env)
         self.free_at = 0  # when the worker is done with the last batch published
-        self.busy_ps = self.freeing_ps = self.all_freeing_ps = self.close_ps = self.closes = 0
+        self.busy_ps = self.freeing_ps = self.all_freeing_ps = 0
+        self.submit_ps = self.transfer_ps = self.close_ps = self.closes = 0
         self.in_use = self.high_water = self.closed_slices = 0
         for _ in range(scenario.engine.submit_threads):
             env.process(self._thread())
@@ -110,7 +111,15 @@ class FastRank:
         """What this rank did so far."""
         leaked = self.closed_slices if self.leaks else 0
         return Figures(
-            self.busy_ps, self.freeing_ps, self.all_freeing_ps, self.close_ps, self.closes, self.high_water, leaked
+            busy_ps=self.busy_ps,
+            freeing_ps=self.freeing_ps,
+            all_freeing_ps=self.all_freeing_ps,
+            submit_ps=self.submit_ps,
+            transfer_ps=self.transfer_ps,
+            close_ps=self.close_ps,
+            closes=self.closes,
+            high_water_slices=self.high_water,
+            leaked_slices=leaked,
         )
 
     def _thread(self) -> Steps:
@@ -122,6 +131,7 @@ class FastRank:
             self.high_water = max(self.high_water, self.in_use)
             yield env.timeout(cost.submit)
             self.free_at = max(env.now + cost.latency, self.free_at + cost.occupancy)
+            self.transfer_ps += self.free_at - env.now
             yield env.timeout(self.free_at - env.now)
             task.done_ps = env.now
             task.done(task)
@@ -133,6 +143,7 @@ class FastRank:
         self.busy_ps += cost.busy
         self.freeing_ps += cost.freeing
         self.all_freeing_ps += cost.all_freeing
+        self.submit_ps += cost.submit
         self.close_ps += cost.close
         self.closes += 1
         self.closed_slices += task.slices

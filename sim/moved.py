@@ -128,7 +128,7 @@ class MovedRank:
         self.leaked = 0  # chunks that a restart would bring back
         self.chunks = self.free
         self.worker_rest = self.rest = self.last_release = -1  # before that, the worker, or anybody, is at something
-        self.total = Figures(0, 0, 0, 0, 0, 0, 0)
+        self.total = Figures(*[0] * len(Figures._fields))
         for _ in range(scenario.engine.submit_threads):
             env.process(self._thread())
 

@@ -66,6 +66,8 @@ class Figures(NamedTuple):
     busy_ps: int  # worker's time with something to do
     freeing_ps: int  # of that, inside the reclaim policy
     all_freeing_ps: int  # the same of all threads: worker, callers, reaper
+    submit_ps: int  # callers' time in submit
+    transfer_ps: int  # from a submit's end to the batch's, over all batches
     close_ps: int  # callers' time in close
     closes: int
     high_water_slices: int  # most slices that existed at once
@@ -169,7 +171,7 @@ class Rank:
         self.running: dict[int, simpy.Event] = {}  # handle -> event of its end
         self.ends = [FOREVER] * (threads + 1)  # when each thread, and the reaper, is done with what it does now
         self.starved: deque[simpy.Event] = deque()  # threads that wait for slots
-        self.close_ps = self.closes = 0
+        self.submit_ps = self.transfer_ps = self.close_ps = self.closes = 0
         self.turn_number = 0
         self.asleep = True
         self.reaping: simpy.Event = env.event()
@@ -192,6 +194,8 @@ class Rank:
             all_freeing_ps=sum(
                 int(block.words[layout.TIME_FREEING]) for block in (*engine.callers, worker, engine.reaper)
             ),
+            submit_ps=self.submit_ps,
+            transfer_ps=self.transfer_ps,
             close_ps=self.close_ps,
             closes=self.closes,
             high_water_slices=max(leaked, engine.state.high_water_slices),
@@ -216,6 +220,7 @@ class Rank:
                 if handle >= 0:
                     break
                 yield from self._wait_for_slots(index, caller, -handle)
+            self.submit_ps += int(caller.words[layout.NOW]) - env.now
             yield self._spend(index, caller)
             self.ends[index] = FOREVER
             task.published_ps = env.now
@@ -223,6 +228,7 @@ class Rank:
             submit.publish(caller.ctl, handle)
             self._ring()
             task.done_ps = yield self.running[handle]
+            self.transfer_ps += task.done_ps - task.published_ps
             task.done(task)
             self.ends[index] = env.now + self.wake_ps
             yield env.timeout(self.wake_ps)

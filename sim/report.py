@@ -1,10 +1,8 @@
-"""What a comparison looks like: a table in the terminal, and a folder with result.json, summary.md and a chart."""
+"""What a comparison looks like: verdict and table in the terminal, and a folder with result.json, summary and chart."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +10,58 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sim.chart import draw
 from sim.compare import Comparison, PolicyResult
+from sim.figures import count, figure, interval
 
 COLUMNS = (
     ("store + policy", "which kind of slice, and where it is deleted"),
-    ("added ms", "to a response, against leak on the same store; 95 % interval over replications"),
-    ("stall ms p50", "from a layer computed to its last slice arrived, median"),
-    ("stall ms p99", "the same, 99th percentile"),
-    ("worker ns/slice", "busy time of the transfer worker"),
-    ("of it freeing", "share of that spent on deletion"),
+    ("resp. ms", "from a request's arrival to its first token, mean"),
+    ("added ms", "to that, against the same request under pool + leak; with the 95 % interval over replications"),
+    ("leak ms", "what leak on the same store adds: on the heap it pays for fresh memory instead of freeing"),
+    ("stall p50 ms", "from a layer computed to its last slice arrived on the slowest rank, median"),
+    ("stall p99 ms", "the same, 99th percentile"),
+    ("worker ns/ slice", "busy time of the transfer worker"),
+    ("of it frees", "share of that spent on deletion"),
     ("close us", "caller's time in close, mean"),
-    ("slices alive", "most in one rank"),
-    ("slices leaked", "never freed, in one replication"),
+    ("most alive", "slices in one rank"),
 )
-
-
-def _count(n: int) -> str:
-    """A count in four characters or so."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)
-
-
-def _interval(mean: float, half_width: float | None) -> str:
-    return f"{mean:,.1f}" if half_width is None else f"{mean:,.1f} ±{half_width:,.1f}"
 
 
 def row(policy: PolicyResult) -> list[str]:
     """One line of the table, as text."""
     return [
-        f"{policy.store} + {policy.policy}",
-        _interval(policy.added_ms_mean, policy.added_ms_ci95),
-        f"{policy.stall_us_p50 / 1000:,.2f}",
-        f"{policy.stall_us_p99 / 1000:,.2f}",
-        f"{policy.worker_ns_per_slice:,.1f}",
+        policy.name,
+        figure(policy.response_ms_mean),
+        interval(policy.added_ms_mean, policy.added_ms_ci95),
+        figure(policy.leak_ms_mean, 1),
+        figure(policy.stall_us_p50 / 1000),
+        figure(policy.stall_us_p99 / 1000),
+        figure(policy.worker_ns_per_slice),
         f"{policy.worker_free_share:.0%}",
-        f"{policy.close_us_mean:,.1f}",
-        _count(policy.pool_high_water_slices),
-        _count(policy.leaked_slices) if policy.leaked_slices else "-",
+        figure(policy.close_us_mean),
+        count(policy.pool_high_water_slices),
     ]
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """The table, the notes and the verdict."""
-    scenario = comparison.scenario
-    title = scenario.description or scenario.name
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    """The verdict, what to beware of, the table, and what its columns mean."""
+    console.print(f"[bold]{comparison.verdict}[/bold]", highlight=False)
+    for warning in comparison.warnings:
+        console.print(f"[yellow]Beware: {warning}.[/yellow]", highlight=False)
+    table = Table(title=f"\n{comparison.title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for index, (heading, _) in enumerate(COLUMNS):
-        words = heading.rsplit(" ", 1) if index else [heading]
-        table.add_column("\n".join(words), justify="right" if index else "left", no_wrap=True)
+        words = heading.split(" ") if index else [heading]
+        table.add_column("\n".join(words), justify="right" if index else "left", vertical="bottom", no_wrap=True)
     worst = max(policy.added_ms_mean for policy in comparison.policies)
     for policy in comparison.policies:
         bad = policy.added_ms_mean > 1 and policy.added_ms_mean > worst / 2
         table.add_row(*row(policy), style="red" if bad else "")
     console.print(table)
+    legend = "; ".join(f"[not dim]{heading}[/]: {meaning}" for heading, meaning in COLUMNS[1:])
+    console.print(f"\n[dim]{legend}.[/dim]", highlight=False)
     for note in comparison.notes:
         console.print(f"[dim]- {note}[/dim]", highlight=False)
-    console.print(f"\n[bold]{comparison.verdict}[/bold]", highlight=False)
 
 
 def ratio(policy: PolicyResult) -> str:
@@ -84,55 +76,34 @@ def ratio(policy: PolicyResult) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """summary.md."""
-    titles = [*(title for title, _ in COLUMNS), "response ratio"]
+    titles = [*(title for title, _ in COLUMNS), "leaked", "response ratio", "replications"]
     lines = [
         f"# {comparison.scenario.name}",
         "",
-        comparison.scenario.description,
-        "",
         f"**{comparison.verdict}**",
+        "",
+        *(f"- Beware: {warning}." for warning in comparison.warnings),
+        "",
+        f"{comparison.title}.",
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
-        *("| " + " | ".join([*row(policy), ratio(policy)]) + " |" for policy in comparison.policies),
+        *(
+            "| " + " | ".join([*row(p), count(p.leaked_slices), ratio(p), str(p.replications)]) + " |"
+            for p in comparison.policies
+        ),
         "",
         *(f"- {title}: {meaning}" for title, meaning in COLUMNS[1:]),
+        "- leaked: slices never freed, of all ranks, in one replication",
         "- response ratio: mean response time as a multiple of pool + bulk's, paired by replication; 95 % interval, "
         "and p value corrected for the number of pairs (Holm)",
         *(f"- {note}" for note in comparison.notes),
-        f"- seed {comparison.scenario.seed}, {comparison.scenario.replications} replications, "
-        f"{comparison.slices:,} slices simulated ({comparison.scenario.mode} mode)",
+        f"- seed {comparison.scenario.seed}, {comparison.slices:,} slices ({comparison.scenario.mode} mode)",
         "",
-        "![added response time by store and policy](chart.png)",
+        "![added response time and worker time by store and policy, and stall by layer](chart.png)",
         "",
     ]
     return "\n".join(lines)
-
-
-def chart(policies: Sequence[PolicyResult], path: Path, title: str) -> None:
-    """Two bar charts: added response time, and the worker's time per slice by cause."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"backend": "agg"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes stand for what this machine cannot draw
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 0.32 * len(policies) + 1.8), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        names = [f"{p.store} + {p.policy}" for p in policies]
-        colours = ["#c44e52" if p.store == "heap" else "#4c72b0" for p in policies]
-        left.barh(names, [p.added_ms_mean for p in policies], color=colours,
-                  xerr=[p.added_ms_ci95 or 0 for p in policies])  # fmt: skip
-        left.set_xlabel("added to a response, ms")
-        left.invert_yaxis()
-        freeing = [p.worker_ns_per_slice * p.worker_free_share for p in policies]
-        other = [p.worker_ns_per_slice - f for p, f in zip(policies, freeing, strict=True)]
-        right.barh(names, other, color="#8c8c8c", label="post, poll, complete")
-        right.barh(names, freeing, left=other, color="#dd8452", label="freeing")
-        right.set_xlabel("worker time per slice, ns")
-        right.legend(loc="lower right")
-        figure.suptitle(title)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def write(comparison: Comparison, folder: Path, manifest: dict[str, Any]) -> Path:
@@ -142,5 +113,5 @@ def write(comparison: Comparison, folder: Path, manifest: dict[str, Any]) -> Pat
     for name, content in (("result.json", comparison.result), ("manifest.json", manifest)):
         (target / name).write_text(json.dumps(content, indent=2) + "\n")
     (target / "summary.md").write_text(markdown(comparison))
-    chart(comparison.policies, target / "chart.png", comparison.scenario.description or comparison.scenario.name)
+    draw(comparison, target / "chart.png")
     return target

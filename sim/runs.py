@@ -27,6 +27,7 @@ from sim.statistics import mean_interval, samples_needed
 from sim.workload import Workload, build_workload
 
 PS_PER_MS = 10**9
+BASE = "pool/leak"  # never frees, and pays for nothing fresh: what a pair adds is counted from there
 REFERENCE = "pool/bulk"  # what response times are compared with
 AGREE = 0.001  # of the response time: two replications whose interval is narrower than this are enough
 FEW, MOST = 5, 40  # replications of a pair that varies; with five Student's t is 2.8, with forty 2.0
@@ -127,10 +128,10 @@ def simulate(job: Job, *, in_full: bool = False) -> Run:
 class Plan:
     """Which simulations a comparison takes.
 
-    `leak` on each store is among them, asked for or not, and has as many replications as any pair, since the others
-    are compared with it. Where the scenario leaves the number open, each pair gets as many as it takes until the
-    interval of what it adds is within `precision` of its response time: two if they agree, else 5 to 40, at most twice
-    as many each time. That depends on what was found alone, not on how many processes found it.
+    `leak` on the pool, and on each store, is among them, asked for or not, and has as many replications as any pair,
+    since the others are compared with it. Where the scenario leaves the number open, each pair gets as many as it takes
+    until the interval of what it adds is within `precision` of its response time: two if they agree, else 5 to 40, at
+    most twice as many each time. That depends on what was found alone, not on how many processes found it.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -139,8 +140,8 @@ class Plan:
         self.known = 0  # jobs given out so far
 
     def _needed(self) -> list[str]:
-        asked = self.scenario.pairs
-        return [pair for pair in PAIRS if pair in asked or pair in {f"{each.split('/')[0]}/leak" for each in asked}]
+        needed = {*self.scenario.pairs, BASE, *(leak_of(pair) for pair in self.scenario.pairs)}
+        return [pair for pair in PAIRS if pair in needed]
 
     def add(self, run: Run) -> None:
         """Take in what a simulation found; those of one pair in order."""
@@ -170,12 +171,17 @@ class Plan:
         if len(runs) < 2:
             return 2
         response = float(np.mean([run.response_ms for run in runs]))
-        added = added_ms(runs, self.runs[f"{pair.split('/')[0]}/leak"])
+        added = added_ms(runs, self.runs[BASE])
         half_width = mean_interval(added).half_width or 0.0
         if half_width <= AGREE * response or len(runs) >= MOST:
             return len(runs)
         needed = samples_needed(added, self.scenario.precision * response)
         return max(len(runs), min(max(FEW, needed), 2 * max(len(runs), FEW), MOST))
+
+
+def leak_of(pair: str) -> str:
+    """`leak` on the same store."""
+    return f"{pair.split('/')[0]}/leak"
 
 
 def added_ms(runs: Sequence[Run], base: Sequence[Run]) -> list[float]:

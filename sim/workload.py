@@ -60,6 +60,11 @@ class Workload:
         """Slices of all requests, layers and ranks."""
         return self.layers * self.ranks * sum(request.slices for request in self.requests)
 
+    @property
+    def compute_ps(self) -> int:
+        """Time that all layers of all requests compute, one after the other."""
+        return sum(int(request.layer_ps.sum()) for request in self.requests)
+
     def __repr__(self) -> str:
         shape = f"{len(self.requests)} requests x {self.layers} layers x {self.ranks} ranks"
         return f"<Workload {shape}, {self.total_slices:,} slices>"

@@ -19,6 +19,7 @@ from sim.config import PAIRS, Scenario, load_scenario
 from sim.errors import ConfigError, Problem
 from sim.models import PRESETS
 
+NAMES = [pair.replace("/", " + ") for pair in PAIRS]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 SHAPE = """\
@@ -88,7 +89,7 @@ def test_all_pairs_are_seven_policies_on_two_stores(file: Path) -> None:
 
 
 def test_pairs_are_kept_once_and_in_canonical_order(file: Path) -> None:
-    scenario = load(file, SHAPE + "pairs: [pool/bulk, heap/inline, pool/bulk]")
+    scenario = load(file, SHAPE + "pairs: [pool + bulk, heap/inline, pool/bulk]")
     assert scenario.store_policies == (("heap", "inline"), ("pool", "bulk"))
 
 
@@ -176,13 +177,13 @@ def test_scenarios_are_frozen_and_hashable(file: Path) -> None:
         ("engine:", "12: engine: expected a mapping of keys, came nothing"),
         ("engine: [1]", "12: engine: expected a mapping of keys, came [1] (list)"),
         ("decode: {pages: 0}", "12: decode.pages: expected a value greater than 0, came 0 (int)"),
-        ("pairs: []", "12: pairs: expected 'all' or a list of store/policy, came [] (list)"),
-        ("pairs: some", "12: pairs: expected 'all' or a list of store/policy, came 'some' (str)"),
+        ("pairs: []", "12: pairs: expected 'all' or a list of store + policy, came [] (list)"),
+        ("pairs: some", "12: pairs: expected 'all' or a list of store + policy, came 'some' (str)"),
         (
             "pairs: [heap/inlin]",
-            "12: pairs: expected store/policy, came 'heap/inlin' (str); did you mean 'heap/inline'?",
+            "12: pairs: expected store + policy, came 'heap/inlin' (str); did you mean 'heap + inline'?",
         ),
-        ("pairs: [[1]]", f"12: pairs: expected store/policy, came [1] (list); known: {', '.join(PAIRS)}"),
+        ("pairs: [[1]]", f"12: pairs: expected store + policy, came [1] (list); known: {', '.join(NAMES)}"),
         ("seed: 1\nseed: 2", "13: seed: expected each key once, came 'seed' a second time"),
         ("seed: &x 1\nreplications: *x", "13: replications: expected a value written out, came a YAML alias"),
         ("engine: &x {a: *x}", "12: engine.a: expected a value written out, came a YAML alias"),

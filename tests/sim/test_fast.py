@@ -84,7 +84,7 @@ def test_a_sample_of_the_conversation_trace_is_within_one_percent(pair: str) -> 
 
 def test_the_difference_is_measured_and_said() -> None:
     note = fast_difference(scenario(mode="fast"), "heap/inline")
-    assert note.startswith("fast mode: over the first 4 requests under heap/inline, mean response time differs")
+    assert note.startswith("fast mode: over the first 4 requests under heap + inline, mean response time differs")
     share = float(note.partition("from the exact mode by ")[2].partition("%")[0])
     assert share < 100 * BOUND
 
