@@ -51,7 +51,7 @@ def _added(comparison: Comparison, axes: Axes) -> None:
     )
     labels = [interval(p.added_ms_mean, p.added_ms_ci95) for p in policies]
     axes.bar_label(bars, labels, padding=6, fontsize="small")
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     axes.invert_yaxis()
     axes.set_xlabel("added to a response, ms, against pool + leak (95 % interval)")
 
@@ -65,11 +65,11 @@ def _worker(comparison: Comparison, axes: Axes) -> None:
     bars = axes.barh(names, freeing, left=total - freeing, color=FREES, label="free")
     axes.bar_label(bars, [f"{ns:,.0f}" for ns in total], padding=4, fontsize="small")
     budget = comparison.budget_ns_per_slice
-    axes.axvline(budget, color="black", linestyle=":", label=f"{budget:,.0f} ns: a slice's share of compute")
+    axes.axvline(budget, color="black", linestyle=":", label=f"{budget:,.0f} ns: a slice's\nshare of compute")
     axes.margins(x=0.15)
     axes.tick_params(labelleft=False)
     axes.set_xlabel("worker time for a slice, ns")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize="small", frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
 
 
 def _stalls(comparison: Comparison, axes: Axes) -> None:
@@ -86,7 +86,7 @@ def _stalls(comparison: Comparison, axes: Axes) -> None:
     for index, (stall, names) in enumerate(together):
         stores = {name.split(" ")[0] for name in names}
         colour = COLOURS[stores.pop()] if len(stores) == 1 else "black"
-        label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        label = ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
         axes.plot(range(1, len(stall) + 1), stall, color=colour, linestyle=LINES[index % len(LINES)], label=label,
                   marker="." if len(stall) == 1 else None)  # fmt: skip
     axes.set_yscale("log")
