@@ -33,7 +33,7 @@ help:  ## print this list
 setup: $(STAMP)  ## make the environment: Mooncache in editable form, its extras, its development tools
 
 demo: setup  ## reproduce the incident and compare where deletion happens
-	$(BIN)/mooncache compare configs/tp4_layerwise.yaml
+	$(BIN)/mooncache demo
 
 test: setup  ## run all tests, on all cores (ARGS="-k name")
 	$(PYTEST) $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,10 @@ from rich.console import Console
 
 from mooncache.errors import UsageError
 from mooncache.kernels import jit
-from sim import report
+from sim import report, shipped
+from sim.brief import BRIEF, Brief, shared_out
 from sim.compare import conclude
-from sim.config import load_scenario
+from sim.config import Scenario, load_scenario
 from sim.costs import load_calibration
 from sim.kernels import compile_all
 from sim.runs import Plan, run_all, side_by_side
@@ -25,32 +27,72 @@ WIDTH = 80  # columns, where the output is no terminal
 
 
 def compare(
-    scenario: Annotated[Path, typer.Argument(help="YAML file; configs/ has some to start from.")],
+    scenario: Annotated[
+        str | None, typer.Argument(help="A YAML file, or tp4_layerwise, model_8k or conversation_trace.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Prompts on this model: llama-3.1-70b, deepseek-v3, ...")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallelism: ranks with an engine each.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TOKENS", help="Length of a prompt: 12500, 8k (8,192).")] = None,
+    page: Annotated[int | None, typer.Option(min=1, help="Tokens in a page of the KV cache.")] = None,
+    nics: Annotated[
+        str | None, typer.Option(metavar="NxRATE", help="NICs of the machine, shared out over the ranks: 4x400Gbps.")
+    ] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as nic.rate=200Gbps.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any key, as nic.latency=5us.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Replay this request trace (Mooncake JSONL).")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first replication.")] = None,
-    replications: Annotated[int | None, typer.Option(min=1, help="Repeats under other seeds.")] = None,
+    replications: Annotated[
+        int | None, typer.Option(min=1, help="Repeats under other seeds; default: as many as it takes.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Simulations side by side; default: one a core.")] = None,
     results: Annotated[Path, typer.Option(help="Folder for result.json, summary.md and the chart.")] = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Where should finished slices be deleted? Compare stores and policies on one scenario."""
-    overrides = list(changes or ())
+    """Where should finished slices be deleted? Compare stores and policies on one scenario.
+
+    Without a scenario, --model and the options beside it change model_8k: 8 requests of half-cached prompts.
+
+    Examples:
+
+    \b
+      mooncache compare tp4_layerwise
+      mooncache compare tp4_layerwise --set nic.rate=200Gbps
+      mooncache compare --model llama-3.1-70b --tp 4 --prompt 8k --nics 4x400Gbps
+      mooncache compare conversation_trace --trace conversation_trace.jsonl
+      mooncache compare my.yaml --json
+    """
+    path = shipped.find(scenario or BRIEF)
+    overrides = Brief(model, tp, prompt, page).overrides(alone=scenario is None)
+    if nics is not None:
+        overrides += shared_out(nics, load_scenario(path, overrides).workload.ranks)
+    overrides += changes or ()
     if seed is not None:
         overrides.append(f"seed={seed}")
     if replications is not None:
         overrides.append(f"replications={replications}")
-    asked = load_scenario(scenario, overrides)
+    asked = load_scenario(path, overrides)
     if trace is not None:
         kind = asked.workload.kind
         if kind != "trace":
             raise UsageError(
-                f"{scenario}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}; "
-                "configs/conversation_trace.yaml is one"
+                f"{path}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}; "
+                "conversation_trace is one"
             )
-        asked = load_scenario(scenario, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
+        asked = load_scenario(path, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
+    _answer(asked, processes, results, as_json)
+
+
+def demo(
+    results: Annotated[Path, typer.Option(help="Folder for result.json, summary.md and the chart.")] = Path("results"),
+) -> None:
+    """Reproduce the incident and explain it: what `compare tp4_layerwise` does."""
+    _answer(load_scenario(shipped.find("tp4_layerwise")), None, results, False)
+
+
+def _answer(asked: Scenario, processes: int | None, results: Path, as_json: bool) -> None:
+    """Compare, print and write."""
+    _check_writable(results)
     load_calibration(asked.calibration)
     plan = Plan(asked)
     started = time.perf_counter()
@@ -78,6 +120,16 @@ def compare(
     console.print(
         f"\n[dim]{one_by_one}.[/dim]\nWritten: {folder}/summary.md and chart.png", highlight=False, soft_wrap=True
     )
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that results cannot be written to, before the work; leaves nothing behind."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UsageError(f"--results {folder}: expected a folder that can be written to, came {error}") from None
 
 
 def calibrate(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sim import units
-from sim.config import Scenario, Trace
+from sim.config import Scenario, Shape, Trace
 from sim.costs import PS_PER_NS, Calibration, digest, load_calibration
 from sim.rank import Figures
 from sim.runs import BASE, REFERENCE, Job, Run, added_ms, leak_of, simulate
@@ -202,8 +202,9 @@ def title_of(scenario: Scenario, workload: Workload) -> str:
     every = units.format_duration(compute)
     wire = f"{nic.rails} x " if nic.rails > 1 else ""
     wire += units.BIT_RATE.spell(nic.rate)
+    model = "" if isinstance(scenario.workload, Shape) else f"{scenario.workload.model.name}, "
     return (
-        f"{scenario.description or scenario.name}: {len(requests):,} requests x {workload.layers} layers x "
+        f"{scenario.description or scenario.name}: {model}{len(requests):,} requests x {workload.layers} layers x "
         f"{workload.ranks} ranks, {_span([r.slices for r in requests])} slices of "
         f"{_span([r.slice_bytes for r in requests])} B a layer and rank, computed in {every}, {wire}"
     )

@@ -34,7 +34,7 @@ from mooncache import limits
 from mooncache.errors import UsageError
 from sim import units
 from sim.errors import ConfigError, Problem, came
-from sim.models import PRESETS, DType, Transformer, token_bytes
+from sim.models import PRESETS, DType, Transformer, preset, token_bytes
 from sim.units import BitRate, Bytes, Duration, EventRate, FlopRate
 from sim.yaml_source import Source, read_yaml
 
@@ -52,9 +52,10 @@ def _preset(value: object) -> object:
     """A preset by its name; anything else is left for pydantic to read as a mapping of dimensions."""
     if not isinstance(value, str):
         return value
-    if value not in PRESETS:
+    found = preset(value)
+    if found is None:
         raise UsageError(f"expected a model, came {came(value)}; {_did_you_mean(value, list(PRESETS))}")
-    return PRESETS[value]
+    return found
 
 
 # ------------------------------------------------------------------------------ how large a scenario may be
@@ -91,8 +92,8 @@ Ranks = Annotated[int, Field(gt=0, le=RANKS)]
 Instances = Annotated[int, Field(gt=0, le=ENGINES)]
 Slices = Annotated[int, Field(gt=0, le=POOL_SLICES)]
 CacheSlices = Annotated[int, Field(gt=0, le=1 << 20)]
-Tokens = Annotated[int, Field(gt=0, le=TOKENS)]
-OutputTokens = Annotated[int, Field(ge=0, le=TOKENS)]
+Tokens = Annotated[int, BeforeValidator(units.parse_tokens), Field(gt=0, le=TOKENS)]
+OutputTokens = Annotated[int, BeforeValidator(units.parse_tokens), Field(ge=0, le=TOKENS)]
 Threads = Annotated[int, Field(gt=0, le=THREADS)]
 Depth = Annotated[int, Field(gt=0, le=1 << 16)]  # as the engine's settings, and so the next
 Lot = Annotated[int, Field(gt=0, le=1 << 12)]

@@ -6,6 +6,7 @@ The dimensions are those of the published model configurations (`config.json` of
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -76,6 +77,29 @@ PRESETS: dict[str, Transformer] = {
         _mla("kimi-k2", layers=61, parameters=32.0e9, query_heads=64),
     )
 }
+
+
+ALIASES = {
+    "llama-3-8b": "llama3-8b",
+    "llama-3.1-8b": "llama3-8b",
+    "llama-3-70b": "llama3-70b",
+    "llama-3.1-70b": "llama3-70b",
+    "llama-3.3-70b": "llama3-70b",
+    "qwen3-30b-a3b": "qwen3-30b",
+    "qwen3-235b-a22b": "qwen3-235b",
+    "deepseek-v3.1": "deepseek-v3",
+    "deepseek-r1": "deepseek-v3",
+}
+"""Models of the same dimensions, by the names they are published under."""
+
+_ADDED = re.compile(r"^meta-(?=llama)|-(instruct|chat|base|hf|fp8|0324|0528|2507)(?=-|$)")
+
+
+def preset(name: str) -> Transformer | None:
+    """The preset of a model, also as hubs call it: meta-llama/Llama-3.1-70B-Instruct. None when it is not known."""
+    plain = _ADDED.sub("", name.rpartition("/")[2].lower())
+    plain = re.sub(r"^llama3(?=[.-])", "llama-3", plain) if plain not in PRESETS else plain
+    return PRESETS.get(ALIASES.get(plain, plain))
 
 
 def token_bytes(model: Transformer, ranks: int, dtype: DType) -> int:

@@ -44,16 +44,26 @@ class Dimension(NamedTuple):
         is not a whole number of base units, and for one outside `least` to `most`.
         """
         match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-        if match is None or match[2] not in self.units:
+        scale = self._scale(match[2]) if match else None
+        if match is None or scale is None:
             wanted = f"such as {self.example!r} (units: {', '.join(self.units)})"
             raise UsageError(f"expected {self.noun} {wanted}, came {came(value)}")
-        exact = Fraction(match[1]) * self.units[match[2]]
+        exact = Fraction(match[1]) * scale
         if exact.denominator != 1:
             raise UsageError(f"expected {self.noun} in whole {self.base}, came {came(value)}")
         if not self.least <= exact <= self.most:
             wanted = f"from {self.least} to {self.most} {self.base}"
             raise UsageError(f"expected {self.noun} {wanted}, came {came(value)}")
         return int(exact)
+
+    def _scale(self, unit: str) -> int | None:
+        """Base units in one of a unit, which may be all in small or all in capital letters: 200gbps, 64kib.
+
+        Mixed cases stand as they are written: in Mb the b is a bit.
+        """
+        if unit in self.units or not (unit.islower() or unit.isupper()):
+            return self.units.get(unit)
+        return next((scale for name, scale in self.units.items() if name.lower() == unit.lower()), None)
 
     def spell(self, value: int) -> str:
         """The shortest exact spelling of a value that `parse` returned; `parse(spell(value)) == value`."""
@@ -94,6 +104,15 @@ FLOP_RATE = Dimension(
     _INT64_MAX,
     {unit: 1000**power for unit, power in (("M", 2), ("G", 3), ("T", 4), ("P", 5))},
 )
+
+_TOKENS = {"k": 1 << 10, "m": 1 << 20}
+
+
+def parse_tokens(value: object) -> object:
+    """A number of tokens as context lengths are written: 8k is 8,192, 1M is 1,048,576; else left as it is."""
+    match = re.fullmatch(r"([0-9]{1,9})([kKmM]?)", value, re.ASCII) if isinstance(value, str) else None
+    return value if match is None else int(match[1]) * _TOKENS.get(match[2].lower(), 1)
+
 
 # As pydantic fields: read from strings and dumped as strings in JSON, so that a dumped scenario loads again.
 Duration = Annotated[int, BeforeValidator(DURATION.parse), PlainSerializer(DURATION.spell, when_used="json")]

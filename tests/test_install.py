@@ -77,3 +77,10 @@ def test_its_commands_run_and_those_of_the_simulator_name_their_extra(installed)
         assert refused.stderr.count("\n") == 1
         assert "pip install 'mooncache[sim]'" in " ".join(re.sub("[│\n]", " ", run(*command, "--help").stdout).split())
     assert run(installed / "mooncache", "bench", "gil", "--seconds", "0.1").stdout
+
+
+def test_the_scenarios_come_with_it(installed):
+    found = "from sim import shipped; print(shipped.folder(), *shipped.names())"
+    folder, *names = run(installed / "python", "-c", found).stdout.split()
+    assert folder.startswith(str(installed.parent))
+    assert names == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -40,6 +41,14 @@ class Found(TyperGroup):
         if own is None and (place := self.found().get(cmd_name)) is not None:
             return imported(cmd_name, place)
         return own
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is to be run; one that is not there is refused with what was probably meant."""
+        if args and self.get_command(ctx, args[0]) is None:
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if close:
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
 
 
 def imported(name: str, place: Place) -> Any:

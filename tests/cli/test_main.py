@@ -86,6 +86,11 @@ def test_an_unknown_command_is_refused():
     assert run("bnech").exit_code == cli.FAULT
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("bnech", "bench"), ("comapre", "compare"), ("demos", "demo")])
+def test_a_command_that_was_probably_meant_is_named(typed, meant):
+    assert f"Did you mean '{meant}'?" in " ".join(run(typed).stderr.split())
+
+
 def test_an_error_is_one_line_on_stderr():
     refused = run("bench", "lifecycle", "--store", "shelf")
     assert refused.exit_code == cli.FAULT

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import UsageError
-from sim.units import BIT_RATE, BYTES, DURATION, EVENT_RATE, FLOP_RATE, Dimension, format_duration
+from sim.units import BIT_RATE, BYTES, DURATION, EVENT_RATE, FLOP_RATE, Dimension, format_duration, parse_tokens
 
 ALL = (DURATION, BYTES, BIT_RATE, EVENT_RATE, FLOP_RATE)
 
@@ -37,6 +37,40 @@ ALL = (DURATION, BYTES, BIT_RATE, EVENT_RATE, FLOP_RATE)
 )
 def test_quantities_are_exact_integers_of_the_base_unit(dimension: Dimension, text: str, value: int) -> None:
     assert dimension.parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("dimension", "text", "value"),
+    [
+        (BIT_RATE, "200gbps", 200 * 10**9),
+        (BIT_RATE, "200GBPS", 200 * 10**9),
+        (BYTES, "64kib", 65536),
+        (BYTES, "64KIB", 65536),
+        (DURATION, "3MS", 3 * 10**9),
+        (EVENT_RATE, "200m/s", 200 * 10**6),
+        (FLOP_RATE, "990t", 990 * 10**12),
+    ],
+)
+def test_units_may_be_in_small_or_in_capital_letters(dimension: Dimension, text: str, value: int) -> None:
+    assert dimension.parse(text) == value
+
+
+@pytest.mark.parametrize("text", ["64Kb", "1Mb", "1kB", "1mIb"])
+def test_in_mixed_case_a_unit_is_taken_as_it_is_written(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a size such as '64KiB'"):
+        BYTES.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("12500", 12500), ("8k", 8192), ("128K", 131_072), ("1M", 1 << 20), (8192, 8192)]
+)
+def test_tokens_are_written_as_context_lengths_are(text: object, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("value", ["12.5k", "8kk", "-8k", "k", "", None, 1.5])
+def test_what_is_no_number_of_tokens_is_left_for_others_to_refuse(value: object) -> None:
+    assert parse_tokens(value) == value
 
 
 @pytest.mark.parametrize("dimension", ALL)
