@@ -23,6 +23,7 @@ from typing import Any
 
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 SUFFIX = ".kernel"
@@ -61,11 +62,11 @@ class Stored(NullCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """What was compiled before, or None where nothing was. Raises DamagedError."""
-        target_context.refresh()
         try:
             data = self.file.read_bytes()
         except FileNotFoundError:
             return None
+        rtsys.initialize(target_context)  # and not all that Numba's own cache imports for what is yet to be compiled
         digest, made = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if _digest(made) != digest:
             raise DamagedError(f"{self.file} holds something else than what was written")

@@ -17,6 +17,7 @@ import pytest
 
 from mooncache.kernels import cache
 from tests.helpers import ROOT, run_python
+from tests.warm import warm as warm_all
 
 TINY = """
 import logging, os, sys, types
@@ -389,3 +390,15 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("MOONCACHE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert cache.find_place() == (tmp_path / "b" / "mooncache" / f"kernels-{cache.source_hash()}", True)
+
+
+def test_a_warm_engine_loads_nothing_that_only_compiling_needs():
+    warm_all()
+    script = """
+import sys
+from mooncache import Engine
+Engine(provider="loopback", slices=256).close()
+print(*(name for name in ("numba.np.linalg", "numba.typed.typedlist", "scipy.linalg") if name in sys.modules))
+"""
+    done = run_python(script)
+    assert done.stdout.split() == [], done.stderr
