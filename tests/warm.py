@@ -6,36 +6,24 @@
 from __future__ import annotations
 
 import importlib
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 
+from mooncache.cli import warm as product
 from mooncache.kernels import jit
 from tests.helpers import ROOT
 
-DECLARES = re.compile(r"^from mooncache\.kernels\.jit import", re.MULTILINE)
 FOLDERS = ("mooncache", "sim", "tests")
 
 
 def modules() -> list[str]:
     """Of the project, those that declare kernels; tests that make kernels of their own pay for them themselves."""
-    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
-    return [_name(file) for file in files if not file.name.startswith("test_") and DECLARES.search(file.read_text())]
-
-
-def _name(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    declaring = [name for folder in FOLDERS for name in product.modules(ROOT / folder, folder)]
+    return [name for name in declaring if not name.rpartition(".")[2].startswith("test_")]
 
 
 def warm() -> None:
-    """Compile what has yet to be compiled; seconds when that is nothing. Raises CalledProcessError."""
-    command = [sys.executable, "-m", "tests.warm"]
-    running = [subprocess.Popen(command, cwd=ROOT) for _ in os.sched_getaffinity(0)]
-    for status in [process.wait() for process in running]:
-        if status:
-            raise subprocess.CalledProcessError(status, command)
+    """Compile what has yet to be compiled; seconds when that is nothing. Raises WarmError."""
+    product.compile_by([sys.executable, "-m", "tests.warm"], ROOT)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def doctor(
     provider: str = typer.Option(
         "auto", help="What has to work: auto (whatever there is), tcp, shm or rdma. Its lack is an error."
     ),
+    warm: bool = typer.Option(False, "--warm", help="First compile all kernels, on all cores; say how long it took."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout."),
 ) -> None:
     """What this machine can do, what is wrong with it, and what to type to put it right.
@@ -31,12 +32,18 @@ def doctor(
     if provider not in PROVIDERS:
         raise UsageError(f"expected --provider to be one of {', '.join(PROVIDERS)}, got {provider!r}")
     from mooncache.cli.checks import examine
+    from mooncache.cli.warm import warm as compile_all
 
+    warmed = compile_all() if warm else None
     findings = examine(provider)
     ok = not any(finding.level == "error" for finding in findings)
     if json:
-        print(dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        told = {} if warmed is None else {"warm": warmed._asdict()}
+        print(dumps({"ok": ok, **told, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
+        if warmed is not None:
+            took = f"{warmed.seconds:g} s ({warmed.cpu_seconds:g} s of all cores)"
+            print(f"Compiled {warmed.compiled} of {warmed.kernels} kernels in {took}.")
         show(findings)
     if not ok:
         raise typer.Exit(1)

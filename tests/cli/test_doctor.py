@@ -14,9 +14,12 @@ from mooncache import Engine, UsageError, cli
 from mooncache.cli import checks
 from mooncache.cli.checks.base import Finding, attempt, check, listed
 from mooncache.cli.doctor import PROVIDERS, STYLES, summary
+from mooncache.cli.warm import WarmError, compile_by
+from mooncache.kernels import jit
 from mooncache.kernels.cache import Place
 from mooncache.providers.rdma.library import Installed
-from tests.helpers import ROOT, SMALL
+from tests.helpers import ROOT, SMALL, environment
+from tests.warm import warm
 
 UNLIMITED = resource.RLIM_INFINITY
 LOADS = Installed("44.0-2", "44.0", None, None)
@@ -290,6 +293,32 @@ def test_a_cold_and_a_warm_cache_of_kernels(tmp_path):
     assert only(checks.cache.cache(place, cold=False)).text == f"warm: 1 kernels, 0.2 MB in {place.path}"
     write(tmp_path, {"kernels-before/one.kernel": "z" * 299_999})
     assert only(checks.cache.cache(place, cold=False)).text.endswith("beside it those of 1 other versions, 0.3 MB")
+
+
+def test_it_compiles_what_is_missing_and_says_what_that_took(tmp_path):
+    warm()
+    shutil.copytree(jit.place().path, tmp_path / jit.place().path.name)
+    (quick,) = tmp_path.rglob("mooncache.kernels.reclaim.leak.restart-*.kernel")
+    quick.unlink()
+    command = [sys.executable, "-m", "mooncache", "doctor", "--warm"]
+    elsewhere = environment(MOONCACHE_CACHE_DIR=str(tmp_path))
+    for compiled in (1, 0):
+        done = subprocess.run([*command, "--json"], env=elsewhere, capture_output=True, text=True, check=False)
+        report = json.loads(done.stdout)
+        took = report["warm"]
+        assert took["kernels"] == len(list(tmp_path.rglob("*.kernel"))) > 50
+        assert took["compiled"] == compiled
+        assert took["seconds"] >= 0
+        assert (took["cpu_seconds"] > 0) == (compiled > 0)
+        (cached,) = (finding for finding in report["findings"] if finding["check"] == "kernel cache")
+        assert cached["level"] == "ok"
+    shown = subprocess.run(command, env=elsewhere, capture_output=True, text=True, check=False).stdout
+    assert shown.startswith(f"Compiled 0 of {took['kernels']} kernels in ")
+
+
+def test_a_compiler_that_fails_is_told():
+    with pytest.raises(WarmError, match="processes that compile kernels failed"):
+        compile_by([sys.executable, "-c", "raise SystemExit('no luck')"])
 
 
 def test_a_cache_elsewhere_than_asked_for_is_a_warning(tmp_path):

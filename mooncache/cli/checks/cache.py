@@ -10,7 +10,7 @@ from mooncache.cli.checks.base import Finding, check
 from mooncache.kernels.cache import Place
 from mooncache.kernels.stored import SUFFIX
 
-COMPILE = "python -c \"from mooncache import Engine; Engine(provider='loopback').close()\""
+COMPILE = "mooncache doctor --warm"
 
 
 @check("kernel cache")
