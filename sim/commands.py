@@ -97,7 +97,7 @@ def _answer(asked: Scenario, processes: int | None, results: Path, as_json: bool
     plan = Plan(asked)
     started = time.perf_counter()
     with side_by_side(processes) as mapped, Told(quiet=as_json) as told:
-        compile_all(mapped, lambda done, all_: told.say("compiling kernels for this machine, once", done, all_))
+        compile_all(mapped, lambda done, all_: told.say("compiling kernels, once, for a minute or so", done, all_))
         compiled = time.perf_counter()
         for run in run_all(plan, mapped):
             told.say("simulating", sum(map(len, plan.runs.values())), plan.known, run.job.pair.replace("/", " + "))

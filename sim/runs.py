@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mooncache.errors import CapacityError
 from sim.clock import Environment
 from sim.cluster import Cluster, Outcome, RankModel
 from sim.config import PAIRS, Scenario
@@ -194,14 +197,35 @@ def added_ms(runs: Sequence[Run], base: Sequence[Run]) -> list[float]:
 
 @contextmanager
 def side_by_side(processes: int | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` that works in so many processes; by default in one a core."""
+    """A `map` that works in so many processes; by default in one a core. An interrupt ends them at once, in silence."""
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1:
         yield map
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the parent's kernels mid-flight
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield pool.map
+    interrupts = signal.SIGINT, signal.SIG_DFL
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=signal.signal, initargs=interrupts) as pool:
+        yield lambda function, items: _results([pool.submit(function, item) for item in items])
+
+
+def _results(futures: list[Future[Any]]) -> Iterator[Any]:
+    """What was submitted to a pool, in order."""
+    try:
+        for future in futures:
+            yield future.result()
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    except BrokenProcessPool:
+        raise CapacityError(
+            "a process that simulates was killed, perhaps because memory ran out: try --processes 1, or fewer "
+            "engine.pool_slices"
+        ) from None
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def run_all(plan: Plan, mapped: Callable[..., Iterator[Any]] = map) -> Iterator[Run]:

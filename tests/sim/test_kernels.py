@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
+from mooncache.errors import CapacityError
 from sim.kernels import KERNELS, compile_all
+from sim.runs import side_by_side
 from tests.helpers import environment
 
 ALL_PAIRS = """
@@ -36,3 +42,13 @@ def test_compiling_tells_how_far_it_is_and_nothing_is_compiled_twice() -> None:
     told: list[tuple[int, int]] = []
     compile_all(map, lambda *step: told.append(step))
     assert told == []
+
+
+def test_an_interrupt_ends_processes_at_once_and_in_silence() -> None:
+    with side_by_side(2) as mapped:
+        assert set(mapped(signal.getsignal, [signal.SIGINT] * 8)) == {signal.SIG_DFL}
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(CapacityError, match="--processes 1"), side_by_side(2) as mapped:
+        list(mapped(os._exit, [1, 1, 1]))
