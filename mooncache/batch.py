@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mooncache.errors import REASON, EngineClosed, Failure, Status, TransferFailed, UsageError
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.operands import deadline_ns
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Batch:
     @property
     def slices(self) -> int:
         """Slices the requests were cut into; 0 once closed."""
-        return max(0, int(calls.read_word(self._engine.ctl, self._handle, layout.BATCH_SLICES)) - self._notes)
+        return max(0, int(calls.slices(self._engine.ctl, self._handle)) - self._notes)
 
     @property
     def failures(self) -> tuple[Failure, ...]:

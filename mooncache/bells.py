@@ -7,7 +7,6 @@ import select
 from collections.abc import Sequence
 
 from mooncache import forks
-from mooncache.kernels import layout
 from mooncache.kernels.state import State
 
 
@@ -30,8 +29,8 @@ class Bells:
             epoll.register(bell, select.EPOLLIN | select.EPOLLET)  # by its edges, so that nobody needs to read it
             for descriptor in watched:
                 epoll.register(descriptor, select.EPOLLIN | (select.EPOLLET if spins else 0))
-            row[layout.WORKER_EPOLL], row[layout.WORKER_BELL_FD] = epoll.fileno(), bell
-            row[layout.WORKER_SERVES], row[layout.WORKER_SPINS] = 1, spins
+            row["epoll"], row["bell_fd"] = epoll.fileno(), bell
+            row["serves"], row["spins"] = 1, spins
 
     def close(self) -> None:
         """Close them. The workers must have left."""

@@ -36,10 +36,10 @@ from mooncache.errors import (
     came,
 )
 from mooncache.inbox import Inbox, pack
-from mooncache.kernels import calls, hand, jit, layout, look, publication, pump, submit
+from mooncache.kernels import calls, hand, jit, look, publication, pump, submit
 from mooncache.kernels.layout import Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
-from mooncache.kernels.state import Block, State, address_of
+from mooncache.kernels.state import Block, State
 from mooncache.limits import CHUNK_SLICES
 from mooncache.looker import Looker
 from mooncache.memory import ACCESS, Region, allocate, range_of
@@ -155,7 +155,7 @@ class Engine:
             undo.callback(self.provider.close)
             for worker, polled in enumerate(queues):
                 self._state.poll_from(worker, polled)
-            self._state.worker_rows[:, layout.WORKER_TROUBLE_FD] = self.provider.trouble_fd
+            self._state.worker_rows["trouble_fd"] = self.provider.trouble_fd
             self._bells = Bells(self._state, self.provider.descriptors, spins=self.provider.spins)
             undo.callback(self._bells.close)
             jit.prewarm()
@@ -185,8 +185,9 @@ class Engine:
     def _set_turn(self) -> None:
         """Tell all actors, those yet to come as well, how to turn a worker: compiled only now."""
         blocks = (self._reaper, self._orders, *self._workers)
-        for words in (self._state.template, *(block.words for block in blocks)):
-            words[layout.TURN] = hand.turn_once.address
+        self._state.template["turn"] = hand.turn_once.address
+        for block in blocks:
+            block.row["turn"] = hand.turn_once.address
 
     def _start_threads(self) -> None:
         # The threads hold the blocks, not the engine: one that is forgotten can be collected, which closes it.
@@ -443,11 +444,11 @@ class Engine:
     def _look_where_asked(self) -> None:
         """Look again at peers that refused what workers believed they had; each in a thread, which may have to wait."""
         for peer in set(self._peers.values()):
-            if number := look.begin(address_of(peer.table.header)):
+            if number := look.begin(peer.table.header.address):
                 try:
                     self._looker.background.start(f"{self.name}-look", partial(self._look, peer, number))
                 except BaseException:
-                    look.end(self.ctl, address_of(peer.table.header), number)
+                    look.end(self.ctl, peer.table.header.address, number)
                     raise
 
     def _look(self, peer: Peer, number: int) -> None:
@@ -457,12 +458,12 @@ class Engine:
             log.info("peer %r refused a range and could not be asked again: %s", peer.name, error)
         finally:
             if not self.closed:
-                look.end(self.ctl, address_of(peer.table.header), number)
+                look.end(self.ctl, peer.table.header.address, number)
 
     def _learn(self, peer: Peer, described: Descriptor, deadline: Deadline) -> None:
         dial = HERE.dial if self._service is None else partial(self._service.dial, described.address)
         # Providers keep the link, and their threads do: it must not hold the engine.
-        link = Link(peer.table.gone, dial, peer.table.header, self.name, deadline)
+        link = Link(peer.table.header, dial, self.name, deadline)
         queue_pairs = self.provider.connect(replace(described, name=peer.name), link)
         if not self._state.fits(peer.index, queue_pairs):
             peer.gone = True  # nothing is submitted meanwhile
@@ -743,7 +744,7 @@ class Engine:
 
     def _too_few(self, status: int) -> str:
         what, setting = ("batch rows", "batches") if status == Status.BATCHES_EMPTY else ("slots", "slices")
-        held = int(np.count_nonzero(self._state.batch_rows[:, layout.BATCH_STATE]))
+        held = int(np.count_nonzero(self._state.batch_rows["state"]))
         return (
             f"too few free {what}: {self!r}, {held} of {self._settings.batches} batches are open; close finished ones, "
             f"or give the engine more `{setting}`"
@@ -798,7 +799,7 @@ class Engine:
         assert isinstance(self.provider, InProcessProvider)
         ours = {peer for peer in self._peers.values() if peer.generation == target.generation}
         for peer in ours:
-            publication.rise(address_of(peer.table.header) + layout.TABLE_EPOCH * layout.WORD)
+            publication.rise(peer.table.header.where("epoch"))
         return sum(self.provider.retract(peer.name, limit_s) for peer in ours)
 
     # ------------------------------------------------------------------------------ looking

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from mooncache import forks, limits
 from mooncache.errors import CapacityError, TransportError, UsageError
-from mooncache.kernels import layout
-from mooncache.kernels.state import RegionTable, put
+from mooncache.kernels.state import RegionTable
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 if TYPE_CHECKING:
@@ -49,21 +48,21 @@ class Peer:
     @property
     def breaks(self) -> int:
         """How often a connection to it ended with slices on it that had been sent and were not answered."""
-        return int(self.table.header[layout.TABLE_BREAKS])
+        return self.table.header["breaks"]
 
     @property
     def confirmed(self) -> int:
         """Of those, how many are known to land nothing any more."""
-        return int(self.table.header[layout.TABLE_CONFIRMED])
+        return self.table.header["confirmed"]
 
     @property
     def gone(self) -> bool:
         """Whether it has to be connected to, for the first time or again. Submits are refused meanwhile."""
-        return bool(self.table.header[layout.TABLE_GONE])
+        return bool(self.table.header["gone"])
 
     @gone.setter
     def gone(self, gone: bool) -> None:
-        put(self.table.header, layout.TABLE_GONE, gone)
+        self.table.header.put("gone", gone)
 
     def refresh(self, described: Descriptor, oldest: int) -> None:
         """Bring the table up to date with what the peer says of itself.

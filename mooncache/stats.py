@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mooncache.kernels import layout
 from mooncache.kernels.layout import Kind, Store, words_of
 from mooncache.kernels.state import Block, State
 from mooncache.limits import CHUNK_SLICES
@@ -54,21 +53,21 @@ def collect(
     open_batches = state.open_batches
     blocks = [*callers, *workers, reaper]
     # What a thread keeps for itself under thread_cache on the pool is free, though only for that thread.
-    kept = sum(int(b.words[layout.CACHE_COUNT]) for b in blocks) if state.settings.store == Store.POOL else 0
+    kept = sum(b.row["cache_count"] for b in blocks) if state.settings.store == Store.POOL else 0
     return Stats(
         counts=words_of(Kind, sum((b.counters for b in blocks), np.zeros(len(Kind), np.int64))),
         capacity_slices=state.settings.chunks * CHUNK_SLICES,
         free_slices=state.free_slices + kept,
         high_water_slices=state.high_water_slices,
         open_batches=open_batches,
-        worker_busy_s=tuple(_seconds(b, layout.TIME_BUSY) for b in workers),
-        worker_freeing_s=tuple(_seconds(b, layout.TIME_FREEING) for b in workers),
-        caller_freeing_s=sum(_seconds(b, layout.TIME_FREEING) for b in callers),
-        reaper_freeing_s=_seconds(reaper, layout.TIME_FREEING),
+        worker_busy_s=tuple(_seconds(b, "time_busy") for b in workers),
+        worker_freeing_s=tuple(_seconds(b, "time_freeing") for b in workers),
+        caller_freeing_s=sum(_seconds(b, "time_freeing") for b in callers),
+        reaper_freeing_s=_seconds(reaper, "time_freeing"),
         trouble=trouble,
         unsettled_slices=unsettled,
     )
 
 
-def _seconds(block: Block, field: int) -> float:
-    return int(block.words[field]) / NS_PER_S
+def _seconds(block: Block, field: str) -> float:
+    return block.row[field] / NS_PER_S

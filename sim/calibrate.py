@@ -23,13 +23,14 @@ import numpy as np
 from mooncache import Batch, Engine
 from mooncache.bench.harness.measure import FREE_WIRE, scattered
 from mooncache.bench.harness.report import provenance
-from mooncache.kernels import calls, layout
-from mooncache.kernels.account import clock, raise_word, word
-from mooncache.kernels.atomics import peek
+from mooncache.kernels import calls
+from mooncache.kernels.account import clock
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.complete import poll
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import COUNTERS, WORD, Kind
+from mooncache.kernels.layout import Kind
 from mooncache.kernels.pump import post, take
+from mooncache.kernels.records.control import control_at
 from mooncache.kernels.worker import worker_row
 from mooncache.providers.emulated import Emulated, Nic
 from sim.costs import TABLES, Calibration, Machine, Point
@@ -46,27 +47,29 @@ TAKE, POST, POLL = 0, 1, 2
 @kernel("int64(int64, int64, int64)", nogil=True)
 def staged_worker(ctl, slices, stages):
     """A worker that adds the time of each stage, ns, to int64[3] at `stages`, until `slices` have completed."""
-    index = word(ctl, layout.ACTOR)
+    ctl = control_at(ctl)
+    index = ctl.actor
     worker = worker_row(ctl, index)
-    done = word(ctl, COUNTERS) + Kind.COMPLETED * WORD
-    until = peek(done) + slices
-    while peek(done) < until:
+    counters, times = i64(ctl.counters), i64(stages)
+    until = counters[np.int64(Kind.COMPLETED)] + slices
+    while counters[np.int64(Kind.COMPLETED)] < until:
         start = clock(ctl)
         take(ctl, worker, index)
         taken = clock(ctl)
         post(ctl, worker, index)
         posted = clock(ctl)
         poll(ctl, worker)
-        raise_word(stages + TAKE * WORD, taken - start)
-        raise_word(stages + POST * WORD, posted - taken)
-        raise_word(stages + POLL * WORD, clock(ctl) - posted)
+        times[TAKE] += taken - start
+        times[POST] += posted - taken
+        times[POLL] += clock(ctl) - posted
     return 0
 
 
 @kernel("int64(int64, int64)", nogil=True)
 def empty_polls(ctl, n):
     """ns of `n` polls that find nothing."""
-    worker = worker_row(ctl, word(ctl, layout.ACTOR))
+    ctl = control_at(ctl)
+    worker = worker_row(ctl, ctl.actor)
     start = clock(ctl)
     for _ in range(n):
         poll(ctl, worker)
@@ -76,6 +79,7 @@ def empty_polls(ctl, n):
 @kernel("int64(int64, int64)", nogil=True)
 def clock_reads(ctl, n):
     """ns of `n` readings of the clock."""
+    ctl = control_at(ctl)
     start = clock(ctl)
     for _ in range(n):
         clock(ctl)
@@ -182,7 +186,7 @@ def measure_wake() -> Iterator[tuple[str, Point]]:
             with source.write(target.name, here.address, there.address, SLICE_BYTES) as batch:
                 batch.wait()
                 woken = time.monotonic_ns()
-                samples.append(woken - calls.read_word(source.ctl, batch._handle, layout.BATCH_FINISHED_AT))
+                samples.append(woken - calls.finished_at(source.ctl, batch._handle))
     yield "wake", point([float(v) for v in samples], 1)
 
 
@@ -192,7 +196,7 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
     calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
     for thread in engine._threads:
         thread.join()
-    engine._state.shared[layout.SHARED_STOP] = 0  # the engine itself goes on: submits are accepted
+    engine._state.shared["stop"] = 0  # the engine itself goes on: submits are accepted
     (worker,) = engine._workers
     samples = []
     for _ in range(repeats_for(slices) + 3):

@@ -23,6 +23,7 @@ from mooncache.kernels.atomics import i64, load, pause, store
 from mooncache.kernels.heap import delete_object, new_object
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, Store
+from mooncache.kernels.records.control import control_at
 from mooncache.kernels.state import Block, Settings, State, address_of
 
 SKIPPED = 3  # layers before the heap has its size
@@ -50,6 +51,7 @@ def free_layer(ctl, objects, n):
 @kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
 def allocate_ahead(ctl, board, objects, n, times, layers):
     """Allocate layer after layer into two buffers in turn, at most one ahead of the partner."""
+    ctl = control_at(ctl)
     for k in range(layers):
         while load(board + FREED * WORD) < k - 1:
             pause()
@@ -61,6 +63,7 @@ def allocate_ahead(ctl, board, objects, n, times, layers):
 @kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
 def free_behind(ctl, board, objects, n, times, layers):
     """Free each layer as soon as it is allocated."""
+    ctl = control_at(ctl)
     for k in range(layers):
         while load(board + ALLOCATED * WORD) < k + 1:
             pause()
@@ -72,6 +75,7 @@ def free_behind(ctl, board, objects, n, times, layers):
 @kernel("int64(int64, int64, int64, int64, int64, int64)", nogil=True)
 def alternate(ctl, freeing, objects, n, times, layers):
     """Allocate and free layers in one thread; times: int64[2, layers]."""
+    ctl = control_at(ctl)
     for k in range(layers):
         i64(times)[k] = allocate_layer(ctl, i64(objects), n)
         if freeing != 0:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import simpy
 
-from mooncache.kernels import layout
 from mooncache.limits import CHUNK_SLICES
 from sim.clock import Environment
 from sim.config import Scenario
@@ -84,10 +83,10 @@ class Trajectories:
         for each in history:
             self._run(rank, each)
         before, free = rank.figures(), state.free_slices
-        state.shared[layout.SHARED_LOW] = free // CHUNK_SLICES
+        state.shared["low"] = free // CHUNK_SLICES
         layer = self._run(rank, size)
-        after, low = rank.figures(), int(state.shared[layout.SHARED_LOW])
-        worker_rest = int(rank.engine.worker.words[layout.NOW])
+        after, low = rank.figures(), state.shared["low"]
+        worker_rest = rank.engine.worker.row["now"]
         self.simulated += size.slices + sum(each.slices for each in history)
         return Trajectory(
             submit=layer.published_ps - layer.ready_ps,
@@ -98,13 +97,13 @@ class Trajectories:
             acquired=free // CHUNK_SLICES - low,
             released=state.free_slices // CHUNK_SLICES - low,
             leaked=(after.leaked_slices > before.leaked_slices) * (free // CHUNK_SLICES - low),
-            cached=int(caller.words[layout.CACHE_COUNT]),
+            cached=caller.row["cache_count"],
             figures=Figures(*(a - b for a, b in zip(after, before, strict=True))),
         )
 
     def _run(self, rank: Rank, size: Size) -> Layer:
         """Let the rank do one layer and come to rest."""
-        start = max(rank.env.now, int(rank.engine.worker.words[layout.NOW]))
+        start = max(rank.env.now, rank.engine.worker.row["now"])
         layer = Layer(0, 0, *size, start, lambda _: None)
         rank.env.process(self._ready(rank, layer))
         rank.env.run()

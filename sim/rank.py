@@ -111,12 +111,12 @@ class VirtualEngine:
         self.worker = self._block(prices, 0)
         self.callers = [self._block(prices) for _ in range(threads)]
         self.reaper = self._block(prices)
-        clock = address_of(self.worker.words) + layout.NOW * layout.WORD
+        clock = self.worker.row.where("now")
         self.provider = emulated.Emulated(*nics, clocks=[clock])
         (queues,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
         self.state.poll_from(0, queues)
         self.cqs = [queue.address for queue in queues]
-        self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
+        self.worker.row["next_completion"] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")
         keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
         self.state.regions.add(BASE, SPAN, keys.lkeys, layout.Access.WRITE)
@@ -128,8 +128,8 @@ class VirtualEngine:
 
     def _block(self, prices: Prices, actor: int = -1) -> Block:
         block = Block(self.state, actor)
-        block.words[layout.COST_FIXED] = address_of(prices.fixed)
-        block.words[layout.COST_EACH] = address_of(prices.each)
+        block.row["cost_fixed"] = address_of(prices.fixed)
+        block.row["cost_each"] = address_of(prices.each)
         self._prices = prices  # keeps the arrays alive
         return block
 
@@ -190,10 +190,8 @@ class Rank:
         engine, worker, leaked = self.engine, self.engine.worker, int(self.engine.counts[Kind.SLICES_LEAKED])
         return Figures(
             busy_ps=int(worker.spent.sum()),
-            freeing_ps=int(worker.words[layout.TIME_FREEING]),
-            all_freeing_ps=sum(
-                int(block.words[layout.TIME_FREEING]) for block in (*engine.callers, worker, engine.reaper)
-            ),
+            freeing_ps=worker.row["time_freeing"],
+            all_freeing_ps=sum(block.row["time_freeing"] for block in (*engine.callers, worker, engine.reaper)),
             submit_ps=self.submit_ps,
             transfer_ps=self.transfer_ps,
             close_ps=self.close_ps,
@@ -205,7 +203,7 @@ class Rank:
     # ------------------------------------------------------------------------------ threads
     def _spend(self, index: int, caller: Block) -> simpy.Event:
         """Let the virtual time that a kernel has just cost its thread pass."""
-        end = int(caller.words[layout.NOW])
+        end = caller.row["now"]
         self.ends[index] = end
         return self.env.timeout(end - self.env.now)
 
@@ -215,7 +213,7 @@ class Rank:
             self.ends[index] = FOREVER
             task: Layer = yield self.tasks.get()
             while True:
-                caller.words[layout.NOW] = env.now
+                caller.row["now"] = env.now
                 handle = engine.prepare(caller, task.slices, task.slice_bytes)
                 if handle >= 0:
                     break
@@ -232,9 +230,9 @@ class Rank:
             task.done(task)
             self.ends[index] = env.now + self.wake_ps
             yield env.timeout(self.wake_ps)
-            caller.words[layout.NOW] = env.now
+            caller.row["now"] = env.now
             calls.close(caller.ctl, handle, False)
-            task.close_ps = int(caller.words[layout.NOW]) - env.now
+            task.close_ps = caller.row["now"] - env.now
             self.close_ps += task.close_ps
             self.closes += 1
             yield self._spend(index, caller)
@@ -262,7 +260,7 @@ class Rank:
     def _ring(self) -> None:
         """The worker has something new to look at: if it sleeps, let it have a turn as soon as its last one is over."""
         if self.asleep:
-            self._schedule(max(self.env.now, int(self.engine.worker.words[layout.NOW])))
+            self._schedule(max(self.env.now, self.engine.worker.row["now"]))
 
     def _at(self, time: int) -> simpy.Event:
         """An event at a given time, behind all others of that instant."""
@@ -279,12 +277,12 @@ class Rank:
         self._at(at).callbacks.append(lambda _: self._turn() if number == self.turn_number else None)
 
     def _turn(self) -> None:
-        words = self.engine.worker.words
-        words[layout.NOW] = max(int(words[layout.NOW]), self.env.now)
+        worker = self.engine.worker.row
+        worker["now"] = max(worker["now"], self.env.now)
         watched = bool(self.starved) and self.policy in (Policy.INLINE, Policy.EPOCH)  # a turn may free what they want
-        words[layout.HORIZON] = 0 if watched else min(self.next_ready(), *self.ends)
+        worker["horizon"] = 0 if watched else min(self.next_ready(), *self.ends)
         why = pump(self.engine.worker.ctl)
-        now = int(words[layout.NOW])
+        now = worker["now"]
         if why == Pump.FINISHED:
             self._finish_batches()
         if watched:
@@ -300,8 +298,8 @@ class Rank:
     def _finish_batches(self) -> None:
         for handle in list(self.running):
             row = self.engine.row(handle)
-            if row[layout.BATCH_REMAINING] == 0:
-                at = int(row[layout.BATCH_FINISHED_AT])
+            if row["remaining"] == 0:
+                at = int(row["finished_at"])
                 self.env.process(self._announce(self.running.pop(handle), at))
 
     def _announce(self, event: simpy.Event, at: int) -> Steps:
@@ -312,7 +310,7 @@ class Rank:
     def _reaper(self) -> Steps:
         block = self.engine.reaper
         while True:
-            block.words[layout.NOW] = self.env.now
+            block.row["now"] = self.env.now
             if reap(block.ctl) == 0:
                 self.ends[-1] = FOREVER
                 self.reaping = self.env.event()

@@ -20,6 +20,7 @@ import numpy as np
 from mooncache import Batch, Engine, Stats
 from mooncache.kernels import layout, pump
 from mooncache.kernels.layout import Kind, Opcode, QueueState
+from mooncache.kernels.records.batch import BATCH
 from mooncache.kernels.state import Block, CompletionQueue, QueueRow, RegionTable, Settings, State, address_of
 from mooncache.kernels.submit import prepare, publish, submit
 from mooncache.limits import CHUNK_SLICES
@@ -192,8 +193,13 @@ def unchanged(pair: Pair):
     return counts, stats.free_slices, stats.open_batches, pair.state.regions.ranges(), pair.target.tobytes()
 
 
+def batch_field(engine: Engine, batch: Batch, field: str) -> int:
+    """A field of an open batch's row."""
+    return int(engine._state.batch_rows[batch._handle & 0xFFFFFFFF][field])
+
+
 def leaked_slots(engine: Engine) -> int:
-    return int(engine._state.shared[layout.SHARED_LEAKED_COUNT]) * CHUNK_SLICES
+    return int(engine._state.shared["leaked_count"]) * CHUNK_SLICES
 
 
 def assert_balanced(engine: Engine) -> Stats:
@@ -207,7 +213,7 @@ def assert_balanced(engine: Engine) -> Stats:
     assert c["slices_freed"] + c["slices_dropped"] + c["slices_leaked"] == c["slices_filled"]
     rows = assert_at_rest(engine._state, *credits_of(engine))
     if all(row.pair.gathers == 1 and not row.pair.breaks for row in rows):
-        if all(row.words[layout.QUEUE_SIGNAL] == 1 for row in rows):
+        if all(row.row["signal"] == 1 for row in rows):
             assert c["completions"] == c["work_requests"]  # each answered once
         assert c["completed"] + c["retried"] + c["failed"] >= c["completions"]  # the rest failed unposted
     assert c["batches_submitted"] == c["batches_finished"] == c["batches_closed"]
@@ -234,21 +240,21 @@ def assert_at_rest(state: State, *entries: int) -> list[QueueRow]:
     """
     rows = [row for rows in state.queues.values() for row in rows]
     for row in rows:
-        assert row.words[layout.QUEUE_HEAD] == row.words[layout.QUEUE_TAIL]
-        assert row.words[layout.QUEUE_LOOSE] == 0
+        assert row.row["head"] == row.row["tail"]
+        assert row.row["loose"] == 0
         assert row.state in (QueueState.READY, QueueState.CLOSED, QueueState.PROBING)
     for row in state.worker_rows:
-        for word in (layout.WORKER_OUTSTANDING, layout.WORKER_QUEUED, layout.WORKER_NOTES, layout.WORKER_UNDECIDED):
-            assert row[word] == 0
-        assert row[layout.WORKER_RETRY_FIRST] == -1
-        polled = next(a for a in state.arrays if a.size and address_of(a) == row[layout.WORKER_CQS])
-        assert set(polled[:, layout.CQ_CREDITS]) <= ({*entries} or {CompletionQueue(0).entries})
+        for field in ("outstanding", "queued", "notes", "undecided"):
+            assert row[field] == 0
+        assert row["retry"]["first"] == -1
+        polled = next(a for a in state.arrays if a.size and address_of(a) == row["cqs"])
+        assert set(polled["credits"]) <= ({*entries} or {CompletionQueue(0).entries})
     return rows
 
 
 def free_chunks(state: State) -> list[int]:
     """The pool's free list, top first."""
-    return _walk(state.chunk_next, (int(state.shared[layout.SHARED_FREE_CHUNKS]) & 0xFFFFFF) - 1)
+    return _walk(state.chunk_next, (int(state.shared["free_chunks"]) & 0xFFFFFF) - 1)
 
 
 def _walk(links: np.ndarray, first: int) -> list[int]:
@@ -263,7 +269,7 @@ def _walk(links: np.ndarray, first: int) -> list[int]:
 def assert_free_list_whole(state: State, missing: int = 0) -> None:
     """Each free chunk is in the list once. (Chunks in a thread's cache or leaked are not in it.)"""
     chunks = free_chunks(state)
-    assert len(set(chunks)) == len(chunks) == int(state.shared[layout.SHARED_FREE_COUNT])
+    assert len(set(chunks)) == len(chunks) == int(state.shared["free_count"])
     assert len(chunks) + missing <= state.settings.chunks
 
 
@@ -283,14 +289,14 @@ class Rig:
         self._zeros = np.zeros(len(Kind), np.int64)
         self.caller, self.worker = self._block(-1), self._block(0)
         self.provider = provider or Gated()
-        self.worker.words[layout.NEXT_COMPLETION] = never.address
+        self.worker.row["next_completion"] = never.address
         if isinstance(self.provider, emulated.Emulated):
-            self.provider.clocks = [self.worker.ctl + layout.NOW * layout.WORD]
-            self.worker.words[layout.NEXT_COMPLETION] = emulated.next_completion.address
+            self.provider.clocks = [self.worker.row.where("now")]
+            self.worker.row["next_completion"] = emulated.next_completion.address
         (queues,) = self.provider.open(1, self.state.settings.queue_depth, np.zeros(0, np.int64))
         self.queues = queues
         self.state.poll_from(0, queues)
-        self.worker.words[layout.HORIZON] = (1 << 62) - 2
+        self.worker.row["horizon"] = (1 << 62) - 2
         self.remote = RegionTable("the peer")
         peer = Descriptor("peer", 1, "", self.provider.name, (), self.provider.describe())
         self.rows = self.state.connect(0, self.remote, self.provider.connect(peer, HERE))
@@ -304,7 +310,7 @@ class Rig:
 
     def _block(self, actor: int) -> Block:
         block = Block(self.state, actor)
-        block.words[layout.COST_FIXED] = block.words[layout.COST_EACH] = address_of(self._zeros)
+        block.row["cost_fixed"] = block.row["cost_each"] = address_of(self._zeros)
         return block
 
     @property
@@ -313,13 +319,13 @@ class Rig:
 
     def row(self, slot: int) -> int:
         """Address of a batch row."""
-        return address_of(self.state.batch_rows) + slot * layout.BATCH_WORDS * layout.WORD
+        return address_of(self.state.batch_rows) + slot * BATCH.itemsize
 
-    def words(self, handle: int) -> np.ndarray:
-        """The row of a batch, as an array."""
+    def batch(self, handle: int) -> Any:
+        """The row of a batch."""
         return self.state.batch_rows[handle & 0xFFFFFFFF]
 
-    def array(self, field: int) -> np.ndarray:
+    def array(self, field: str) -> np.ndarray:
         """The state array whose address the control block holds in `field`."""
         return next(a for a in self.state.arrays if a.size and address_of(a) == self.state.template[field])
 
@@ -351,7 +357,7 @@ class Rig:
     def snapshot(self) -> list[np.ndarray]:
         """A copy of all that a call could change, counters included."""
         tables = [self.state.regions, self.remote]
-        columns = [c for t in tables for c in (t.header, t.bases, t.ends, t.slots, t.keys, t.access)]
+        columns = [c for t in tables for c in (t.header.array, t.bases, t.ends, t.slots, t.keys, t.access)]
         counters = [self.caller.counters, self.worker.counters]
         return [a.copy() for a in (*self.state.arrays, *self.state.rings, *columns, *counters)]
 

@@ -17,8 +17,8 @@ from mooncache import (
     TransferFailed,
     UsageError,
 )
-from mooncache.kernels import calls, layout
-from tests.helpers import POLICIES, Task, assert_balanced, awaited, in_threads, run_python, until
+from mooncache.kernels import calls
+from tests.helpers import POLICIES, Task, assert_balanced, awaited, batch_field, in_threads, run_python, until
 from tests.kernels.entries import Gated
 
 
@@ -161,7 +161,7 @@ def test_two_threads_may_wait_for_one_batch_and_one_may_close_it(gated):
     gated.here.provider.shut_gate()
     other = gated.scattered(3)
     waiter = Task(other.wait)
-    until(lambda: calls.read_word(gated.here.ctl, other._handle, layout.BATCH_WAITERS) == 1, "the waiter, asleep")
+    until(lambda: batch_field(gated.here, other, "waiters") == 1, "the waiter, asleep")
     other.close()
     with pytest.raises(UsageError, match="closed"):
         waiter.result()
@@ -245,7 +245,7 @@ def test_a_wait_does_not_hold_the_gil(gated):
     batch = gated.scattered(3)
     waiter = Task(calls.wait, gated.here.ctl, batch._handle, 60_000_000_000)
     count = 0
-    until(lambda: calls.read_word(gated.here.ctl, batch._handle, layout.BATCH_WAITERS) == 1, "the waiter, asleep")
+    until(lambda: batch_field(gated.here, batch, "waiters") == 1, "the waiter, asleep")
     while count < 100_000:
         count += 1
     assert waiter.running
@@ -271,7 +271,8 @@ batch = here.write("there", a.address, b.address, 64)
 ctl = here.ctl
 
 def interrupt():
-    while calls.read_word(ctl, batch._handle, layout.BATCH_WAITERS) == 0 or not here.provider.queues[0][0].outstanding:
+    row = here._state.batch_rows[batch._handle & 0xFFFFFFFF]
+    while row["waiters"] == 0 or not here.provider.queues[0][0].outstanding:
         pass
     os.kill(os.getpid(), signal.SIGINT)
 

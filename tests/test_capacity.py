@@ -8,7 +8,6 @@ import threading
 import pytest
 
 from mooncache import CapacityError, engine
-from mooncache.kernels import layout
 from tests.helpers import Task, assert_balanced, in_threads, unchanged, until
 
 
@@ -16,7 +15,7 @@ def test_a_submit_waits_for_slots_until_another_batch_is_closed(pairs):
     pair = pairs(slices=512)
     first = pair.scattered(512).wait(20)
     second = Task(pair.scattered, 512)
-    until(lambda: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+    until(lambda: pair.state.shared["waiters"] == 1, "the submitter, asleep")
     assert second.running
     first.close()
     second.result().wait(20).close()
@@ -26,7 +25,7 @@ def test_a_submit_waits_for_a_batch_row_until_another_batch_is_closed(pairs):
     pair = pairs(batches=2)
     first, other = pair.scattered(1).wait(20), pair.scattered(1).wait(20)
     third = Task(pair.scattered, 1)
-    until(lambda: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+    until(lambda: pair.state.shared["waiters"] == 1, "the submitter, asleep")
     first.close()
     third.result().wait(20).close()
     other.close()
@@ -42,7 +41,7 @@ def test_a_submit_that_may_wait_for_ever_says_once_for_what(pairs, monkeypatch, 
     with caplog.at_level(logging.WARNING, "mooncache"):
         second = Task(pair.scattered, n)
         until(lambda: caplog.records, "the warning")
-        until(lambda: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+        until(lambda: pair.state.shared["waiters"] == 1, "the submitter, asleep")
         with pytest.raises(CapacityError, match=f"too few free {what}"):
             pair.scattered(n, timeout=0.3)  # which is told, and warns of nothing
         first.close()
@@ -108,13 +107,13 @@ def test_without_memory_for_slice_objects_a_submit_is_refused_and_gives_all_back
         made.append(libc.malloc(size))
         return made[-1]
 
-    words = pair.here._blocks[threading.get_ident()].words
-    honest, words[layout.MALLOC] = int(words[layout.MALLOC]), ctypes.cast(stingy, ctypes.c_void_p).value
+    words = pair.here._blocks[threading.get_ident()].row
+    honest, words["malloc"] = words["malloc"], ctypes.cast(stingy, ctypes.c_void_p).value or 0
     try:
         with pytest.raises(CapacityError, match="malloc has no more memory"):
             pair.scattered(600)
     finally:
-        words[layout.MALLOC] = honest
+        words["malloc"] = honest
     stats = pair.here.stats()
     assert stats.free_slices == 2048
     assert stats.open_batches == 0

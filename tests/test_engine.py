@@ -18,10 +18,10 @@ from mooncache import (
     TransportError,
     UsageError,
 )
-from mooncache.kernels import calls, layout
+from mooncache.kernels import layout
 from mooncache.providers.emulated import Emulated
 from mooncache.providers.loopback import Loopback
-from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, in_threads, run_python, until
+from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, batch_field, in_threads, run_python, until
 
 
 # ------------------------------------------------------------------------------ settings and names
@@ -210,7 +210,7 @@ def test_a_closed_engine_refuses_everything_and_can_be_closed_again(pair):
 def test_closing_an_engine_ends_the_waits_for_its_batches(gated):
     batch = gated.scattered(3)
     waiter = Task(batch.wait)
-    until(lambda: calls.read_word(gated.here.ctl, batch._handle, layout.BATCH_WAITERS) == 1, "the waiter, asleep")
+    until(lambda: batch_field(gated.here, batch, "waiters") == 1, "the waiter, asleep")
     closing = Task(gated.here.close)
     until(lambda: batch.done, "the batch, closed by its engine")
     gated.here.provider.open_gate()
@@ -239,7 +239,7 @@ def test_closing_an_engine_ends_the_waits_for_capacity(pairs):
         pair = pairs(slices=256)
         held = pair.scattered(256).wait(20)
         waiter = Task(pair.scattered, 256)
-        until(lambda pair=pair: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+        until(lambda pair=pair: pair.state.shared["waiters"] == 1, "the submitter, asleep")
         pair.here.close()
         with pytest.raises(EngineClosed):
             waiter.result()

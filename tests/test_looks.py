@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mooncache import Status, TransferFailed
-from mooncache.kernels import layout
 from mooncache.providers.emulated import Emulated, Nic
 from mooncache.providers.loopback import Loopback
 from mooncache.providers.shm import Shm
@@ -159,4 +158,4 @@ def test_others_go_on_while_a_peer_is_asked(engines, pairs, monkeypatch):
     assert not waiting.done
     answer.set()
     waiting.wait(20).close()
-    assert pair.here.connect(pair.peer).table.header[layout.TABLE_BEGUN] >= 1
+    assert pair.here.connect(pair.peer).table.header["begun"] >= 1

@@ -17,10 +17,10 @@ from mooncache import (
     TransferFailed,
     UsageError,
 )
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.memory import range_of
 from mooncache.providers.emulated import Emulated, Nic
-from tests.helpers import POLICIES, STORES, unchanged, until
+from tests.helpers import POLICIES, STORES, batch_field, unchanged, until
 from tests.kernels.entries import Gated
 
 
@@ -205,7 +205,7 @@ def test_a_region_is_in_use_by_as_many_slices_as_have_no_answer(pairs, store, po
     provider.shut_gate()
     batch = pair.scattered(n)
     until(lambda: provider.queues[0][0].outstanding == n, "the slices, posted")
-    remaining = partial(calls.read_word, pair.here.ctl, batch._handle, layout.BATCH_REMAINING)
+    remaining = partial(batch_field, pair.here, batch, "remaining")
     left = n
     for now in (1, 254, 1, 1, 443, 324, n - 1025):
         left -= now
@@ -231,7 +231,7 @@ def test_no_region_is_let_go_beside_a_worker_that_still_uses_it(pairs, store, po
                 pair.local.unregister()
             except UsageError:
                 continue
-            assert calls.read_word(pair.here.ctl, batch._handle, layout.BATCH_REMAINING) == 0
+            assert batch_field(pair.here, batch, "remaining") == 0
             break
         batch.wait(20).close()
         pair.local = pair.here.register(pair.source)

@@ -11,7 +11,7 @@ import pytest
 
 from mooncache import CapacityError, Engine, EngineClosed, Status, TransportError, UsageError, limits
 from mooncache.deadline import Deadline
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.kernels.layout import Opcode, QueueState
 from mooncache.kernels.queue import INDEX_SHIFT
 from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, Settings, State
@@ -61,9 +61,9 @@ def test_a_peer_that_comes_back_with_another_shape_gets_other_rows(state, shape)
     rows = state.connect(0, table, other)
     assert [row.pair for row in rows] == other[0]
     for row, pair in zip(rows, other[0], strict=True):
-        fields = {layout.QUEUE_QP: pair.address, layout.QUEUE_DEPTH: pair.depth, layout.QUEUE_WEIGHT: pair.weight}
-        assert {field: int(row.words[field]) for field in fields} == fields
-    tags = {int(row.words[layout.QUEUE_TAG]) for row in first} & {int(row.words[layout.QUEUE_TAG]) for row in rows}
+        fields = {"qp": pair.address, "depth": pair.depth, "weight": pair.weight}
+        assert {field: row.row[field] for field in fields} == fields
+    tags = {int(row.row["tag"]) for row in first} & {int(row.row["tag"]) for row in rows}
     assert not tags  # what comes late for a former row names nothing
     assert kept is not None
 
@@ -75,31 +75,31 @@ def test_a_closed_row_is_led_to_another_queue_pair_of_the_same_shape(state):
     assert row.state == QueueState.CLOSED
     assert state.fits(0, moved)
     assert state.connect(0, table, moved) == [row]
-    assert row.words[layout.QUEUE_QP] == 12_288
-    row.words[layout.QUEUE_STATE] = QueueState.READY
+    assert row.row["qp"] == 12_288
+    row.row["state"] = QueueState.READY
     assert not state.fits(0, [[moved[0][0]._replace(address=4096)]])
 
 
 def test_rows_that_were_taken_are_given_again_and_the_table_grows_no_further(state):
     for turn in range(100):
         rows = state.connect(turn % 3, RegionTable("a peer"), pairs(1 + turn % 2))
-        indices = [int(row.words[layout.QUEUE_TAG]) >> INDEX_SHIFT for row in rows]
+        indices = [int(row.row["tag"]) >> INDEX_SHIFT for row in rows]
         assert set(indices) <= {0, 1}
         for index, row in zip(indices, rows, strict=True):
             assert state.queue_tables[0][index] == row.address
         state.disconnect(turn % 3)
         assert set(state.queue_tables[0][:2]) <= {state._vacant.ctypes.data, 0}
-    assert state.worker_rows[0, layout.WORKER_QUEUE_COUNT] == 2
+    assert state.worker_rows[0]["queue_count"] == 2
 
 
 def test_too_many_queue_pairs_are_refused_and_nothing_is_changed(state):
     state.queue_tables[0] = state.queue_tables[0][:3]
     state.connect(0, RegionTable("a peer"), pairs(2))
-    tables, count = state.peer_tables.copy(), int(state.worker_rows[0, layout.WORKER_QUEUE_COUNT])
+    tables, count = state.peer_tables.copy(), int(state.worker_rows[0]["queue_count"])
     with pytest.raises(CapacityError, match="at most 3 queue pairs, and 2 are in use"):
         state.connect(1, RegionTable("another"), pairs(2))
     assert (state.peer_tables == tables).all()
-    assert int(state.worker_rows[0, layout.WORKER_QUEUE_COUNT]) == count
+    assert int(state.worker_rows[0]["queue_count"]) == count
 
 
 def test_slices_longer_than_what_a_nic_takes_are_refused_and_nothing_is_changed():
@@ -111,7 +111,7 @@ def test_slices_longer_than_what_a_nic_takes_are_refused_and_nothing_is_changed(
     assert (state.peer_tables == tables).all()
     assert not state.queues
     rows = state.connect(0, table, pairs(2, message_bytes=8 * MiB, gathers=16))
-    assert [row.words[layout.QUEUE_GATHERS] for row in rows] == [4, 4]
+    assert [row.row["gathers"] for row in rows] == [4, 4]
 
 
 def test_a_handle_of_a_former_peer_is_refused_though_its_row_is_anothers(pair, engines):

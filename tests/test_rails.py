@@ -57,7 +57,7 @@ def states(pair: Pair, rail: int) -> set[QueueState]:
 
 def posted(pair: Pair, rail: int) -> int:
     """Work requests that went over one rail, probes and markers included."""
-    return sum(int(row.words[0]) for queues in pair.state.queues.values() for row in queues if row.pair.lkeys == rail)
+    return sum(row.row["head"] for queues in pair.state.queues.values() for row in queues if row.pair.lkeys == rail)
 
 
 # ------------------------------------------------------------------------------ both up

@@ -13,7 +13,6 @@ import pytest
 from mooncache import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 from mooncache.awaiting import ROOM
 from mooncache.discovery import dial
-from mooncache.kernels import layout
 from tests.helpers import LIMIT, Task, until
 
 WIRES = ("tcp", "shm", "auto")
@@ -235,7 +234,7 @@ def test_a_thread_in_wait_hears_of_a_close_by_another(gated, what, monkeypatch):
     monkeypatch.setattr("mooncache.batch.NAP_NS", 3600 * 10**9)  # it does not wake by itself
     batch = gated.scattered(3)
     task = Task(batch.wait)
-    until(lambda: gated.state.batch_rows[:, layout.BATCH_WAITERS].any(), "the waiting thread, asleep")
+    until(lambda: gated.state.batch_rows["waiters"].any(), "the waiting thread, asleep")
     close = Task(WAYS_TO_CLOSE[what], gated, batch)
     with pytest.raises((UsageError, EngineClosed), match="closed"):
         task.result()
@@ -271,7 +270,7 @@ def test_who_waits_for_slots_hears_of_the_engines_close(pairs, monkeypatch):
         task = Task(pair.here.write, pair.peer, *words)
         waiting = asyncio.ensure_future(pair.here.awrite(pair.peer, *words))
         await asyncio.sleep(0)
-        until(lambda: pair.state.shared[layout.SHARED_WAITERS] == 1, "the submitter, asleep")
+        until(lambda: pair.state.shared["waiters"] == 1, "the submitter, asleep")
         await asyncio.to_thread(pair.here.close)
         with pytest.raises(EngineClosed):
             await asyncio.wait_for(waiting, LIMIT)

@@ -27,25 +27,14 @@ from mooncache.bench.harness.measure import Traffic, expect, median, no_collecti
 from mooncache.bench.harness.options import JSON
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.errors import Status, TransportError
-from mooncache.kernels import calls, layout
-from mooncache.kernels.account import clock, raise_word, word
-from mooncache.kernels.atomics import peek, poke, u32
+from mooncache.kernels import calls
+from mooncache.kernels.account import clock
+from mooncache.kernels.atomics import i64, peek, poke, u32
 from mooncache.kernels.complete import poll
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import (
-    ACTOR,
-    WORD,
-    WORKER_OUTSTANDING,
-    WORKER_QUEUED,
-    Access,
-    Kind,
-    Opcode,
-    Slice,
-    aligned,
-    power_of_two,
-    words_of,
-)
+from mooncache.kernels.layout import WORD, Access, Kind, Opcode, Slice, aligned, power_of_two, words_of
 from mooncache.kernels.pump import post, take
+from mooncache.kernels.records.control import control_at
 from mooncache.kernels.state import Block, CompletionQueue, QueuePair, RegionTable, Settings, State, address_of
 from mooncache.kernels.submit import submit
 from mooncache.kernels.verbs import (
@@ -91,8 +80,8 @@ def post_send(qp, wr, bad_wr):
         requests += 1
         wr = peek(wr + WR_NEXT)
     poke(stub + STUB_HEAD * WORD, head)
-    raise_word(stub + STUB_REQUESTS * WORD, requests)
-    raise_word(stub + STUB_CHAINS * WORD, 1)
+    i64(stub)[STUB_REQUESTS] += requests
+    i64(stub)[STUB_CHAINS] += 1
     return np.int32(0)
 
 
@@ -115,21 +104,22 @@ def work_off(ctl, times):
 
     Returns the rounds it took.
     """
-    index = word(ctl, ACTOR)
+    ctl = control_at(ctl)
+    index, spent = ctl.actor, i64(times)
     worker = worker_row(ctl, index)
     take(ctl, worker, index)
     rounds, moved = np.int64(0), np.int64(1)
     since = clock(ctl)
-    while moved > 0 and (peek(worker + WORKER_QUEUED * WORD) > 0 or peek(worker + WORKER_OUTSTANDING * WORD) > 0):
+    while moved > 0 and (worker.queued > 0 or worker.outstanding > 0):
         moved = post(ctl, worker, index)
         posted = clock(ctl)
         taken = np.int64(1)
-        while taken > 0 and peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+        while taken > 0 and worker.outstanding > 0:
             taken = poll(ctl, worker)
             moved += taken
         polled = clock(ctl)
-        raise_word(times + POST * WORD, posted - since)
-        raise_word(times + POLL * WORD, polled - posted)
+        spent[POST] += posted - since
+        spent[POLL] += polled - posted
         since = polled
         rounds += 1
     return rounds
@@ -172,7 +162,7 @@ class Rig:
             for half, key in zip(halves(buffer), keys, strict=True):
                 table.add(*half, (key,), Access.READ | Access.WRITE)
         self.states = next(
-            a for a in self.state.arrays if a.size and address_of(a) == self.state.template[layout.SLICE_STATE]
+            a for a in self.state.arrays if a.size and address_of(a) == self.state.template["slice_state"]
         )
         self.length = np.full(1, self.traffic.length, np.int64)
         self.lives = 0
@@ -234,7 +224,7 @@ class Rig:
     def check_last_chain(self) -> None:
         """Compare the work requests of the last chain, which still lie there, with the requests they are for."""
         n = self.slices % self.chain or self.chain
-        wrs, ranges = self.worker.work_requests[:n], self.worker.gathers[: 2 * n].reshape(n, 2)
+        wrs, ranges = self.worker.work_requests[:n], self.worker.gathers[:n]
         source, target = self.traffic.source[-n:], self.traffic.target[-n:]
         asked = (np.arange(1, n + 1) % self.signal == 0) | (np.arange(1, n + 1) == n)
         lkeys, rkeys = (
@@ -249,8 +239,9 @@ class Rig:
             ("flags", wrs["send_flags"], SEND_SIGNALED * asked),
             ("remote addresses", wrs["remote_addr"], target),
             ("remote keys", wrs["rkey"], rkeys),
-            ("local addresses", ranges[:, 0], source),
-            ("lengths and local keys", ranges[:, 1], self.traffic.length | lkeys << 32),
+            ("local addresses", ranges["addr"], source),
+            ("lengths", ranges["length"], np.full(n, self.traffic.length)),
+            ("local keys", ranges["lkey"], lkeys),
         ):
             expect(f"{what} of the last chain that differ", int(np.count_nonzero(came != wanted)), 0)
 

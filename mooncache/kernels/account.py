@@ -5,28 +5,14 @@ turns the actor's virtual clock by the calibrated cost of the work. The same inp
 in both worlds.
 """
 
-from mooncache.kernels.atomics import call_clock_gettime, peek, poke
+import numpy as np
+
+from mooncache.kernels.atomics import call_clock_gettime, i64, peek, poke
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    CLOCK_GETTIME,
-    COST_EACH,
-    COST_FIXED,
-    COUNTERS,
-    NOW,
-    SCRATCH,
-    SPENT,
-    VIRTUAL,
-    WORD,
-)
+from mooncache.kernels.records.base import where
 
 CLOCK_MONOTONIC = 1
 NS_PER_S = 1_000_000_000
-
-
-@kernel
-def word(ctl, field):
-    """The control block's word `field`."""
-    return peek(ctl + field * WORD)
 
 
 @kernel
@@ -41,18 +27,18 @@ def account(ctl, kind, n):
 
     Writes: the actor's counter; in virtual time also its clock and its time spent on `kind`.
     """
-    raise_word(word(ctl, COUNTERS) + kind * WORD, n)
-    if word(ctl, VIRTUAL) != 0:
-        cost = peek(word(ctl, COST_FIXED) + kind * WORD) + n * peek(word(ctl, COST_EACH) + kind * WORD)
-        raise_word(ctl + NOW * WORD, cost)
-        raise_word(word(ctl, SPENT) + kind * WORD, cost)
+    at = np.int64(kind)
+    i64(ctl.counters)[at] += n
+    if ctl.virtual != 0:
+        cost = i64(ctl.cost_fixed)[at] + n * i64(ctl.cost_each)[at]
+        ctl.now += cost
+        i64(ctl.spent)[at] += cost
 
 
 @kernel
 def clock(ctl):
     """The actor's time: CLOCK_MONOTONIC in ns, or virtual time in ps."""
-    if word(ctl, VIRTUAL) != 0:
-        return word(ctl, NOW)
-    timespec = ctl + SCRATCH * WORD
-    call_clock_gettime(word(ctl, CLOCK_GETTIME), CLOCK_MONOTONIC, timespec)
-    return peek(timespec) * NS_PER_S + peek(timespec + WORD)
+    if ctl.virtual != 0:
+        return ctl.now
+    call_clock_gettime(ctl.clock_gettime, CLOCK_MONOTONIC, where(ctl, "timespec"))
+    return ctl.timespec.seconds * NS_PER_S + ctl.timespec.ns

@@ -15,40 +15,16 @@ from enum import IntEnum
 
 import numpy as np
 
-from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wake, load, peek, poke, store
+from mooncache.kernels.account import account, clock
+from mooncache.kernels.atomics import fence, futex_wake
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_AWAITED,
-    BATCH_CANCEL_ASKED,
-    BATCH_CANCELLED,
-    BATCH_DEADLINE,
-    BATCH_FAILED,
-    BATCH_FINISHED_AT,
-    BATCH_FIRST,
-    BATCH_GENERATION,
-    BATCH_LAST,
-    BATCH_LINK,
-    BATCH_NEXT,
-    BATCH_NOTE,
-    BATCH_POSTED,
-    BATCH_ROWS,
-    BATCH_STATE,
-    BATCH_TAKEN,
-    BATCH_WAITERS,
-    BATCH_WORDS,
-    EVENT_FD,
-    SCRATCH,
-    SHARED,
-    SHARED_FREE_BATCHES,
-    SYSCALL,
-    WORD,
-    WRITE,
-    BatchState,
-    Kind,
-)
+from mooncache.kernels.layout import BatchState, Kind
 from mooncache.kernels.pool import EVERY_THREAD, pop_chain, push_chain, wake_waiters
+from mooncache.kernels.records.base import acquire, address, cell_at, compare_swap, fetch_add, index_in, where
+from mooncache.kernels.records.batch import batch_at
+from mooncache.kernels.records.shared import shared_at
+from mooncache.kernels.worker import write_one
 
 
 class Event(IntEnum):
@@ -77,117 +53,121 @@ ACQUIRE, SEAL, FINISH, CLOSE, RECLAIM = (int(event) for event in Event)
 
 
 @kernel
-def move(row, event):
+def move(batch, event):
     """Apply one event to the batch; returns the state before it, or REFUSED with nothing changed."""
-    address = row + BATCH_STATE * WORD
-    state = load(address)
+    state = acquire(batch, "state")
     while True:
         after = NEXT[state, event]
         if after == REFUSED:
             return np.int64(REFUSED)
-        seen = cas(address, state, after)
+        seen = compare_swap(batch, "state", state, after)
         if seen == state:
             return state
         state = seen
 
 
 @kernel
-def slot_of(ctl, row):
+def slot_of(ctl, batch):
     """The slot number of a batch row."""
-    return (row - word(ctl, BATCH_ROWS)) // (BATCH_WORDS * WORD)
+    return index_in(ctl.batch_rows, batch)
 
 
 @kernel
-def append(ctl, ends, link, row):
-    """Append a batch to a queue: `ends` is the address of the words first and last, `link` the rows' word for next."""
-    slot, last = slot_of(ctl, row), peek(ends + WORD)
-    if last < 0:
-        poke(ends, slot)
+def link_of(ctl, slot, link):
+    """The field of a batch's row at `link` bytes."""
+    return cell_at(address(batch_row(ctl, slot)) + link)
+
+
+@kernel
+def append(ctl, ends, link, batch):
+    """Append a batch to the queue with these ENDS; `link`: where in a row its next batch stands, NEXT or NOTE_NEXT."""
+    slot = slot_of(ctl, batch)
+    if ends.last < 0:
+        ends.first = slot
     else:
-        poke(batch_row(ctl, last) + link * WORD, slot)
-    poke(ends + WORD, slot)
-    poke(row + link * WORD, -1)
+        link_of(ctl, ends.last, link).value = slot
+    ends.last = slot
+    link_of(ctl, slot, link).value = -1
 
 
 @kernel
-def remove(ctl, ends, link, row):
+def remove(ctl, ends, link, batch):
     """Take a batch out of such a queue, wherever in it."""
-    slot, after = slot_of(ctl, row), peek(row + link * WORD)
-    at, before = peek(ends), np.int64(-1)
+    slot, at, before = slot_of(ctl, batch), ends.first, np.int64(-1)
+    after = link_of(ctl, slot, link).value
     while at != slot:
         before = at
-        at = peek(batch_row(ctl, at) + link * WORD)
+        at = link_of(ctl, at, link).value
     if before < 0:
-        poke(ends, after)
+        ends.first = after
     else:
-        poke(batch_row(ctl, before) + link * WORD, after)
+        link_of(ctl, before, link).value = after
     if after < 0:
-        poke(ends + WORD, before)
+        ends.last = before
 
 
 @kernel
 def acquire_row(ctl):
-    """A batch row in state OPEN under a new generation, or 0 when all are in use."""
-    first, _ = pop_chain(word(ctl, SHARED) + SHARED_FREE_BATCHES * WORD, word(ctl, BATCH_LINK), 1)
+    """A batch's row in state OPEN under a new generation; missing when all are in use."""
+    first, _ = pop_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, 1)
     if first < 0:
-        return np.int64(0)
-    row = batch_row(ctl, first)
-    poke(row + BATCH_FIRST * WORD, -1)
-    poke(row + BATCH_LAST * WORD, -1)
-    poke(row + BATCH_NEXT * WORD, -1)
-    poke(row + BATCH_POSTED * WORD, 0)
-    poke(row + BATCH_FAILED * WORD, 0)
-    poke(row + BATCH_DEADLINE * WORD, 0)
-    poke(row + BATCH_CANCELLED * WORD, 0)
-    poke(row + BATCH_AWAITED * WORD, 0)
-    poke(row + BATCH_CANCEL_ASKED * WORD, 0)
-    poke(row + BATCH_FINISHED_AT * WORD, 0)
-    poke(row + BATCH_NOTE * WORD, -1)
-    poke(row + BATCH_TAKEN * WORD, 0)
-    add(row + BATCH_GENERATION * WORD, 1)
-    move(row, ACQUIRE)
-    return row
+        return batch_at(0)
+    batch = batch_row(ctl, first)
+    batch.first = -1
+    batch.last = -1
+    batch.next = -1
+    batch.posted = 0
+    batch.failed = 0
+    batch.deadline = 0
+    batch.cancelled = 0
+    batch.awaited = 0
+    batch.cancel_asked = 0
+    batch.finished_at = 0
+    batch.note = -1
+    batch.taken = 0
+    fetch_add(batch, "generation", 1)
+    move(batch, ACQUIRE)
+    return batch
 
 
 @kernel
-def return_row(ctl, row):
+def return_row(ctl, batch):
     """Give a draining batch's row back without a word; its slices must be gone from it."""
-    move(row, RECLAIM)
-    slot = slot_of(ctl, row)
-    push_chain(word(ctl, SHARED) + SHARED_FREE_BATCHES * WORD, word(ctl, BATCH_LINK), slot, slot)
+    move(batch, RECLAIM)
+    slot = slot_of(ctl, batch)
+    push_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, slot, slot)
 
 
 @kernel
-def release_row(ctl, row):
+def release_row(ctl, batch):
     """Give a draining batch's row back, and tell those who wait for one."""
-    return_row(ctl, row)
+    return_row(ctl, batch)
     wake_waiters(ctl)
 
 
 @kernel
-def announce(ctl, row):
+def announce(ctl, batch):
     """Wake whoever waits for this batch: threads on its futex, event loops on the engine's eventfd."""
     fence()
-    if load(row + BATCH_WAITERS * WORD) != 0:
-        futex_wake(word(ctl, SYSCALL), row + BATCH_STATE * WORD, EVERY_THREAD)
+    if acquire(batch, "waiters") != 0:
+        futex_wake(ctl.syscall, where(batch, "state"), EVERY_THREAD)
         account(ctl, Kind.WAKES, 1)
-    if load(row + BATCH_AWAITED * WORD) != 0:
-        store(ctl + SCRATCH * WORD, 1)
-        call_write(word(ctl, WRITE), word(ctl, EVENT_FD), ctl + SCRATCH * WORD, WORD)
+    if acquire(batch, "awaited") != 0:
+        write_one(ctl, ctl.event_fd)
 
 
 @kernel
-def finish(ctl, row):
+def finish(ctl, batch):
     """All slices are answered. Returns True when the batch was closed before, so that the caller must reclaim it."""
     account(ctl, Kind.BATCHES_FINISHED, 1)
-    poke(row + BATCH_FINISHED_AT * WORD, clock(ctl))
-    if move(row, FINISH) == DRAINING:
+    batch.finished_at = clock(ctl)
+    if move(batch, FINISH) == DRAINING:
         return True
-    announce(ctl, row)
+    announce(ctl, batch)
     return False
 
 
 @kernel
-def finished(row):
+def finished(batch):
     """Whether all slices of a batch that is not closed are answered."""
-    return load(row + BATCH_STATE * WORD) == RECLAIMABLE
+    return acquire(batch, "state") == RECLAIMABLE

@@ -3,82 +3,32 @@
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels.account import account, clock, word
+from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import (
-    add,
     call_words,
-    exchange,
     fence,
     futex_wake,
     i16,
     i32,
     i64,
-    load,
     pause,
-    peek,
-    poke,
-    store,
 )
 from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, move
 from mooncache.kernels.handle import FREE, GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_AWAITED,
-    BATCH_CANCEL_ASKED,
-    BATCH_FAILED,
-    BATCH_FIRST,
-    BATCH_GENERATION,
-    BATCH_PEER,
-    BATCH_REMAINING,
-    BATCH_STATE,
-    BATCH_SUBMITTED_AT,
-    BATCH_WAITERS,
-    BATCH_WORKER,
-    BATCHES,
-    CHUNK_BATCH,
-    CHUNK_NEXT,
-    CHUNK_SLICES,
-    CHUNKS,
-    EPOCH_QUIET,
-    IDLE_SINCE,
-    LOCAL_TABLE,
-    REFUSED,
-    SHARED,
-    SHARED_AWAITED,
-    SHARED_BELL,
-    SHARED_EPOCH,
-    SHARED_REAPER_BELL,
-    SHARED_REAPER_STOP,
-    SHARED_STOP,
-    SHARED_WAITERS,
-    SLICE_FIRST,
-    SLICE_LAST,
-    SLICE_LENGTH,
-    SLICE_LOCAL,
-    SLICE_SOURCE,
-    SLICE_STATE,
-    SLICE_TARGET,
-    SPIN,
-    SYSCALL,
-    TABLE_SLOTS,
-    TURN,
-    WAITS,
-    WORD,
-    WORKER_CTL,
-    WORKER_EPOCH,
-    WORKER_EPOLL,
-    WORKER_IDLE,
-    WORKER_SPINS,
-    WORKERS,
-    Kind,
-    Slice,
-)
+from mooncache.kernels.layout import Kind, Slice
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.pool import EVERY_THREAD, wake_waiters
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, sleep_on_descriptors, work_waits
 from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.reclaim.epoch import oldest_epoch
+from mooncache.kernels.records.base import acquire, fetch_add, missing, release, swap, where
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.queue import queue_at
+from mooncache.kernels.records.shared import shared_at
+from mooncache.kernels.records.table import table_at
+from mooncache.kernels.records.worker import EPOCH_QUIET
 from mooncache.kernels.regions import take_out
 from mooncache.kernels.submit import bump_generation, request_cancel
 from mooncache.kernels.worker import end_turn, ring_bell, sleep_on, try_turn, wake_worker, worker_row
@@ -91,17 +41,27 @@ NEVER = (1 << 63) - 1
 @kernel("int64(int64, int64)")
 def status(ctl, handle):
     """OK when the batch is finished, NOT_FINISHED, or STALE_HANDLE."""
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(Status.STALE_HANDLE)
-    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
 
 
-@kernel("int64(int64, int64, int64)")
-def read_word(ctl, handle, field):
-    """A word of the batch's row, or -1 for a stale handle."""
-    row = resolve(ctl, handle)
-    return np.int64(-1) if row == 0 else peek(row + field * WORD)
+@kernel("int64(int64, int64)")
+def finished_at(ctl, handle):
+    """When the batch finished, ns, 0 while it has not; or -1 for a stale handle."""
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    return np.int64(-1) if missing(batch) else batch.finished_at
+
+
+@kernel("int64(int64, int64)")
+def slices(ctl, handle):
+    """How many slices the batch has, or -1 for a stale handle."""
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    return np.int64(-1) if missing(batch) else batch.slices
 
 
 @kernel("int64(int64, int64, int64)", nogil=True)
@@ -111,57 +71,58 @@ def wait(ctl, handle, ns):
     Comes back at every wake-up, so that Python can run signal handlers. Returns what `status` does. Where the worker
     sleeps on descriptors, the waiting thread takes its turn and fetches the answer itself.
     """
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(Status.STALE_HANDLE)
     since = clock(ctl)
-    worker = worker_row(ctl, peek(row + BATCH_WORKER * WORD))
-    if peek(worker + WORKER_EPOLL * WORD) >= 0:
-        poke(ctl + (WAITS + IDLE_SINCE) * WORD, 0)
-        while not finished(row) and resolve(ctl, handle) != 0 and clock(ctl) - since < ns:
+    worker = worker_row(ctl, batch.worker)
+    if worker.epoll >= 0:
+        ctl.waits.since = 0
+        while not finished(batch) and not missing(resolve(ctl, handle)) and clock(ctl) - since < ns:
             if try_turn(worker):
-                turn_until(ctl, worker, row, handle, since + ns)
-            elif not lingers(ctl, ctl + WAITS * WORD):
+                turn_until(ctl, worker, batch, handle, since + ns)
+            elif not lingers(ctl, ctl.waits):
                 break
         spin = np.int64(0)
     else:
-        spin = min(word(ctl, SPIN), ns)
-    while not finished(row):
+        spin = min(ctl.spin, ns)
+    while not finished(batch):
         for _ in range(PAUSES):
             pause()
         if clock(ctl) - since > spin:
             break
     left = ns - (clock(ctl) - since)
-    if not finished(row) and left > 0:
-        add(row + BATCH_WAITERS * WORD, 1)
+    if not finished(batch) and left > 0:
+        fetch_add(batch, "waiters", 1)
         fence()
-        state = load(row + BATCH_STATE * WORD)
-        if state != RECLAIMABLE and resolve(ctl, handle) != 0:
-            sleep_on(ctl, row + BATCH_STATE * WORD, state, left)
-        add(row + BATCH_WAITERS * WORD, -1)
-    if resolve(ctl, handle) == 0:
+        state = acquire(batch, "state")
+        if state != RECLAIMABLE and not missing(resolve(ctl, handle)):
+            sleep_on(ctl, where(batch, "state"), state, left)
+        fetch_add(batch, "waiters", -1)
+    if missing(resolve(ctl, handle)):
         return np.int64(Status.STALE_HANDLE)
-    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
 
 
 @kernel
-def turn_until(ctl, worker, row, handle, end):
+def turn_until(ctl, worker, batch, handle, end):
     """Be the worker, whose turn the caller holds, until the batch is finished or closed, or `end` has come.
 
     Lets go of the turn. Sleeps on the worker's descriptors like its own thread: Linux wakes the last to come.
     """
-    its_ctl, happened = peek(worker + WORKER_CTL * WORD), np.int64(1)
-    while not finished(row) and resolve(ctl, handle) != 0:
-        happened = call_words(word(ctl, TURN), its_ctl, np.int64(0))
+    happened = np.int64(1)
+    while not finished(batch) and not missing(resolve(ctl, handle)):
+        happened = call_words(ctl.turn, worker.ctl, np.int64(0))
         if happened > 0:
             continue
         left = end - clock(ctl)
-        if left <= 0 or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+        if left <= 0 or acquire(shared_at(ctl.shared), "stop") != 0:
             break
-        if peek(worker + WORKER_SPINS * WORD) != 0 and busy(ctl, worker):
+        if worker.spins != 0 and busy(ctl, worker):
             pause()
-        elif not lingers(its_ctl, worker + WORKER_IDLE * WORD):
-            store(worker + WORKER_EPOCH * WORD, EPOCH_QUIET)
+        elif not lingers(ctl, worker.idle):
+            release(worker, "epoch", EPOCH_QUIET)
             sleep_on_descriptors(ctl, worker, left)
     end_turn(ctl, worker)
     if happened > 0 or work_waits(ctl, worker):
@@ -171,29 +132,32 @@ def turn_until(ctl, worker, row, handle, end):
 @kernel("int64(int64, int64)")
 def await_finish(ctl, handle):
     """Ask for a write to the engine's eventfd when the batch finishes. Returns what `status` does, looked up after."""
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(Status.STALE_HANDLE)
-    store(row + BATCH_AWAITED * WORD, 1)
+    release(batch, "awaited", 1)
     fence()
-    return np.int64(Status.OK if finished(row) else Status.NOT_FINISHED)
+    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
 
 
 @kernel("int64(int64)")
 def capacity_bell(ctl):
     """The bell's value now: read it before the attempt whose failure is to be waited out."""
-    return load(word(ctl, SHARED) + SHARED_BELL * WORD)
+    ctl = control_at(ctl)
+    return acquire(shared_at(ctl.shared), "bell")
 
 
 @kernel("int64(int64, int64, int64)", nogil=True)
 def wait_capacity(ctl, seen, ns):
     """Sleep until chunks or batch rows came back since the bell was `seen`, for at most `ns`. Gives the GIL up."""
-    shared = word(ctl, SHARED)
-    add(shared + SHARED_WAITERS * WORD, 1)
+    ctl = control_at(ctl)
+    shared = shared_at(ctl.shared)
+    fetch_add(shared, "waiters", 1)
     fence()
-    if load(shared + SHARED_BELL * WORD) == seen:
-        sleep_on(ctl, shared + SHARED_BELL * WORD, seen, ns)
-    add(shared + SHARED_WAITERS * WORD, -1)
+    if acquire(shared, "bell") == seen:
+        sleep_on(ctl, where(shared, "bell"), seen, ns)
+    fetch_add(shared, "waiters", -1)
     return 0
 
 
@@ -201,39 +165,41 @@ def wait_capacity(ctl, seen, ns):
 def await_capacity(ctl, seen):
     """Ask for a write to the engine's eventfd when chunks or batch rows come back; 1 when they have since the bell was
     `seen`, looked up after."""
-    shared = word(ctl, SHARED)
-    store(shared + SHARED_AWAITED * WORD, 1)
+    ctl = control_at(ctl)
+    shared = shared_at(ctl.shared)
+    release(shared, "awaited", 1)
     fence()
-    return np.int64(load(shared + SHARED_BELL * WORD) != seen)
+    return np.int64(acquire(shared, "bell") != seen)
 
 
 @kernel("int64(int64, int64)")
 def cancel(ctl, handle):
     """Ask the worker to answer the batch's unposted slices as cancelled. OK, or STALE_HANDLE."""
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(Status.STALE_HANDLE)
-    if load(row + BATCH_STATE * WORD) == SEALED and exchange(row + BATCH_CANCEL_ASKED * WORD, 1) == 0:
-        request_cancel(ctl, row, handle)
+    if acquire(batch, "state") == SEALED and swap(batch, "cancel_asked", 1) == 0:
+        request_cancel(ctl, batch, handle)
     return np.int64(Status.OK)
 
 
 @kernel
 def close_batch(ctl, handle, keep_failed):
     """What `close` does."""
-    row = resolve(ctl, handle)
-    if row == 0:
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(Status.STALE_HANDLE)
-    if keep_failed and finished(row) and peek(row + BATCH_FAILED * WORD) > 0:
+    if keep_failed and finished(batch) and batch.failed > 0:
         return np.int64(Status.HAS_FAILURES)
-    if not bump_generation(row, handle):
+    if not bump_generation(batch, handle):
         return np.int64(Status.STALE_HANDLE)
     account(ctl, Kind.BATCHES_CLOSED, 1)
-    if move(row, CLOSE) == SEALED:
-        announce(ctl, row)  # to threads and coroutines that wait for it: it is closed
-        request_cancel(ctl, row, handle_of(peek(row + BATCH_GENERATION * WORD), handle & SLOT_MASK))
+    if move(batch, CLOSE) == SEALED:
+        announce(ctl, batch)  # to threads and coroutines that wait for it: it is closed
+        request_cancel(ctl, batch, handle_of(batch.generation, handle & SLOT_MASK))
         return np.int64(Status.NOT_FINISHED)
-    retire(ctl, row)
+    retire(ctl, batch)
     return np.int64(Status.OK)
 
 
@@ -247,32 +213,35 @@ def close(ctl, handle, keep_failed):
 
     Returns OK (reclaimed), NOT_FINISHED (detached), HAS_FAILURES (nothing changed) or STALE_HANDLE.
     """
+    ctl = control_at(ctl)
     return close_batch(ctl, handle, keep_failed)
 
 
 @kernel("int64(int64, int64)")
 def quiesced(ctl, handle):
     """1 when no more bytes of the batch can move, whether it is closed or not; else 0."""
+    ctl = control_at(ctl)
     slot = handle & SLOT_MASK
-    if handle < 0 or slot >= word(ctl, BATCHES):
+    if handle < 0 or slot >= ctl.batches:
         return 1
-    row = batch_row(ctl, slot)
-    ahead = (load(row + BATCH_GENERATION * WORD) - (handle >> 32)) & GENERATION_MASK
+    batch = batch_row(ctl, slot)
+    ahead = (acquire(batch, "generation") - (handle >> 32)) & GENERATION_MASK
     if ahead > 1:
         return 1
-    state = load(row + BATCH_STATE * WORD)
+    state = acquire(batch, "state")
     if ahead == 1:
-        return np.int64(state != DRAINING or load(row + BATCH_REMAINING * WORD) == 0)
+        return np.int64(state != DRAINING or acquire(batch, "remaining") == 0)
     return np.int64(state == RECLAIMABLE or state == FREE)
 
 
 @kernel("int64(int64, int64)")
 def failed(ctl, handle):
     """How many slices of a finished batch failed; 0: all have arrived. Or minus NOT_FINISHED or STALE_HANDLE."""
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(-Status.STALE_HANDLE)
-    return peek(row + BATCH_FAILED * WORD) if finished(row) else np.int64(-Status.NOT_FINISHED)
+    return batch.failed if finished(batch) else np.int64(-Status.NOT_FINISHED)
 
 
 @kernel("int64(int64, int64, int64[::1], int64[::1], int64[:, ::1])")
@@ -282,24 +251,25 @@ def failures(ctl, handle, request, why, where):
     `where`, int64[requests, 3], are the local address, that at the peer and the length of what failed first of each.
     Returns how many, or minus NOT_FINISHED or STALE_HANDLE.
     """
-    row = resolve(ctl, handle)
-    if row == 0:
+    ctl = control_at(ctl)
+    batch = resolve(ctl, handle)
+    if missing(batch):
         return np.int64(-Status.STALE_HANDLE)
-    if not finished(row):
+    if not finished(batch):
         return np.int64(-Status.NOT_FINISHED)
-    state, head, tail = i16(word(ctl, SLICE_STATE)), i32(word(ctl, SLICE_FIRST)), i32(word(ctl, SLICE_LAST))
-    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    state, head, tail = i16(ctl.slice_state), i32(ctl.slice_first), i32(ctl.slice_last)
+    next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
     n, listed = 0, np.int64(-1)
-    chunk = peek(row + BATCH_FIRST * WORD)
+    chunk = batch.first
     while chunk >= 0:
         for slot in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
             if state[slot] >= CANCELLED:
                 for index in range(max(np.int64(head[slot]), listed + 1), np.int64(tail[slot]) + 1):
                     request[n] = index
                     why[n] = state[slot]
-                    where[n, 0] = i64(word(ctl, SLICE_SOURCE))[slot]
-                    where[n, 1] = i64(word(ctl, SLICE_TARGET))[slot]
-                    where[n, 2] = i32(word(ctl, SLICE_LENGTH))[slot]
+                    where[n, 0] = i64(ctl.slice_source)[slot]
+                    where[n, 1] = i64(ctl.slice_target)[slot]
+                    where[n, 2] = i32(ctl.slice_length)[slot]
                     n += 1
                     listed = index
         chunk = next_[chunk]
@@ -313,13 +283,13 @@ def region_in_use(ctl, region):
     Looks through all chunks, not along chains: workers, and the reaper, take chunks out of these meanwhile. No chunk
     becomes another batch's, since submitting takes the GIL that this holds; and what is answered stays so.
     """
-    state, local = i16(word(ctl, SLICE_STATE)), i16(word(ctl, SLICE_LOCAL))
-    owner, used = i64(word(ctl, CHUNK_BATCH)), i64(word(ctl, CHUNK_SLICES))
+    state, local = i16(ctl.slice_state), i16(ctl.slice_local)
+    owner, used = i64(ctl.chunk_batch), i64(ctl.chunk_slices)
     n = 0
-    for chunk in range(word(ctl, CHUNKS)):
-        row = batch_row(ctl, owner[chunk])
-        at = load(row + BATCH_STATE * WORD)
-        if at == SEALED or (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
+    for chunk in range(ctl.chunks):
+        batch = batch_row(ctl, owner[chunk])
+        at = acquire(batch, "state")
+        if at == SEALED or (at == DRAINING and acquire(batch, "remaining") > 0):
             for i in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
                 n += local[i] == region and 0 < state[i] < DONE
     return n
@@ -328,26 +298,29 @@ def region_in_use(ctl, region):
 @kernel("int64(int64, int64)")
 def oldest_submit(ctl, peer):
     """When the oldest batch to the peer in row `peer` that has slices without an answer was submitted; NEVER: none."""
+    ctl = control_at(ctl)
     oldest = np.int64(NEVER)
-    for slot in range(word(ctl, BATCHES)):
-        row = batch_row(ctl, slot)
-        at = load(row + BATCH_STATE * WORD)
-        if at == SEALED or at == OPEN or (at == DRAINING and load(row + BATCH_REMAINING * WORD) > 0):
-            if peek(row + BATCH_PEER * WORD) == peer:
-                oldest = min(oldest, peek(row + BATCH_SUBMITTED_AT * WORD))
+    for slot in range(ctl.batches):
+        batch = batch_row(ctl, slot)
+        at = acquire(batch, "state")
+        if at == SEALED or at == OPEN or (at == DRAINING and acquire(batch, "remaining") > 0):
+            if batch.peer == peer:
+                oldest = min(oldest, batch.submitted_at)
     return oldest
 
 
 @kernel("int64(int64)")
 def grace(ctl):
     """What was withdrawn before this call is out of every worker's hands once `graced` says so of the result."""
+    ctl = control_at(ctl)
     fence()
-    return add(word(ctl, SHARED) + SHARED_EPOCH * WORD, 1) + 1
+    return fetch_add(shared_at(ctl.shared), "epoch", 1) + 1
 
 
 @kernel("int64(int64, int64)")
 def graced(ctl, epoch):
     """1 when every worker has begun a new round since `grace` returned `epoch`, or rests."""
+    ctl = control_at(ctl)
     fence()
     return np.int64(oldest_epoch(ctl) >= epoch)
 
@@ -358,12 +331,13 @@ def withdraw(ctl, regions):
 
     One call, which holds the GIL: no submit can come in between. Returns how many slices do; 0: they are gone.
     """
+    ctl = control_at(ctl)
     users = np.int64(0)
     for i in range(regions.size):
         users += region_in_use(ctl, regions[i])
     if users == 0:
-        table = word(ctl, LOCAL_TABLE)
-        slots = i64(peek(table + TABLE_SLOTS * WORD))
+        table = table_at(ctl.local_table)
+        slots = i64(table.slots)
         for i in range(regions.size):
             at = 0
             while slots[at] != regions[i]:
@@ -378,16 +352,17 @@ def stop(ctl):
 
     One call, which holds the GIL: no submit can come in between. Returns how many batches it closed.
     """
-    shared, closed = word(ctl, SHARED), 0
-    for slot in range(word(ctl, BATCHES)):
-        row = batch_row(ctl, slot)
-        state = load(row + BATCH_STATE * WORD)
+    ctl = control_at(ctl)
+    shared, closed = shared_at(ctl.shared), 0
+    for slot in range(ctl.batches):
+        batch = batch_row(ctl, slot)
+        state = acquire(batch, "state")
         if state == OPEN or state == SEALED or state == RECLAIMABLE:
-            close_batch(ctl, handle_of(load(row + BATCH_GENERATION * WORD), slot), False)
+            close_batch(ctl, handle_of(acquire(batch, "generation"), slot), False)
             closed += 1
-    store(shared + SHARED_STOP * WORD, 1)
+    release(shared, "stop", 1)
     wake_waiters(ctl)  # for slots, which will not come
-    for i in range(word(ctl, WORKERS)):
+    for i in range(ctl.workers):
         wake_worker(ctl, worker_row(ctl, i))
     return closed
 
@@ -395,30 +370,34 @@ def stop(ctl):
 @kernel("int64(int64)")
 def stop_reaper(ctl):
     """Let the reaper leave once it has freed everything. Only after the workers, which still hand it batches."""
-    shared = word(ctl, SHARED)
-    store(shared + SHARED_REAPER_STOP * WORD, 1)
-    add(shared + SHARED_REAPER_BELL * WORD, 1)
-    futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, EVERY_THREAD)
+    ctl = control_at(ctl)
+    shared = shared_at(ctl.shared)
+    release(shared, "reaper_stop", 1)
+    fetch_add(shared, "reaper_bell", 1)
+    futex_wake(ctl.syscall, where(shared, "reaper_bell"), EVERY_THREAD)
     return 0
 
 
 @kernel("int64(int64, int64, int64, int64)")
 def order(ctl, worker, queue, what):
     """Give worker number `worker` an order (layout.Order) about the queue whose row is at `queue`."""
-    row = worker_row(ctl, worker)
-    give_order(row, queue, what)
-    ring_bell(ctl, row)
+    ctl = control_at(ctl)
+    worker = worker_row(ctl, worker)
+    give_order(worker, queue_at(queue), what)
+    ring_bell(ctl, worker)
     return 0
 
 
 @kernel("int64(int64)")
 def refused_request(ctl):
     """Index of the request that the last refused submit of this thread stumbled over."""
-    return word(ctl, REFUSED)
+    ctl = control_at(ctl)
+    return ctl.refused
 
 
 @kernel("int64(int64)")
 def abandon(ctl):
     """Let workers leave without the NIC's last answers. Whatever it still writes to must never be freed."""
-    store(word(ctl, SHARED) + SHARED_STOP * WORD, ABANDONED)
+    ctl = control_at(ctl)
+    release(shared_at(ctl.shared), "stop", ABANDONED)
     return 0

@@ -6,46 +6,10 @@ calls the provider's post_send by address.
 
 import numpy as np
 
-from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import i16, i32, i64, peek, poke
+from mooncache.kernels.account import account
+from mooncache.kernels.atomics import i16, i32, i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_OPCODE,
-    BATCH_PEER,
-    CHUNK_NEXT,
-    CHUNK_SLICES,
-    COUNTERS,
-    CQ_CREDITS,
-    GATHERS,
-    LOCAL_TABLE,
-    PEER_TABLES,
-    QUEUE_CQ,
-    QUEUE_ENTRIES,
-    QUEUE_GATHERS,
-    QUEUE_HEAD,
-    QUEUE_INLINE,
-    QUEUE_LKEYS,
-    QUEUE_LOOSE,
-    QUEUE_MASK,
-    QUEUE_QP,
-    QUEUE_RKEYS,
-    QUEUE_SIGNAL,
-    QUEUE_TAG,
-    SCRATCH,
-    SLICE_LENGTH,
-    SLICE_LOCAL,
-    SLICE_REMOTE,
-    SLICE_SOURCE,
-    SLICE_STATE,
-    SLICE_TARGET,
-    TABLE_KEYS,
-    WORD,
-    WORK_REQUESTS,
-    WORKER_OUTSTANDING,
-    Kind,
-    Opcode,
-    Slice,
-)
+from mooncache.kernels.layout import Kind, Opcode, Slice
 from mooncache.kernels.queue import (
     SEQUENCE_MASK,
     SIGNALED,
@@ -53,54 +17,48 @@ from mooncache.kernels.queue import (
     entry_at,
     in_flight,
 )
+from mooncache.kernels.records.base import address, cell_at, where
+from mooncache.kernels.records.queue import cq_at
+from mooncache.kernels.records.table import table_at
+from mooncache.kernels.records.verbs import send_wr_at, sge_at
 from mooncache.kernels.verbs import (
     EAGAIN,
     ENOMEM,
     SEND_INLINE,
     SEND_SIGNALED,
-    SGE_ADDR,
-    SGE_BYTES,
-    SGE_LENGTH,
     WR_BYTES,
-    WR_ID,
-    WR_NEXT,
-    WR_NUM_SGE,
-    WR_REMOTE_ADDR,
-    WR_RKEY,
-    WR_SEND_FLAGS,
-    WR_SG_LIST,
     post_send,
 )
+from mooncache.kernels.worker import peer_table
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 POSTED = int(Slice.POSTED)
-BAD_WR = SCRATCH + 2
 
 
 @kernel
-def build_chain(ctl, row, queue, chunk, offset, wrs, slices):
+def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
     """Write up to `wrs` work requests for the batch's next slices, from `offset` of `chunk` on, at most `slices`.
 
     Slices that lie side by side at the target share a work request as far as the queue gathers. A completion is asked
-    for every QUEUE_SIGNAL work requests and at the chain's end. Writes: work requests, gather lists, the queue's
+    for every `signal` work requests and at the chain's end. Writes: work requests, gather lists, the queue's
     entries from its head on. Returns (work requests, slices, chunk, offset) as they are afterwards.
     """
-    source, target = i64(word(ctl, SLICE_SOURCE)), i64(word(ctl, SLICE_TARGET))
-    length, state = i32(word(ctl, SLICE_LENGTH)), i16(word(ctl, SLICE_STATE))
-    local, remote = i16(word(ctl, SLICE_LOCAL)), i16(word(ctl, SLICE_REMOTE))
-    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
-    peer_table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
-    lkey = i64(peek(word(ctl, LOCAL_TABLE) + TABLE_KEYS * WORD) + peek(queue + QUEUE_LKEYS * WORD))
-    rkey = i64(peek(peer_table + TABLE_KEYS * WORD) + peek(queue + QUEUE_RKEYS * WORD))
-    opcode = peek(row + BATCH_OPCODE * WORD)
-    tag, head = peek(queue + QUEUE_TAG * WORD), peek(queue + QUEUE_HEAD * WORD)
-    entries, mask = peek(queue + QUEUE_ENTRIES * WORD), peek(queue + QUEUE_MASK * WORD)
-    signal, gathers = peek(queue + QUEUE_SIGNAL * WORD), peek(queue + QUEUE_GATHERS * WORD)
-    inline = peek(queue + QUEUE_INLINE * WORD) if opcode == Opcode.WRITE else np.int64(0)
-    loose = peek(queue + QUEUE_LOOSE * WORD)
-    wr, sge = word(ctl, WORK_REQUESTS) - WR_BYTES, word(ctl, GATHERS)
+    source, target = i64(ctl.slice_source), i64(ctl.slice_target)
+    length, state = i32(ctl.slice_length), i16(ctl.slice_state)
+    local, remote = i16(ctl.slice_local), i16(ctl.slice_remote)
+    next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
+    remote_table = peer_table(ctl, batch.peer)
+    lkey = i64(table_at(ctl.local_table).keys + queue.lkeys)
+    rkey = i64(remote_table.keys + queue.rkeys)
+    opcode = batch.opcode
+    tag, head = queue.tag, queue.head
+    entries, mask = queue.entries, queue.mask
+    signal, gathers = queue.signal, queue.gathers
+    inline = queue.inline if opcode == Opcode.WRITE else np.int64(0)
+    loose = queue.loose
+    wr, entry, ranges = send_wr_at(ctl.work_requests), cell_at(queue.entries), np.int64(0)
     built, taken, gathered = np.int64(0), np.int64(0), np.int64(0)
-    end, there, entry, flags = np.int64(-1), np.int64(-1), np.int64(0), np.int64(0)
+    end, there, flags = np.int64(-1), np.int64(-1), np.int64(0)
     while taken < slices:
         first = chunk * SLOTS + offset
         last = first + min(used[chunk] - offset, slices - taken)
@@ -110,35 +68,37 @@ def build_chain(ctl, row, queue, chunk, offset, wrs, slices):
             if 0 < gathered < gathers and target[slot] == end and remote[slot] == there:
                 gathered += 1
                 flags &= ~SEND_INLINE
-                poke(wr + WR_NUM_SGE, opcode << 32 | gathered)
-                poke(wr + WR_SEND_FLAGS, flags)
-                poke(entry, peek(entry) + (1 << SLICES_SHIFT))
+                wr.num_sge = gathered
+                wr.send_flags = flags
+                entry.value += 1 << SLICES_SHIFT
             else:
                 if built == wrs:
                     break
-                wr += WR_BYTES
+                wr = send_wr_at(ctl.work_requests, built)
                 loose += 1
                 flags = np.int64(0)
-                entry = entries + ((head + built) & mask) * WORD
+                entry = cell_at(entries, (head + built) & mask)
+                entry.value = slot | 1 << SLICES_SHIFT
                 if loose == signal:
                     loose, flags = np.int64(0), np.int64(SEND_SIGNALED)
-                    poke(entry, slot | 1 << SLICES_SHIFT | SIGNALED)
-                else:
-                    poke(entry, slot | 1 << SLICES_SHIFT)
+                    entry.value |= SIGNALED
                 if bytes_ <= inline:
                     flags |= SEND_INLINE
                 there = np.int64(remote[slot])
-                poke(wr + WR_ID, tag | ((head + built) & SEQUENCE_MASK))
-                poke(wr + WR_SG_LIST, sge)
-                poke(wr + WR_NUM_SGE, opcode << 32 | 1)  # the number of ranges, and behind it the opcode
-                poke(wr + WR_SEND_FLAGS, flags)
-                poke(wr + WR_REMOTE_ADDR, target[slot])
-                poke(wr + WR_RKEY, rkey[there])  # a NIC reads the low half, a software wire all of it
+                wr.wr_id = tag | ((head + built) & SEQUENCE_MASK)
+                wr.sg_list = address(sge_at(ctl.gathers, ranges))
+                wr.num_sge = 1
+                wr.opcode = opcode
+                wr.send_flags = flags
+                wr.remote_addr = target[slot]
+                wr.rkey = rkey[there]
                 built += 1
                 gathered = np.int64(1)
-            poke(sge + SGE_ADDR, source[slot])
-            poke(sge + SGE_LENGTH, bytes_ | lkey[local[slot]] << 32)  # the length, and behind it the key
-            sge += SGE_BYTES
+            sge = sge_at(ctl.gathers, ranges)
+            sge.addr = source[slot]
+            sge.length = bytes_
+            sge.lkey = lkey[local[slot]]
+            ranges += 1
             state[slot] = POSTED
             end = target[slot] + bytes_
             slot += 1
@@ -150,32 +110,35 @@ def build_chain(ctl, row, queue, chunk, offset, wrs, slices):
         if slot < last:
             break
     if loose > 0:
-        poke(wr + WR_SEND_FLAGS, flags | SEND_SIGNALED)
-        poke(entry, peek(entry) | SIGNALED)
+        wr.send_flags = flags | SEND_SIGNALED
+        entry.value |= SIGNALED
     return built, taken, chunk, offset
 
 
 @kernel
 def build_note(ctl, queue, slot, wr):
     """Write the work request of a notification, and its entry at the queue's head."""
-    sge = word(ctl, GATHERS)
-    poke(sge + SGE_ADDR, i64(word(ctl, SLICE_SOURCE))[slot])
-    poke(sge + SGE_LENGTH, np.int64(i32(word(ctl, SLICE_LENGTH))[slot]))
-    build_plain(queue, wr, Opcode.SEND, sge, 1, slot | 1 << SLICES_SHIFT)
-    i16(word(ctl, SLICE_STATE))[slot] = POSTED
+    sge = sge_at(ctl.gathers)
+    sge.addr = i64(ctl.slice_source)[slot]
+    sge.length = i32(ctl.slice_length)[slot]
+    sge.lkey = 0
+    build_plain(queue, wr, Opcode.SEND, ctl.gathers, 1, slot | 1 << SLICES_SHIFT)
+    i16(ctl.slice_state)[slot] = POSTED
 
 
 @kernel
 def build_plain(queue, wr, opcode, sge, ranges, entry):
     """Write a work request that no region's key is needed for, and its entry at the queue's head."""
-    head = peek(queue + QUEUE_HEAD * WORD)
-    poke(wr + WR_ID, peek(queue + QUEUE_TAG * WORD) | (head & SEQUENCE_MASK))
-    poke(wr + WR_SG_LIST, sge)
-    poke(wr + WR_NUM_SGE, opcode << 32 | ranges)
-    poke(wr + WR_SEND_FLAGS, SEND_SIGNALED)
-    poke(wr + WR_REMOTE_ADDR, 0)
-    poke(wr + WR_RKEY, 0)
-    poke(entry_at(queue, head), entry | SIGNALED)
+    head = queue.head
+    wr = send_wr_at(wr)
+    wr.wr_id = queue.tag | (head & SEQUENCE_MASK)
+    wr.sg_list = sge
+    wr.num_sge = ranges
+    wr.opcode = opcode
+    wr.send_flags = SEND_SIGNALED
+    wr.remote_addr = 0
+    wr.rkey = 0
+    entry_at(queue, head).value = entry | SIGNALED
 
 
 @kernel
@@ -187,29 +150,27 @@ def ring_doorbell(ctl, worker, queue, n):
     """
     account(ctl, Kind.WORK_REQUESTS, n)
     account(ctl, Kind.DOORBELLS, 1)
-    wr = word(ctl, WORK_REQUESTS)
-    last = wr + (n - 1) * WR_BYTES
-    after = peek(last + WR_NEXT)
-    poke(last + WR_NEXT, 0)
-    error = post_send(peek(queue + QUEUE_QP * WORD), wr, ctl + BAD_WR * WORD)
-    poke(last + WR_NEXT, after)
+    last = send_wr_at(ctl.work_requests, n - 1)
+    after, last.next = last.next, 0
+    error = post_send(queue.qp, ctl.work_requests, where(ctl, "bad_wr"))
+    last.next = after
     accepted, hopeless = n, False
     if error != 0:
-        accepted = (peek(ctl + BAD_WR * WORD) - wr) // WR_BYTES
-        raise_word(word(ctl, COUNTERS) + Kind.WORK_REQUESTS * WORD, accepted - n)
+        accepted = (ctl.bad_wr - ctl.work_requests) // WR_BYTES
+        i64(ctl.counters)[np.int64(Kind.WORK_REQUESTS)] += accepted - n
         full = error == ENOMEM and (accepted > 0 or in_flight(queue) > 0)
         hopeless = not full and error != EAGAIN
-    raise_word(queue + QUEUE_HEAD * WORD, accepted)
-    raise_word(worker + WORKER_OUTSTANDING * WORD, accepted)
-    raise_word(peek(queue + QUEUE_CQ * WORD) + CQ_CREDITS * WORD, -accepted)
-    poke(queue + QUEUE_LOOSE * WORD, loose_end(queue) if accepted < n else 0)
+    queue.head += accepted
+    worker.outstanding += accepted
+    cq_at(queue.cq).credits -= accepted
+    queue.loose = loose_end(queue) if accepted < n else 0
     return accepted, hopeless
 
 
 @kernel
 def loose_end(queue):
     """After a short post: how many of the last work requests in flight asked for no completion."""
-    head, n = peek(queue + QUEUE_HEAD * WORD), np.int64(0)
-    while n < in_flight(queue) and peek(entry_at(queue, head - 1 - n)) & SIGNALED == 0:
+    head, n = queue.head, np.int64(0)
+    while n < in_flight(queue) and entry_at(queue, head - 1 - n).value & SIGNALED == 0:
         n += 1
     return n

@@ -4,49 +4,12 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels import heap
-from mooncache.kernels.account import account, raise_word, word
-from mooncache.kernels.atomics import add, i16, i64, peek, poke, store, u32
+from mooncache.kernels.account import account
+from mooncache.kernels.atomics import i16, i64
 from mooncache.kernels.batch import finish
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_CANCELLED,
-    BATCH_FAILED,
-    BATCH_NOTE,
-    BATCH_PEER,
-    BATCH_POSTED,
-    BATCH_REMAINING,
-    CHUNK_BATCH,
-    COMPLETIONS,
-    CQ_ADDRESS,
-    CQ_CREDITS,
-    CQ_WORDS,
-    PEER_TABLES,
-    POLL_LOT,
-    QUEUE_BREAKS,
-    QUEUE_CAUSE,
-    QUEUE_ENTRIES,
-    QUEUE_HEAD,
-    QUEUE_MASK,
-    QUEUE_STATE,
-    QUEUE_TAIL,
-    RETRIES,
-    SLICE_REMOTE,
-    SLICE_STATE,
-    STORE,
-    TABLE_BREAKS,
-    TABLE_REFUSALS,
-    TABLE_REFUSED,
-    WORD,
-    WORKER_CQ_COUNT,
-    WORKER_CQS,
-    WORKER_OUTSTANDING,
-    WORKER_RETRY_FIRST,
-    Kind,
-    QueueState,
-    Slice,
-    Store,
-)
+from mooncache.kernels.layout import Kind, QueueState, Slice, Store
 from mooncache.kernels.look import NOWHERE, append_slice, attempts_of, count_attempt, keep_refused, may_keep
 from mooncache.kernels.note import settle_note
 from mooncache.kernels.queue import (
@@ -70,7 +33,11 @@ from mooncache.kernels.queue import (
     tell,
 )
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
-from mooncache.kernels.verbs import POLL_AGAIN, WC_BYTES, WC_STATUS, WC_WR_ID, WcStatus, poll_cq
+from mooncache.kernels.records.base import fetch_add, missing, release
+from mooncache.kernels.records.queue import cq_at, queue_at
+from mooncache.kernels.records.verbs import wc_at
+from mooncache.kernels.verbs import POLL_AGAIN, WcStatus, poll_cq
+from mooncache.kernels.worker import peer_table
 from mooncache.limits import CHUNK_BITS
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
@@ -78,20 +45,20 @@ DONE, WAITING = int(Slice.DONE), int(Slice.WAITING)
 
 
 @kernel
-def settle(ctl, row):
+def settle(ctl, batch):
     """End the batch if all its slices are answered; post its notification if that is the last."""
-    if peek(row + BATCH_NOTE * WORD) >= 0 and peek(row + BATCH_REMAINING * WORD) <= 1:
-        settle_note(ctl, row)
-    if peek(row + BATCH_REMAINING * WORD) == 0 and finish(ctl, row):
-        retire(ctl, row)
+    if batch.note >= 0 and batch.remaining <= 1:
+        settle_note(ctl, batch)
+    if batch.remaining == 0 and finish(ctl, batch):
+        retire(ctl, batch)
 
 
 @kernel
-def fail_slice(ctl, row, slot, status):
+def fail_slice(ctl, batch, slot, status):
     """Answer one slice with a failure. The caller settles the batch."""
-    i16(word(ctl, SLICE_STATE))[slot] = status
-    raise_word(row + BATCH_FAILED * WORD, 1)
-    store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - 1)
+    i16(ctl.slice_state)[slot] = status
+    batch.failed += 1
+    release(batch, "remaining", batch.remaining - 1)
     account(ctl, Kind.FAILED, 1)
 
 
@@ -122,39 +89,39 @@ def passing(wc_status):
 
 
 @kernel
-def given_back(row, wc_status):
+def given_back(batch, wc_status):
     """Whether a slice comes back because its batch's deadline has passed, not because its peer is gone."""
-    return peek(row + BATCH_CANCELLED * WORD) == Status.TIMED_OUT and wc_status == WcStatus.REM_ABORT_ERR
+    return batch.cancelled == Status.TIMED_OUT and wc_status == WcStatus.REM_ABORT_ERR
 
 
 @kernel
 def post_later(ctl, worker, slot):
     """Append a slice to those that are to be posted again."""
-    append_slice(ctl, worker + WORKER_RETRY_FIRST * WORD, slot)
+    append_slice(ctl, worker.retry, slot)
 
 
 @kernel
-def answer_failure(ctl, worker, row, slot, wc_status, blamed):
+def answer_failure(ctl, worker, batch, slot, wc_status, blamed):
     """A slice's work request failed: post it again later, perhaps after the peer was asked, or let it fail.
 
     What is not `blamed`, since it only was on a queue pair when that broke, may be posted again as often as it takes.
     """
-    cancelled = peek(row + BATCH_CANCELLED * WORD)
+    cancelled = batch.cancelled
     if inbox_full(ctl, slot, wc_status):
-        fail_slice(ctl, row, slot, np.int64(Status.INBOX_FULL))
-    elif passing(wc_status) and cancelled == 0 and (not blamed or attempts_of(ctl, slot) < word(ctl, RETRIES)):
+        fail_slice(ctl, batch, slot, np.int64(Status.INBOX_FULL))
+    elif passing(wc_status) and cancelled == 0 and (not blamed or attempts_of(ctl, slot) < ctl.retries):
         if blamed:
             count_attempt(ctl, slot)
-        i16(word(ctl, SLICE_STATE))[slot] = WAITING
+        i16(ctl.slice_state)[slot] = WAITING
         post_later(ctl, worker, slot)
         account(ctl, Kind.RETRIED, 1)
     elif wc_status == WcStatus.REM_ACCESS_ERR and cancelled == 0 and may_keep(ctl, slot):
-        keep_refused(ctl, worker, row, slot)
+        keep_refused(ctl, worker, batch, slot)
         account(ctl, Kind.RETRIED, 1)
-    elif cancelled != 0 and (passing(wc_status) or given_back(row, wc_status)):
-        fail_slice(ctl, row, slot, cancelled)
+    elif cancelled != 0 and (passing(wc_status) or given_back(batch, wc_status)):
+        fail_slice(ctl, batch, slot, cancelled)
     else:
-        fail_slice(ctl, row, slot, status_of(wc_status))
+        fail_slice(ctl, batch, slot, status_of(wc_status))
 
 
 @kernel
@@ -163,68 +130,68 @@ def answer_entry(ctl, worker, entry, wc_status, blamed):
     slot, n = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
     if n == 0:
         return
-    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
+    batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
     for i in range(n):
-        answer_failure(ctl, worker, row, slot + i, wc_status, blamed)
-    raise_word(row + BATCH_POSTED * WORD, -n)
-    settle(ctl, row)
+        answer_failure(ctl, worker, batch, slot + i, wc_status, blamed)
+    batch.posted -= n
+    settle(ctl, batch)
 
 
 @kernel
 def inbox_full(ctl, slot, wc_status):
     """Whether a notification failed because the peer's inbox had no room for it."""
-    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
-    return wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == peek(row + BATCH_NOTE * WORD)
+    batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
+    return wc_status == WcStatus.RNR_RETRY_EXC_ERR and slot == batch.note
 
 
 @kernel
 def table_of(ctl, slot):
-    """Address of the region table of a slice's peer."""
-    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
-    return i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    """The region table of a slice's peer."""
+    batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
+    return peer_table(ctl, batch.peer)
 
 
 @kernel
 def region_refused(ctl, slot):
     """Whether the peer has refused the key of a slice's remote region. A notification goes to none."""
-    region = np.int64(i16(word(ctl, SLICE_REMOTE))[slot])
-    return region != NOWHERE and i64(peek(table_of(ctl, slot) + TABLE_REFUSED * WORD))[region] != 0
+    region = np.int64(i16(ctl.slice_remote)[slot])
+    return region != NOWHERE and i64(table_of(ctl, slot).refused)[region] != 0
 
 
 @kernel
 def refuse_region(ctl, slot):
     """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue."""
-    region, table = np.int64(i16(word(ctl, SLICE_REMOTE))[slot]), table_of(ctl, slot)
+    region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
     if region != NOWHERE:
-        i64(peek(table + TABLE_REFUSED * WORD))[region] = 1
-        poke(table + TABLE_REFUSALS * WORD, 1)
+        i64(table.refused)[region] = 1
+        table.refusals = 1
 
 
 @kernel
 def is_stopped(ctl, slot):
     """Whether the deadline of a slice's batch has passed. What is on its way to the peer all the same is in doubt."""
-    row = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS])
-    if peek(row + BATCH_CANCELLED * WORD) != Status.TIMED_OUT:
+    batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
+    if batch.cancelled != Status.TIMED_OUT:
         return False
-    doubt(ctl, row)
+    doubt(ctl, batch)
     return True
 
 
 @kernel
-def doubt(ctl, row):
+def doubt(ctl, batch):
     """Slices of a batch end unanswered: until the peer confirms, it is not known that none of them lands any more."""
-    add(i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)] + TABLE_BREAKS * WORD, 1)
+    fetch_add(peer_table(ctl, batch.peer), "breaks", 1)
 
 
 @kernel
 def fail(ctl, worker, queue, sequence, wc_status):
     """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
-    entry = peek(entry_at(queue, sequence))
+    entry = entry_at(queue, sequence).value
     slot, slices = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
     refused = wc_status == WcStatus.REM_ACCESS_ERR and slices > 0
     # Not known which of several slices is to blame: each is posted again, alone. A key is refused for all.
-    several = slices > 1 and word(ctl, RETRIES) > 0 and not refused
-    breaks = peek(queue + QUEUE_BREAKS * WORD) != 0
+    several = slices > 1 and ctl.retries > 0 and not refused
+    breaks = queue.breaks != 0
     again = passing(wc_status) or (breaks and wc_status == WcStatus.LOC_QP_OP_ERR)  # no way out: its link is down
     first = ready(queue)  # what comes behind the first failure is flushed because of it
     stopped = slices > 0 and breaks and is_stopped(ctl, slot)  # its deadline has passed: it waits for no repair
@@ -237,7 +204,7 @@ def fail(ctl, worker, queue, sequence, wc_status):
     else:
         answer_entry(ctl, worker, entry, np.int64(WcStatus.WR_FLUSH_ERR) if several or stopped else wc_status, True)
         mark_answered(queue, sequence, sequence + 1)
-        move_tail(queue, peek(queue + QUEUE_TAIL * WORD))
+        move_tail(queue, queue.tail)
     if breaks:
         look_drained(ctl, worker, queue)
 
@@ -255,7 +222,7 @@ def look_drained(ctl, worker, queue):
 @kernel
 def look_on(ctl, worker, queue):
     """A work request got through on a queue that is not ready: a probe makes it so, and it may have drained."""
-    if peek(queue + QUEUE_STATE * WORD) == QueueState.PROBING:
+    if queue.state == QueueState.PROBING:
         tell(ctl, worker, queue, QueueState.READY)
     else:
         look_drained(ctl, worker, queue)
@@ -267,9 +234,9 @@ def answer_held(ctl, worker, queue, wc_status):
 
     What broke the queue pays with one of its attempts; where nothing did, as when a port went down, all do.
     """
-    nobody = peek(queue + QUEUE_CAUSE * WORD) == WcStatus.WR_FLUSH_ERR
-    for sequence in range(peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)):
-        entry = peek(entry_at(queue, sequence))
+    nobody = queue.cause == WcStatus.WR_FLUSH_ERR
+    for sequence in range(queue.tail, queue.head):
+        entry = entry_at(queue, sequence).value
         if entry & ANSWERED == 0:
             status = wc_status
             if entry >> SLICES_SHIFT & SLICES_MASK > 0 and region_refused(ctl, entry & SLOT_MASK):
@@ -282,15 +249,15 @@ def answer_held(ctl, worker, queue, wc_status):
 def poll(ctl, worker):
     """Take one lot of completions from each completion queue; returns how many were taken."""
     taken = np.int64(0)
-    for i in range(peek(worker + WORKER_CQ_COUNT * WORD)):
-        taken += poll_lot(ctl, worker, peek(worker + WORKER_CQS * WORD) + i * CQ_WORDS * WORD)
+    for i in range(worker.cq_count):
+        taken += poll_lot(ctl, worker, cq_at(worker.cqs, i))
     return taken
 
 
 @kernel
 def arrive(ctl, queue, first, end):
     """The work requests from `first` up to `end` got through: answer their slices, side by side as they mostly lie."""
-    entries, mask = i64(peek(queue + QUEUE_ENTRIES * WORD)), peek(queue + QUEUE_MASK * WORD)
+    entries, mask = i64(queue.entries), queue.mask
     slot, beyond = np.int64(0), np.int64(0)
     for sequence in range(first, end):
         entry = entries[sequence & mask]
@@ -307,60 +274,59 @@ def arrive_run(ctl, slot, n):
     """`n` slices side by side in one chunk have arrived: update states and counts, reclaim, end the batch."""
     if n == 0:
         return
-    row, state = batch_row(ctl, i64(word(ctl, CHUNK_BATCH))[slot >> CHUNK_BITS]), i16(word(ctl, SLICE_STATE))
+    batch, state = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS]), i16(ctl.slice_state)
     for i in range(slot, slot + n):
         state[i] = DONE
-    if word(ctl, STORE) == Store.HEAP:
+    if ctl.store == Store.HEAP:
         for i in range(slot, slot + n):
             heap.touch(ctl, i, DONE)
-    raise_word(row + BATCH_POSTED * WORD, -n)
+    batch.posted -= n
     account(ctl, Kind.COMPLETED, n)
-    store(row + BATCH_REMAINING * WORD, peek(row + BATCH_REMAINING * WORD) - n)
-    on_complete(ctl, row, slot, n)
-    settle(ctl, row)
+    release(batch, "remaining", batch.remaining - n)
+    on_complete(ctl, batch, slot, n)
+    settle(ctl, batch)
 
 
 @kernel
 def advance(ctl, queue, tail):
     """All work requests up to `tail` got through."""
-    arrive(ctl, queue, peek(queue + QUEUE_TAIL * WORD), tail)
+    arrive(ctl, queue, queue.tail, tail)
     move_tail(queue, tail)
 
 
 @kernel
 def poll_lot(ctl, worker, cq):
     """Take one lot of completions and apply it; returns how many."""
-    wc = word(ctl, COMPLETIONS)
     account(ctl, Kind.POLLS, 1)
-    taken = poll_cq(peek(cq + CQ_ADDRESS * WORD), word(ctl, POLL_LOT), wc)
+    taken = poll_cq(cq.address, ctl.poll_lot, ctl.completions)
     if taken <= 0:
         return np.int64(taken == POLL_AGAIN)
-    apply_lot(ctl, worker, cq, wc, taken)
+    apply_lot(ctl, worker, cq, taken)
     return taken
 
 
 @kernel
-def apply_lot(ctl, worker, cq, wc, taken):
-    """Apply `taken` completions. One that names nothing in flight is counted, not applied.
+def apply_lot(ctl, worker, cq, taken):
+    """Apply the first `taken` of the actor's completions. One that names nothing in flight is counted, not applied.
 
     Those in order only move `tail`, and all that it has passed is answered in one go: 3.7 ns a slice where every work
     request asks for a completion, 1.6 where each 16th does. To `arrive` for each completion alone: 7.0 and 2.9 ns.
     """
     account(ctl, Kind.COMPLETIONS, taken)
-    queue, tag, tail, head = np.int64(0), np.int64(-1), np.int64(0), np.int64(0)  # of the last completion
+    queue, tag, tail, head = queue_at(0), np.int64(-1), np.int64(0), np.int64(0)  # of the last completion
     answered = np.int64(0)
-    for _ in range(taken):
-        wr_id, success = peek(wc + WC_WR_ID), u32(wc + WC_STATUS)[0] == WcStatus.SUCCESS
+    for i in range(taken):
+        wc = wc_at(ctl.completions, i)
+        wr_id, success = wc.wr_id, wc.status == WcStatus.SUCCESS
         if wr_id & ~SEQUENCE_MASK != tag:
-            if queue != 0:
+            if not missing(queue):
                 advance(ctl, queue, tail)
             queue, tag = named_by(worker, wr_id), wr_id & ~SEQUENCE_MASK
-            if queue != 0:
-                tail, head = peek(queue + QUEUE_TAIL * WORD), peek(queue + QUEUE_HEAD * WORD)
+            if not missing(queue):
+                tail, head = queue.tail, queue.head
         last = tail + ((wr_id - tail) & SEQUENCE_MASK)
-        if queue == 0 or last >= head or peek(entry_at(queue, last)) & (ANSWERED | HELD) != 0:
+        if missing(queue) or last >= head or entry_at(queue, last).value & (ANSWERED | HELD) != 0:
             account(ctl, Kind.STALE, 1)
-            wc += WC_BYTES
             continue
         first = group_start(queue, tail, last)
         answered += last + 1 - first
@@ -370,15 +336,14 @@ def apply_lot(ctl, worker, cq, wc, taken):
         elif first < end:
             arrive(ctl, queue, first, end)
             mark_answered(queue, first, end)
-        if not success or peek(queue + QUEUE_STATE * WORD) != QueueState.READY:
+        if not success or queue.state != QueueState.READY:
             advance(ctl, queue, tail)
             if success:
                 look_on(ctl, worker, queue)
             else:
-                fail(ctl, worker, queue, last, np.int64(u32(wc + WC_STATUS)[0]))
-            queue, tag = np.int64(0), np.int64(-1)
-        wc += WC_BYTES
-    if queue != 0:
+                fail(ctl, worker, queue, last, np.int64(wc.status))
+            queue, tag = queue_at(0), np.int64(-1)
+    if not missing(queue):
         advance(ctl, queue, tail)
-    raise_word(worker + WORKER_OUTSTANDING * WORD, -answered)
-    raise_word(cq + CQ_CREDITS * WORD, answered)
+    worker.outstanding -= answered
+    cq.credits += answered

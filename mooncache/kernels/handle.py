@@ -1,9 +1,9 @@
 """Handles: `generation << 32 | slot`, so that a stale, forged or twice closed one is an error, never corruption."""
 
-from mooncache.kernels.account import word
-from mooncache.kernels.atomics import load
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import BATCH_GENERATION, BATCH_ROWS, BATCH_STATE, BATCH_WORDS, BATCHES, WORD, BatchState
+from mooncache.kernels.layout import BatchState
+from mooncache.kernels.records.base import acquire, missing
+from mooncache.kernels.records.batch import batch_at
 
 SLOT_MASK = (1 << 32) - 1
 GENERATION_MASK = (1 << 31) - 1
@@ -18,27 +18,27 @@ def handle_of(generation, slot):
 
 @kernel
 def batch_row(ctl, slot):
-    """Address of the batch row `slot`."""
-    return word(ctl, BATCH_ROWS) + slot * BATCH_WORDS * WORD
+    """The batch's row `slot`."""
+    return batch_at(ctl.batch_rows, slot)
 
 
 @kernel
 def row_of(ctl, handle):
-    """Address of the batch row whose generation `handle` has, in whatever state, or 0 when there is none."""
+    """The batch's row whose generation `handle` has, in whatever state; missing when there is none."""
     slot = handle & SLOT_MASK
-    if handle < 0 or slot >= word(ctl, BATCHES):
-        return 0
-    row = batch_row(ctl, slot)
-    if load(row + BATCH_GENERATION * WORD) & GENERATION_MASK != handle >> 32:
-        return 0
-    return row
+    if handle < 0 or slot >= ctl.batches:
+        return batch_at(0)
+    batch = batch_row(ctl, slot)
+    if acquire(batch, "generation") & GENERATION_MASK != handle >> 32:
+        return batch_at(0)
+    return batch
 
 
 @kernel
 def resolve(ctl, handle):
-    """Address of the batch row that `handle` names, or 0 when it names none: stale, forged or closed."""
-    row = row_of(ctl, handle)
-    if row == 0:
-        return 0
-    state = load(row + BATCH_STATE * WORD)
-    return 0 if state == FREE or state == DRAINING else row
+    """The row of the batch that `handle` names; missing when it names none: it is stale, forged or closed."""
+    batch = row_of(ctl, handle)
+    if missing(batch):
+        return batch
+    state = acquire(batch, "state")
+    return batch_at(0) if state == FREE or state == DRAINING else batch

@@ -6,10 +6,8 @@ thread that computes, a yield costs a time slice, milliseconds, and a sleeper is
 thread sleep right away for a number of idle moments, more each time.
 """
 
-from mooncache.kernels.account import clock, raise_word, word
-from mooncache.kernels.atomics import peek, poke
+from mooncache.kernels.account import clock
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import IDLE_BAD, IDLE_PENALTY, IDLE_SINCE, SPIN, SYSCALL, WORD
 from mooncache.kernels.linux import sched_yield
 
 YIELD_NS = 500_000  # a yield that took longer met a thread that computes
@@ -18,23 +16,23 @@ PENALTY, PENALTY_MOST = 64, 1 << 16  # idle moments
 
 @kernel
 def lingers(ctl, idle):
-    """Let others have the core for a moment; False when it is time to sleep. `idle`: the thread's words, IDLE_SINCE on.
+    """Let others have the core for a moment; False when it is time to sleep. `idle`: the thread's IDLE.
 
-    The thread clears IDLE_SINCE whenever something has happened.
+    The thread clears `idle.since` whenever something has happened.
     """
-    now, since = clock(ctl), peek(idle + IDLE_SINCE * WORD)
+    now, since = clock(ctl), idle.since
     if since == 0:
-        poke(idle + IDLE_SINCE * WORD, now)
-        if peek(idle + IDLE_BAD * WORD) > 0:
-            raise_word(idle + IDLE_BAD * WORD, -1)
+        idle.since = now
+        if idle.bad > 0:
+            idle.bad -= 1
             return False
-    elif now - since > word(ctl, SPIN):
-        poke(idle + IDLE_PENALTY * WORD, peek(idle + IDLE_PENALTY * WORD) // 2)
+    elif now - since > ctl.spin:
+        idle.penalty //= 2
         return False
-    sched_yield(word(ctl, SYSCALL))
+    sched_yield(ctl.syscall)
     if clock(ctl) - now > YIELD_NS:
-        penalty = min(max(2 * peek(idle + IDLE_PENALTY * WORD), PENALTY), PENALTY_MOST)
-        poke(idle + IDLE_PENALTY * WORD, penalty)
-        poke(idle + IDLE_BAD * WORD, penalty)
+        penalty = min(max(2 * idle.penalty, PENALTY), PENALTY_MOST)
+        idle.penalty = penalty
+        idle.bad = penalty
         return False
     return True

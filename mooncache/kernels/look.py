@@ -10,33 +10,13 @@ batch waits for one that began after its refusal.
 
 import numpy as np
 
-from mooncache.kernels.account import word
-from mooncache.kernels.atomics import add, call_write, exchange, i8, i16, i32, i64, load, peek, poke, store
+from mooncache.kernels.atomics import i8, i16, i32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_LOOK,
-    BATCH_PEER,
-    BATCH_RENEWALS,
-    LOOK_FD,
-    PEER_TABLES,
-    SCRATCH,
-    SLICE_ATTEMPTS,
-    SLICE_NEXT,
-    SLICE_REMOTE,
-    SLICE_STATE,
-    TABLE_ASKED,
-    TABLE_BEGUN,
-    TABLE_LOOKED,
-    TABLE_RENEWALS,
-    WORD,
-    WORKER_KEPT_FIRST,
-    WORKER_LOOKED,
-    WORKER_RETRY_FIRST,
-    WORKERS,
-    WRITE,
-    Slice,
-)
-from mooncache.kernels.worker import ring_bell, worker_row
+from mooncache.kernels.layout import Slice
+from mooncache.kernels.records.base import acquire, fetch_add, release, swap
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.table import table_at
+from mooncache.kernels.worker import peer_table, ring_bell, worker_row, write_one
 
 NOWHERE = -1  # region of what goes to none, a notification
 WAITING = int(Slice.WAITING)
@@ -46,103 +26,105 @@ WAITING = int(Slice.WAITING)
 @kernel
 def was_kept(ctl, slot):
     """Whether the peer has been asked for this slice's sake."""
-    return i8(word(ctl, SLICE_ATTEMPTS))[slot] < 0
+    return i8(ctl.slice_attempts)[slot] < 0
 
 
 @kernel
 def attempts_of(ctl, slot):
     """How often a slice was posted again because of an error that it may have caused."""
-    attempts = np.int64(i8(word(ctl, SLICE_ATTEMPTS))[slot])
+    attempts = np.int64(i8(ctl.slice_attempts)[slot])
     return attempts if attempts >= 0 else ~attempts
 
 
 @kernel
 def count_attempt(ctl, slot):
     """One more."""
-    i8(word(ctl, SLICE_ATTEMPTS))[slot] += -1 if was_kept(ctl, slot) else 1
+    i8(ctl.slice_attempts)[slot] += -1 if was_kept(ctl, slot) else 1
 
 
 # ------------------------------------------------------------------------------ in the worker
 @kernel
 def may_keep(ctl, slot):
     """Whether asking the peer may help a refused slice: there is a looker, and it was not asked for this one yet."""
-    return word(ctl, LOOK_FD) >= 0 and i16(word(ctl, SLICE_REMOTE))[slot] != NOWHERE and not was_kept(ctl, slot)
+    return ctl.look_fd >= 0 and i16(ctl.slice_remote)[slot] != NOWHERE and not was_kept(ctl, slot)
 
 
 @kernel
 def append_slice(ctl, ends, slot):
-    """Append a slice to a list; `ends`: the address of the words first, -1 when the list is empty, and last."""
-    next_ = i32(word(ctl, SLICE_NEXT))
+    """Append a slice to the list with these ENDS."""
+    next_ = i32(ctl.slice_next)
     next_[slot] = -1
-    if peek(ends) < 0:
-        poke(ends, slot)
+    if ends.first < 0:
+        ends.first = slot
     else:
-        next_[peek(ends + WORD)] = slot
-    poke(ends + WORD, slot)
+        next_[ends.last] = slot
+    ends.last = slot
 
 
 @kernel
 def keep(ctl, worker, slot):
     """Put a slice with those that wait for a look."""
-    append_slice(ctl, worker + WORKER_KEPT_FIRST * WORD, slot)
+    append_slice(ctl, worker.kept, slot)
 
 
 @kernel
-def keep_refused(ctl, worker, row, slot):
+def keep_refused(ctl, worker, batch, slot):
     """Keep a slice that its peer has refused, and have the peer asked."""
-    attempts, table = i8(word(ctl, SLICE_ATTEMPTS)), i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
+    attempts, table = i8(ctl.slice_attempts), peer_table(ctl, batch.peer)
     attempts[slot] = ~attempts[slot]
-    i16(word(ctl, SLICE_STATE))[slot] = WAITING
-    poke(row + BATCH_LOOK * WORD, load(table + TABLE_BEGUN * WORD) + 1)  # before it is asked for: one that begins later
+    i16(ctl.slice_state)[slot] = WAITING
+    batch.look = acquire(table, "begun") + 1  # before it is asked for: one that begins later
     keep(ctl, worker, slot)
-    if exchange(table + TABLE_ASKED * WORD, 1) == 0:
-        poke(ctl + SCRATCH * WORD, 1)
-        call_write(word(ctl, WRITE), word(ctl, LOOK_FD), ctl + SCRATCH * WORD, WORD)
+    if swap(table, "asked", 1) == 0:
+        write_one(ctl, ctl.look_fd)
 
 
 @kernel
-def look_is_due(ctl, row, slot):
+def look_is_due(ctl, batch, slot):
     """Whether a slice was kept, and the look that its batch waits for has not ended."""
-    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
-    return was_kept(ctl, slot) and load(table + TABLE_LOOKED * WORD) < peek(row + BATCH_LOOK * WORD)
+    table = peer_table(ctl, batch.peer)
+    return was_kept(ctl, slot) and acquire(table, "looked") < batch.look
 
 
 @kernel
-def in_vain(ctl, row, slot):
+def in_vain(ctl, batch, slot):
     """Whether the peer was asked for a slice's sake and nothing has taken the place of any region since."""
-    table = i64(word(ctl, PEER_TABLES))[peek(row + BATCH_PEER * WORD)]
-    return was_kept(ctl, slot) and peek(table + TABLE_RENEWALS * WORD) == peek(row + BATCH_RENEWALS * WORD)
+    table = peer_table(ctl, batch.peer)
+    return was_kept(ctl, slot) and table.renewals == batch.renewals
 
 
 @kernel
 def resume(ctl, worker):
     """Let all that is kept be looked at like slices to post again. O(1)."""
-    kept, retried = worker + WORKER_KEPT_FIRST * WORD, worker + WORKER_RETRY_FIRST * WORD
-    if peek(kept) < 0:
+    kept, retried = worker.kept, worker.retry
+    if kept.first < 0:
         return
-    if peek(retried) < 0:
-        poke(retried, peek(kept))
+    if retried.first < 0:
+        retried.first = kept.first
     else:
-        i32(word(ctl, SLICE_NEXT))[peek(retried + WORD)] = peek(kept)
-    poke(retried + WORD, peek(kept + WORD))
-    poke(kept, -1)
+        i32(ctl.slice_next)[retried.last] = kept.first
+    retried.last = kept.last
+    kept.first = -1
 
 
 # ------------------------------------------------------------------------------ in the looker
 @kernel("int64(int64)")
 def begin(table):
     """Begin a look at the peer with this region table, if one was asked for; its number, or 0."""
-    if exchange(table + TABLE_ASKED * WORD, 0) == 0:
+    table = table_at(table)
+    if swap(table, "asked", 0) == 0:
         return np.int64(0)
-    return add(table + TABLE_BEGUN * WORD, 1) + 1
+    return fetch_add(table, "begun", 1) + 1
 
 
 @kernel("int64(int64, int64, int64)")
 def end(ctl, table, number):
     """Look number `number` has ended, well or not: let the workers post again what waits for it."""
-    store(table + TABLE_LOOKED * WORD, max(number, load(table + TABLE_LOOKED * WORD)))
-    for i in range(word(ctl, WORKERS)):
+    ctl = control_at(ctl)
+    table = table_at(table)
+    release(table, "looked", max(number, acquire(table, "looked")))
+    for i in range(ctl.workers):
         worker = worker_row(ctl, i)
-        store(worker + WORKER_LOOKED * WORD, 1)
+        release(worker, "looked", 1)
         ring_bell(ctl, worker)
     return np.int64(0)

@@ -13,49 +13,20 @@ runs, so filling and posting stay sequential; index stacks scramble after a whil
 
 import numpy as np
 
-from mooncache.kernels.account import account, raise_word, word
+from mooncache.kernels.account import account
 from mooncache.kernels.atomics import (
-    add,
     call_write,
     cas,
-    exchange,
     fence,
     futex_wake,
     i16,
     i64,
     load,
-    peek,
-    poke,
 )
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_CHUNKS,
-    BATCH_FIRST,
-    BATCH_LAST,
-    CACHE_COUNT,
-    CACHE_FIRST,
-    CHUNK_BATCH,
-    CHUNK_GENERATION,
-    CHUNK_LIVE,
-    CHUNK_NEXT,
-    CHUNK_PREVIOUS,
-    CHUNK_SLICES,
-    EVENT_FD,
-    SHARED,
-    SHARED_AWAITED,
-    SHARED_BELL,
-    SHARED_FREE_CHUNKS,
-    SHARED_FREE_COUNT,
-    SHARED_LOW,
-    SHARED_WAITERS,
-    SLEEPING,
-    SLICE_STATE,
-    SYSCALL,
-    WORD,
-    WRITE,
-    Kind,
-    Slice,
-)
+from mooncache.kernels.layout import WORD, Kind, Slice
+from mooncache.kernels.records.base import acquire, compare_swap, fetch_add, swap, where
+from mooncache.kernels.records.shared import shared_at
 from mooncache.limits import CHUNK_BITS
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
@@ -114,22 +85,21 @@ def wake_waiters(ctl):
 
     The bell rises even if nobody waits yet: one may be about to.
     """
-    shared = word(ctl, SHARED)
-    add(shared + SHARED_BELL * WORD, 1)
+    shared = shared_at(ctl.shared)
+    fetch_add(shared, "bell", 1)
     fence()
-    if load(shared + SHARED_WAITERS * WORD) != 0:
-        futex_wake(word(ctl, SYSCALL), shared + SHARED_BELL * WORD, EVERY_THREAD)
-    if load(shared + SHARED_AWAITED * WORD) != 0 and exchange(shared + SHARED_AWAITED * WORD, 0) != 0:
-        poke(ctl + SLEEPING * WORD, 1)
-        call_write(word(ctl, WRITE), word(ctl, EVENT_FD), ctl + SLEEPING * WORD, WORD)
+    if acquire(shared, "waiters") != 0:
+        futex_wake(ctl.syscall, where(shared, "bell"), EVERY_THREAD)
+    if acquire(shared, "awaited") != 0 and swap(shared, "awaited", 0) != 0:
+        call_write(ctl.write, ctl.event_fd, where(ctl, "one"), WORD)
 
 
 @kernel
 def note_low(shared, free):
     """Remember the fewest free chunks ever seen: the pool's high water."""
-    low = load(shared + SHARED_LOW * WORD)
+    low = acquire(shared, "low")
     while free < low:
-        seen = cas(shared + SHARED_LOW * WORD, low, free)
+        seen = compare_swap(shared, "low", low, free)
         if seen == low:
             return
         low = seen
@@ -138,17 +108,17 @@ def note_low(shared, free):
 @kernel
 def give_back(ctl, first, last, count):
     """Put a linked chain of `count` chunks on the free list."""
-    shared = word(ctl, SHARED)
-    push_chain(shared + SHARED_FREE_CHUNKS * WORD, word(ctl, CHUNK_NEXT), first, last)
-    add(shared + SHARED_FREE_COUNT * WORD, count)
+    shared = shared_at(ctl.shared)
+    push_chain(where(shared, "free_chunks"), ctl.chunk_next, first, last)
+    fetch_add(shared, "free_count", count)
     wake_waiters(ctl)
 
 
 @kernel
 def take_cached(ctl, k):
     """Detach up to `k` chunks from this thread's cache (policy thread_cache); returns (first, last, count)."""
-    next_ = i64(word(ctl, CHUNK_NEXT))
-    first = word(ctl, CACHE_FIRST)
+    next_ = i64(ctl.chunk_next)
+    first = ctl.cache_first
     last, count, after = np.int64(-1), np.int64(0), first
     while count < k and after >= 0:
         last = after
@@ -156,103 +126,97 @@ def take_cached(ctl, k):
         count += 1
     if count > 0:
         next_[last] = -1
-        poke(ctl + CACHE_FIRST * WORD, after)
-        raise_word(ctl + CACHE_COUNT * WORD, -count * SLOTS)
+        ctl.cache_first = after
+        ctl.cache_count -= count * SLOTS
     return first, last, count
 
 
 @kernel
-def acquire(ctl, row, batch, slices):
-    """Give the batch a chain of chunks for `slices` slots. Returns False, with nothing changed, when too few are free.
+def acquire_chunks(ctl, batch, slot, slices):
+    """Give the batch, whose row is `slot`, a chain of chunks for `slices` slots.
 
+    Returns False, with nothing changed, when too few are free.
     Writes: the batch's first, last and count; each chunk's batch, previous, slots in use and live.
     """
     k = (slices + SLOTS - 1) // SLOTS
-    shared = word(ctl, SHARED)
-    next_, previous = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_PREVIOUS))
+    shared = shared_at(ctl.shared)
+    next_, previous = i64(ctl.chunk_next), i64(ctl.chunk_previous)
     first, last, cached = take_cached(ctl, k)
     if cached < k:
-        more, end = pop_chain(shared + SHARED_FREE_CHUNKS * WORD, word(ctl, CHUNK_NEXT), k - cached)
+        more, end = pop_chain(where(shared, "free_chunks"), ctl.chunk_next, k - cached)
         if more < 0:
             if cached > 0:
-                next_[last] = word(ctl, CACHE_FIRST)
-                poke(ctl + CACHE_FIRST * WORD, first)
-                raise_word(ctl + CACHE_COUNT * WORD, cached * SLOTS)
+                next_[last] = ctl.cache_first
+                ctl.cache_first = first
+                ctl.cache_count += cached * SLOTS
             return False
-        note_low(shared, add(shared + SHARED_FREE_COUNT * WORD, cached - k) + cached - k)
+        note_low(shared, fetch_add(shared, "free_count", cached - k) + cached - k)
         if cached > 0:
             next_[last] = more
         else:
             first = more
         last = end
         next_[last] = -1
-    owner, used, live = i64(word(ctl, CHUNK_BATCH)), i64(word(ctl, CHUNK_SLICES)), i64(word(ctl, CHUNK_LIVE))
+    owner, used, live = i64(ctl.chunk_batch), i64(ctl.chunk_slices), i64(ctl.chunk_live)
     chunk, before, left = first, np.int64(-1), slices
     while chunk >= 0:
         previous[chunk] = before
-        owner[chunk] = batch
+        owner[chunk] = slot
         used[chunk] = min(left, SLOTS)
         live[chunk] = used[chunk]
         left -= SLOTS
         before = chunk
         chunk = next_[chunk]
-    poke(row + BATCH_FIRST * WORD, first)
-    poke(row + BATCH_LAST * WORD, last)
-    poke(row + BATCH_CHUNKS * WORD, k)
+    batch.first = first
+    batch.last = last
+    batch.chunks = k
     account(ctl, Kind.CHUNKS_ACQUIRED, k)
     return True
 
 
 @kernel
-def unlink(ctl, row, chunk):
-    """Take one chunk out of its batch's chain and make work requests that still name it stale."""
-    next_, previous = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_PREVIOUS))
+def unlink(ctl, batch, chunk):
+    """Take one chunk out of its batch's chain."""
+    next_, previous = i64(ctl.chunk_next), i64(ctl.chunk_previous)
     before, after = previous[chunk], next_[chunk]
     if before >= 0:
         next_[before] = after
     else:
-        poke(row + BATCH_FIRST * WORD, after)
+        batch.first = after
     if after >= 0:
         previous[after] = before
     else:
-        poke(row + BATCH_LAST * WORD, before)
-    raise_word(row + BATCH_CHUNKS * WORD, -1)
-    i64(word(ctl, CHUNK_GENERATION))[chunk] += 1
+        batch.last = before
+    batch.chunks -= 1
 
 
 @kernel
 def mark_free(ctl, slot):
     """Free one slot; returns the slots of its chunk that are still live."""
-    i16(word(ctl, SLICE_STATE))[slot] = Slice.FREE
-    live = i64(word(ctl, CHUNK_LIVE))
+    i16(ctl.slice_state)[slot] = Slice.FREE
+    live = i64(ctl.chunk_live)
     live[slot >> CHUNK_BITS] -= 1
     return live[slot >> CHUNK_BITS]
 
 
 @kernel
-def release_chunk(ctl, row, chunk):
+def release_chunk(ctl, batch, chunk):
     """Give one chunk, all of whose slots are free, back to the free list."""
-    unlink(ctl, row, chunk)
+    unlink(ctl, batch, chunk)
     give_back(ctl, chunk, chunk, 1)
 
 
 @kernel
-def release(ctl, row):
-    """Give the batch's whole chunk chain back to the free list. O(chunks), one compare-and-swap.
+def release_chunks(ctl, batch):
+    """Give the batch's whole chunk chain back to the free list with one compare-and-swap, whatever its length.
 
-    Writes: the generation of each chunk, the free list's head, the batch's chain (now empty).
+    Writes: the free list's head, the batch's chain (now empty).
     """
-    first, k = peek(row + BATCH_FIRST * WORD), peek(row + BATCH_CHUNKS * WORD)
+    first, k = batch.first, batch.chunks
     if first < 0:
         return
-    next_ = i64(word(ctl, CHUNK_NEXT))
-    generation = i64(word(ctl, CHUNK_GENERATION))
-    chunk = first
-    while chunk >= 0:
-        generation[chunk] += 1
-        chunk = next_[chunk]
-    give_back(ctl, first, peek(row + BATCH_LAST * WORD), k)
-    poke(row + BATCH_FIRST * WORD, -1)
-    poke(row + BATCH_LAST * WORD, -1)
-    poke(row + BATCH_CHUNKS * WORD, 0)
+    give_back(ctl, first, batch.last, k)
+    batch.first = -1
+    batch.last = -1
+    batch.chunks = 0
     account(ctl, Kind.CHUNKS_FREED, k)

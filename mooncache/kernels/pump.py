@@ -10,78 +10,13 @@ from enum import IntEnum
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import call_word, fence, i64, load, pause, peek, poke, store
+from mooncache.kernels.account import account, clock
+from mooncache.kernels.atomics import call_word, fence, i64, pause
 from mooncache.kernels.batch import DRAINING, SEALED
 from mooncache.kernels.complete import answer_held, look_drained, poll, settle
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    ACTOR,
-    BATCH_CANCELLED,
-    BATCH_DEADLINE,
-    BATCH_GENERATION,
-    BATCH_NOTE,
-    BATCH_PEER,
-    BATCH_POSTED,
-    BATCH_REMAINING,
-    BATCH_STATE,
-    BATCH_TAKEN,
-    BATCH_UNPOSTED,
-    BATCH_WORKER,
-    BATCHES,
-    COUNTERS,
-    CQ_ADDRESS,
-    CQ_WORDS,
-    ENDPOINT_FIRST,
-    ENDPOINT_LOST,
-    HORIZON,
-    IDLE_SINCE,
-    NEXT_COMPLETION,
-    NOW,
-    POLICY,
-    QUEUE_ENDPOINT,
-    QUEUE_STATE,
-    REAPER_PERIOD,
-    RETIRED_RING,
-    RING_EMPTY,
-    SHARED,
-    SHARED_REAPER_BELL,
-    SHARED_REAPER_PARKED,
-    SHARED_REAPER_STOP,
-    SHARED_STOP,
-    SLEEPING,
-    SPIN,
-    SYSCALL,
-    TIME_BUSY,
-    VIRTUAL,
-    WORD,
-    WORKER_BELL,
-    WORKER_CQ_COUNT,
-    WORKER_CQS,
-    WORKER_EPOLL,
-    WORKER_IDLE,
-    WORKER_LOOKED,
-    WORKER_NEXT_DEADLINE,
-    WORKER_NOTES,
-    WORKER_ORDERS,
-    WORKER_OUTSTANDING,
-    WORKER_OWES,
-    WORKER_PARKED,
-    WORKER_PEERS,
-    WORKER_QUEUE_COUNT,
-    WORKER_QUEUED,
-    WORKER_QUEUES,
-    WORKER_RETRY_FIRST,
-    WORKER_RING,
-    WORKER_SERVES,
-    WORKER_SPINS,
-    WORKER_UNDECIDED,
-    Kind,
-    Order,
-    Policy,
-    QueueState,
-)
+from mooncache.kernels.layout import Kind, Order, Policy, QueueState
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.linux import epoll_wait
 from mooncache.kernels.look import resume
@@ -98,6 +33,12 @@ from mooncache.kernels.post import (
 from mooncache.kernels.queue import break_queue, reincarnate, take_order
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
 from mooncache.kernels.reclaim.epoch import announce_epoch
+from mooncache.kernels.records.base import acquire, missing, release, where
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.endpoint import endpoint_at
+from mooncache.kernels.records.queue import cq_at, queue_at
+from mooncache.kernels.records.ring import RING_EMPTY, ring_at
+from mooncache.kernels.records.shared import shared_at
 from mooncache.kernels.ring import first, pop
 from mooncache.kernels.verbs import WcStatus
 from mooncache.kernels.worker import end_turn, endpoint_row, sleep_on, take_turn, worker_row
@@ -122,7 +63,7 @@ class Pump(IntEnum):
 @kernel
 def take(ctl, worker, index):
     """Move everything from the submission ring into the endpoints' queues; returns how many entries."""
-    ring, taken = peek(worker + WORKER_RING * WORD), 0
+    ring, taken = ring_at(worker.ring), 0
     while True:
         entry = pop(ring)
         if entry == RING_EMPTY:
@@ -135,26 +76,26 @@ def take(ctl, worker, index):
 
 
 @kernel
-def take_batch(ctl, worker, index, row):
+def take_batch(ctl, worker, index, batch):
     """Let a batch queue at its endpoint for its slices to be posted, and for its notification."""
     account(ctl, Kind.BATCHES_TAKEN, 1)
-    peer = peek(row + BATCH_PEER * WORD)
-    poke(row + BATCH_TAKEN * WORD, 1)
-    note_deadline(worker, peek(row + BATCH_DEADLINE * WORD))
-    poke(worker + WORKER_PEERS * WORD, max(peek(worker + WORKER_PEERS * WORD), peer + 1))
-    if peek(row + BATCH_NOTE * WORD) >= 0:
-        enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), row)
-    if peek(row + BATCH_UNPOSTED * WORD) > 0:
-        enqueue(ctl, worker, endpoint_row(ctl, index, peer), row)
+    peer = batch.peer
+    batch.taken = 1
+    note_deadline(worker, batch.deadline)
+    worker.peers = max(worker.peers, peer + 1)
+    if batch.note >= 0:
+        enqueue_note(ctl, worker, endpoint_row(ctl, index, peer), batch)
+    if batch.unposted > 0:
+        enqueue(ctl, worker, endpoint_row(ctl, index, peer), batch)
     else:
-        settle(ctl, row)
+        settle(ctl, batch)
 
 
 @kernel
 def cancel_entry(ctl, worker, index, handle):
     """Stop posting for the batch that `handle` names, if it still is that batch and has slices without an answer."""
     named = row_of(ctl, handle)
-    if named != 0 and load(named + BATCH_REMAINING * WORD) > 0 and row_of(ctl, handle) != 0:
+    if not missing(named) and acquire(named, "remaining") > 0 and not missing(row_of(ctl, handle)):
         stop_posting(ctl, worker, index, named, Status.CANCELLED)
 
 
@@ -162,15 +103,15 @@ def cancel_entry(ctl, worker, index, handle):
 def post(ctl, worker, index):
     """One pass over retries and all endpoints; returns slices that left their queues."""
     moved = post_retries(ctl, worker, index)
-    if peek(worker + WORKER_QUEUED * WORD) > 0:
-        for peer in range(peek(worker + WORKER_PEERS * WORD)):
+    if worker.queued > 0:
+        for peer in range(worker.peers):
             endpoint = endpoint_row(ctl, index, peer)
-            if peek(endpoint + ENDPOINT_FIRST * WORD) >= 0:
+            if endpoint.to_post.first >= 0:
                 moved += post_batches(ctl, worker, index, endpoint)
-    if peek(worker + WORKER_NOTES * WORD) > 0:
-        for peer in range(peek(worker + WORKER_PEERS * WORD)):
+    if worker.notes > 0:
+        for peer in range(worker.peers):
             moved += post_note(ctl, worker, index, endpoint_row(ctl, index, peer))
-    if peek(worker + WORKER_OWES * WORD) != 0:
+    if worker.owes != 0:
         moved += post_markers(ctl, worker)
     return moved
 
@@ -178,9 +119,9 @@ def post(ctl, worker, index):
 @kernel
 def decide(ctl, worker):
     """Carry out the orders given to queue pairs; returns how many."""
-    happened, queues = np.int64(0), i64(peek(worker + WORKER_QUEUES * WORD))
-    for i in range(load(worker + WORKER_QUEUE_COUNT * WORD)):
-        queue = queues[i]
+    happened, queues = np.int64(0), i64(worker.queues)
+    for i in range(acquire(worker, "queue_count")):
+        queue = queue_at(queues[i])
         order = take_order(worker, queue)
         if order != Order.NONE:
             obey(ctl, worker, queue, order)
@@ -191,24 +132,24 @@ def decide(ctl, worker):
 @kernel
 def obey(ctl, worker, queue, order):
     """Carry out one order; see kernels/queue.py."""
-    state = peek(queue + QUEUE_STATE * WORD)
+    state = queue.state
     if order == Order.BREAK:
         break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
         look_drained(ctl, worker, queue)
     elif order == Order.RETURN and state == QueueState.DRAINED:
         answer_held(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
     elif order == Order.LOSE:
-        poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 1)
+        endpoint_at(queue.endpoint).lost = 1
         break_queue(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
         if state == QueueState.DRAINED:
             answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
         else:
             look_drained(ctl, worker, queue)
     elif order == Order.PROBE and state == QueueState.CLOSED:
-        poke(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD, 0)
+        endpoint_at(queue.endpoint).lost = 0
         reincarnate(queue)
-        poke(queue + QUEUE_STATE * WORD, QueueState.PROBING)
-        poke(worker + WORKER_OWES * WORD, 1)
+        queue.state = QueueState.PROBING
+        worker.owes = 1
 
 
 @kernel
@@ -218,43 +159,43 @@ def expire(ctl, worker, index):
     Looks at all rows, some hundred microseconds, but only when a deadline has passed.
     """
     now = clock(ctl)
-    poke(worker + WORKER_NEXT_DEADLINE * WORD, 0)
-    for slot in range(word(ctl, BATCHES)):
-        row = batch_row(ctl, slot)
-        generation, state = load(row + BATCH_GENERATION * WORD), load(row + BATCH_STATE * WORD)
+    worker.next_deadline = 0
+    for slot in range(ctl.batches):
+        batch = batch_row(ctl, slot)
+        generation, state = acquire(batch, "generation"), acquire(batch, "state")
         if state != SEALED and state != DRAINING:
             continue
-        if load(row + BATCH_REMAINING * WORD) == 0 or peek(row + BATCH_DEADLINE * WORD) == 0:
+        if acquire(batch, "remaining") == 0 or batch.deadline == 0:
             continue
-        if load(row + BATCH_WORKER * WORD) != index or load(row + BATCH_TAKEN * WORD) == 0:
+        if acquire(batch, "worker") != index or acquire(batch, "taken") == 0:
             continue
-        if load(row + BATCH_GENERATION * WORD) != generation:  # closed just now, or another batch
+        if acquire(batch, "generation") != generation:  # closed just now, or another batch
             note_deadline(worker, now + LOOK_AGAIN_NS)
         else:
-            note_deadline(worker, stop_overdue(ctl, worker, index, row, now))
+            note_deadline(worker, stop_overdue(ctl, worker, index, batch, now))
 
 
 @kernel
 def note_deadline(worker, at):
     """Let the worker look for overdue batches at this time, ns; 0: no need to."""
-    due = peek(worker + WORKER_NEXT_DEADLINE * WORD)
+    due = worker.next_deadline
     if at != 0 and (due == 0 or at < due):
-        poke(worker + WORKER_NEXT_DEADLINE * WORD, at)
+        worker.next_deadline = at
 
 
 @kernel
-def stop_overdue(ctl, worker, index, row, now):
+def stop_overdue(ctl, worker, index, batch, now):
     """Stop a batch if its deadline has passed; returns when to look at it again, 0 for never.
 
     What is not posted fails now. What is posted has a grace for answers on their way; then its wire gives it back.
     """
-    deadline, posted = peek(row + BATCH_DEADLINE * WORD), peek(row + BATCH_POSTED * WORD)
+    deadline, posted = batch.deadline, batch.posted
     if now < deadline:
         return deadline
     if posted > 0 and now >= deadline + GRACE_NS:
-        take_posted_back(ctl, worker, index, row)
-    if peek(row + BATCH_CANCELLED * WORD) == 0:
-        stop_posting(ctl, worker, index, row, Status.TIMED_OUT)
+        take_posted_back(ctl, worker, index, batch)
+    if batch.cancelled == 0:
+        stop_posting(ctl, worker, index, batch, Status.TIMED_OUT)
     if posted == 0:
         return np.int64(0)
     return max(deadline, now) + GRACE_NS
@@ -264,13 +205,13 @@ def stop_overdue(ctl, worker, index, row, now):
 def busy(ctl, worker):
     """Whether the worker has anything to do or to wait for."""
     return (
-        peek(worker + WORKER_OUTSTANDING * WORD) > 0
-        or peek(worker + WORKER_QUEUED * WORD) > 0
-        or first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
-        or peek(worker + WORKER_RETRY_FIRST * WORD) >= 0
-        or peek(worker + WORKER_UNDECIDED * WORD) > 0
-        or load(worker + WORKER_ORDERS * WORD) > 0
-        or load(worker + WORKER_LOOKED * WORD) != 0
+        worker.outstanding > 0
+        or worker.queued > 0
+        or first(ring_at(worker.ring)) != RING_EMPTY
+        or worker.retry.first >= 0
+        or worker.undecided > 0
+        or acquire(worker, "orders") > 0
+        or acquire(worker, "looked") != 0
         or retired_waits(ctl)
     )
 
@@ -278,13 +219,13 @@ def busy(ctl, worker):
 @kernel
 def retired_waits(ctl):
     """Whether the epoch policy has batches to free in an idle moment."""
-    return word(ctl, POLICY) == Policy.EPOCH and first(word(ctl, RETIRED_RING)) != RING_EMPTY
+    return ctl.policy == Policy.EPOCH and first(ring_at(ctl.retired_ring)) != RING_EMPTY
 
 
 @kernel
 def nap(ctl, worker, ns):
     """How long to sleep, ns: no longer than until the next deadline, or the next look around."""
-    ns, due = min(ns, HEARTBEAT_NS), peek(worker + WORKER_NEXT_DEADLINE * WORD)
+    ns, due = min(ns, HEARTBEAT_NS), worker.next_deadline
     return ns if due == 0 else max(min(ns, due - clock(ctl)), np.int64(0))
 
 
@@ -292,18 +233,18 @@ def nap(ctl, worker, ns):
 def sleep_on_descriptors(ctl, worker, ns):
     """Sleep until the worker's eventfd, or a descriptor of its wire, stirs; for at most `ns`."""
     ms = -(-nap(ctl, worker, ns) // NS_PER_MS)
-    epoll_wait(word(ctl, SYSCALL), peek(worker + WORKER_EPOLL * WORD), ctl + SLEEPING * WORD, 1, ms)
+    epoll_wait(ctl.syscall, worker.epoll, where(ctl, "sleep"), 1, ms)
 
 
 @kernel
 def work_waits(ctl, worker):
     """Whether there is something to do that no descriptor will tell of."""
-    if peek(worker + WORKER_SPINS * WORD) != 0:
+    if worker.spins != 0:
         return busy(ctl, worker)
     return (
-        first(peek(worker + WORKER_RING * WORD)) != RING_EMPTY
-        or load(worker + WORKER_ORDERS * WORD) > 0
-        or load(worker + WORKER_LOOKED * WORD) != 0
+        first(ring_at(worker.ring)) != RING_EMPTY
+        or acquire(worker, "orders") > 0
+        or acquire(worker, "looked") != 0
         or retired_waits(ctl)
     )
 
@@ -311,38 +252,38 @@ def work_waits(ctl, worker):
 @kernel
 def park(ctl, worker):
     """Sleep until there is work. The worker announces itself as asleep first, looks once more, and lets its turn go."""
-    seen = load(worker + WORKER_BELL * WORD)
-    store(worker + WORKER_PARKED * WORD, 1)
+    seen = acquire(worker, "bell")
+    release(worker, "parked", 1)
     fence()
-    if not work_waits(ctl, worker) and load(word(ctl, SHARED) + SHARED_STOP * WORD) == 0:
+    if not work_waits(ctl, worker) and acquire(shared_at(ctl.shared), "stop") == 0:
         account(ctl, Kind.PARKS, 1)
         end_turn(ctl, worker)
-        if peek(worker + WORKER_EPOLL * WORD) < 0:
-            sleep_on(ctl, worker + WORKER_BELL * WORD, seen, nap(ctl, worker, HEARTBEAT_NS))
+        if worker.epoll < 0:
+            sleep_on(ctl, where(worker, "bell"), seen, nap(ctl, worker, HEARTBEAT_NS))
         else:
             sleep_on_descriptors(ctl, worker, HEARTBEAT_NS)
         take_turn(ctl, worker)
-    store(worker + WORKER_PARKED * WORD, 0)
+    release(worker, "parked", 0)
 
 
 @kernel
 def idle_real(ctl, worker):
     """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
-    if peek(worker + WORKER_SPINS * WORD) == 0:
-        if not lingers(ctl, worker + WORKER_IDLE * WORD):
+    if worker.spins == 0:
+        if not lingers(ctl, worker.idle):
             park(ctl, worker)
         return
-    if peek(worker + WORKER_OUTSTANDING * WORD) > 0:
+    if worker.outstanding > 0:
         pause()
         return
     since = clock(ctl)
-    while first(peek(worker + WORKER_RING * WORD)) == RING_EMPTY:
+    while first(ring_at(worker.ring)) == RING_EMPTY:
         announce_epoch(ctl, worker)  # it looks at nothing meanwhile
         for _ in range(PAUSES):
             pause()
-        if busy(ctl, worker) or load(word(ctl, SHARED) + SHARED_STOP * WORD) != 0:
+        if busy(ctl, worker) or acquire(shared_at(ctl.shared), "stop") != 0:
             return
-        if clock(ctl) - since > word(ctl, SPIN):
+        if clock(ctl) - since > ctl.spin:
             park(ctl, worker)
             return
 
@@ -350,15 +291,15 @@ def idle_real(ctl, worker):
 @kernel
 def idle_virtual(ctl, worker):
     """Nothing happened: let virtual time pass up to the next completion. False when that lies beyond the horizon."""
-    if peek(worker + WORKER_OUTSTANDING * WORD) == 0:
+    if worker.outstanding == 0:
         return False
-    due = np.int64(word(ctl, HORIZON) + 1)
-    for i in range(peek(worker + WORKER_CQ_COUNT * WORD)):
-        cq = peek(worker + WORKER_CQS * WORD) + i * CQ_WORDS * WORD
-        due = min(due, call_word(word(ctl, NEXT_COMPLETION), peek(cq + CQ_ADDRESS * WORD)))
-    if due > word(ctl, HORIZON):
+    due = np.int64(ctl.horizon + 1)
+    for i in range(worker.cq_count):
+        cq = cq_at(worker.cqs, i)
+        due = min(due, call_word(ctl.next_completion, cq.address))
+    if due > ctl.horizon:
         return False
-    poke(ctl + NOW * WORD, max(due, word(ctl, NOW)))
+    ctl.now = max(due, ctl.now)
     return True
 
 
@@ -367,45 +308,46 @@ def turn(ctl, worker, index):
     """One round of the worker; returns how much happened. The order is that of a slice's life."""
     announce_epoch(ctl, worker)
     happened = take(ctl, worker, index)
-    if peek(worker + WORKER_NEXT_DEADLINE * WORD) != 0 and clock(ctl) >= peek(worker + WORKER_NEXT_DEADLINE * WORD):
+    if worker.next_deadline != 0 and clock(ctl) >= worker.next_deadline:
         expire(ctl, worker, index)
-    if load(worker + WORKER_ORDERS * WORD) > 0:
+    if acquire(worker, "orders") > 0:
         happened += decide(ctl, worker)
-    if load(worker + WORKER_LOOKED * WORD) != 0:
-        store(worker + WORKER_LOOKED * WORD, 0)
+    if acquire(worker, "looked") != 0:
+        release(worker, "looked", 0)
         resume(ctl, worker)
     happened += post(ctl, worker, index)
-    if peek(worker + WORKER_OUTSTANDING * WORD) > 0 or peek(worker + WORKER_SERVES * WORD) != 0:
+    if worker.outstanding > 0 or worker.serves != 0:
         happened += poll(ctl, worker)
     if happened > 0:
-        poke(worker + (WORKER_IDLE + IDLE_SINCE) * WORD, 0)
+        worker.idle.since = 0
     return happened
 
 
 @kernel("int64(int64)", nogil=True)
 def pump(ctl):
     """Run the worker of this control block until it stops (production) or must let others act (simulation)."""
-    index = word(ctl, ACTOR)
+    ctl = control_at(ctl)
+    index = ctl.actor
     worker = worker_row(ctl, index)
-    virtual = word(ctl, VIRTUAL) != 0
-    finished = word(ctl, COUNTERS) + Kind.BATCHES_FINISHED * WORD
+    virtual = ctl.virtual != 0
+    counters = i64(ctl.counters)
     if not virtual:
         take_turn(ctl, worker)
-    before, since = peek(finished), clock(ctl)
+    before, since = counters[np.int64(Kind.BATCHES_FINISHED)], clock(ctl)
     while True:
         happened = turn(ctl, worker, index) > 0
         if not happened:
             happened = on_idle(ctl)
         if virtual:
-            if peek(finished) != before:
+            if counters[np.int64(Kind.BATCHES_FINISHED)] != before:
                 return np.int64(Pump.FINISHED)
             if not happened and not idle_virtual(ctl, worker):
                 return np.int64(Pump.IDLE)
-            if word(ctl, NOW) >= word(ctl, HORIZON):
+            if ctl.now >= ctl.horizon:
                 return np.int64(Pump.HORIZON)
         elif not happened:
-            raise_word(ctl + TIME_BUSY * WORD, clock(ctl) - since)
-            stop = load(word(ctl, SHARED) + SHARED_STOP * WORD)
+            ctl.time_busy += clock(ctl) - since
+            stop = acquire(shared_at(ctl.shared), "stop")
             if stop == ABANDONED or (stop != 0 and not busy(ctl, worker)):
                 end_turn(ctl, worker)
                 return np.int64(Pump.STOPPED)
@@ -416,19 +358,19 @@ def pump(ctl):
 @kernel("int64(int64)", nogil=True)
 def reaper(ctl):
     """Run the reaper of the `deferred` policy until the engine stops: free a lot, pause for a period, again."""
-    shared = word(ctl, SHARED)
-    bell, parked = shared + SHARED_REAPER_BELL * WORD, shared + SHARED_REAPER_PARKED * WORD
-    ring = word(ctl, RETIRED_RING)
-    while load(shared + SHARED_REAPER_STOP * WORD) == 0 or first(ring) != RING_EMPTY:
-        seen = load(bell)
+    ctl = control_at(ctl)
+    shared = shared_at(ctl.shared)
+    bell, ring = where(shared, "reaper_bell"), ring_at(ctl.retired_ring)
+    while acquire(shared, "reaper_stop") == 0 or first(ring) != RING_EMPTY:
+        seen = acquire(shared, "reaper_bell")
         if reap_lot(ctl) > 0:
-            if load(shared + SHARED_REAPER_STOP * WORD) == 0:
-                sleep_on(ctl, bell, seen, word(ctl, REAPER_PERIOD))
+            if acquire(shared, "reaper_stop") == 0:
+                sleep_on(ctl, bell, seen, ctl.reaper_period)
             continue
-        store(parked, 1)
+        release(shared, "reaper_parked", 1)
         fence()
-        if first(ring) == RING_EMPTY and load(shared + SHARED_REAPER_STOP * WORD) == 0:
+        if first(ring) == RING_EMPTY and acquire(shared, "reaper_stop") == 0:
             account(ctl, Kind.PARKS, 1)
             sleep_on(ctl, bell, seen, HEARTBEAT_NS)
-        store(parked, 0)
+        release(shared, "reaper_parked", 0)
     return np.int64(Pump.STOPPED)

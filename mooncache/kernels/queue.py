@@ -19,35 +19,13 @@ the order.
 
 import numpy as np
 
-from mooncache.kernels.account import raise_word, word
-from mooncache.kernels.atomics import add, call_write, exchange, i64, load, peek, poke, store
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    CQ_CREDITS,
-    ENDPOINT_LOST,
-    QUEUE_CAUSE,
-    QUEUE_CQ,
-    QUEUE_DEPTH,
-    QUEUE_ENDPOINT,
-    QUEUE_ENTRIES,
-    QUEUE_HEAD,
-    QUEUE_LOOSE,
-    QUEUE_MASK,
-    QUEUE_ORDER,
-    QUEUE_STATE,
-    QUEUE_TAG,
-    QUEUE_TAIL,
-    SLEEPING,
-    WORD,
-    WORKER_ORDERS,
-    WORKER_QUEUE_COUNT,
-    WORKER_QUEUES,
-    WORKER_TROUBLE_FD,
-    WORKER_UNDECIDED,
-    WRITE,
-    Order,
-    QueueState,
-)
+from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.records.base import acquire, cell_at, fetch_add, release, swap
+from mooncache.kernels.records.endpoint import endpoint_at
+from mooncache.kernels.records.queue import cq_at, queue_at
+from mooncache.kernels.worker import write_one
 
 SEQUENCE_MASK = (1 << 32) - 1
 INCARNATION = 1 << 32  # the tag's next one
@@ -61,42 +39,42 @@ SIGNALED, ANSWERED, HELD, BLAMED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
 @kernel
 def in_flight(queue):
     """Work requests without an answer, held ones included."""
-    return peek(queue + QUEUE_HEAD * WORD) - peek(queue + QUEUE_TAIL * WORD)
+    return queue.head - queue.tail
 
 
 @kernel
 def entry_at(queue, sequence):
-    """Address of the entry of a work request."""
-    return peek(queue + QUEUE_ENTRIES * WORD) + (sequence & peek(queue + QUEUE_MASK * WORD)) * WORD
+    """The entry of a work request, a CELL."""
+    return cell_at(queue.entries, sequence & queue.mask)
 
 
 @kernel
 def room(queue):
     """How many more work requests its depth and its completion queue have room for."""
-    left = peek(queue + QUEUE_DEPTH * WORD) - in_flight(queue)
-    return min(left, peek(peek(queue + QUEUE_CQ * WORD) + CQ_CREDITS * WORD))
+    left = queue.depth - in_flight(queue)
+    return min(left, cq_at(queue.cq).credits)
 
 
 @kernel
 def ready(queue):
     """Whether it may be posted to."""
-    return load(queue + QUEUE_STATE * WORD) == QueueState.READY
+    return acquire(queue, "state") == QueueState.READY
 
 
 @kernel
 def named_by(worker, wr_id):
-    """The queue row that a work request's id names, or 0."""
+    """The row of the queue that a work request's id names; missing when it names none."""
     index = wr_id >> INDEX_SHIFT
-    if index < 0 or index >= peek(worker + WORKER_QUEUE_COUNT * WORD):
-        return np.int64(0)
-    queue = i64(peek(worker + WORKER_QUEUES * WORD))[index]
-    return queue if peek(queue + QUEUE_TAG * WORD) == wr_id & TAG_MASK else np.int64(0)
+    if index < 0 or index >= worker.queue_count:
+        return queue_at(0)
+    queue = queue_at(i64(worker.queues)[index])
+    return queue if queue.tag == wr_id & TAG_MASK else queue_at(0)
 
 
 @kernel
 def group_start(queue, tail, sequence):
     """The first work request that a completion of `sequence` answers."""
-    while sequence > tail and peek(entry_at(queue, sequence - 1)) & (SIGNALED | ANSWERED | HELD) == 0:
+    while sequence > tail and entry_at(queue, sequence - 1).value & (SIGNALED | ANSWERED | HELD) == 0:
         sequence -= 1
     return sequence
 
@@ -106,88 +84,87 @@ def mark_answered(queue, first, end):
     """The work requests from `first` up to `end` are answered before those in front of them."""
     for sequence in range(first, end):
         entry = entry_at(queue, sequence)
-        poke(entry, peek(entry) | ANSWERED)
+        entry.value |= ANSWERED
 
 
 @kernel
 def move_tail(queue, tail):
     """All work requests up to `tail` are answered: move the queue's tail there, and over those that were before."""
-    head = peek(queue + QUEUE_HEAD * WORD)
-    while tail < head and peek(entry_at(queue, tail)) & ANSWERED != 0:
+    head = queue.head
+    while tail < head and entry_at(queue, tail).value & ANSWERED != 0:
         tail += 1
-    poke(queue + QUEUE_TAIL * WORD, tail)
+    queue.tail = tail
 
 
 @kernel
 def hold(queue, sequence, blamed):
     """Keep what came back from a broken queue until it is decided what becomes of it; `blamed`: it broke the queue."""
     entry = entry_at(queue, sequence)
-    poke(entry, peek(entry) | (HELD | BLAMED if blamed else HELD))
+    entry.value |= HELD | BLAMED if blamed else HELD
 
 
 # ------------------------------------------------------------------------------ its life
 @kernel
 def tell(ctl, worker, queue, state):
     """Change the queue's state and let its owner know."""
-    store(queue + QUEUE_STATE * WORD, state)
-    descriptor = peek(worker + WORKER_TROUBLE_FD * WORD)
+    release(queue, "state", state)
+    descriptor = worker.trouble_fd
     if descriptor >= 0:
-        poke(ctl + SLEEPING * WORD, 1)
-        call_write(word(ctl, WRITE), descriptor, ctl + SLEEPING * WORD, WORD)
+        write_one(ctl, descriptor)
 
 
 @kernel
 def break_queue(ctl, worker, queue, cause):
     """An error came: post nothing more. Its owner sees to it that all that is in flight comes back."""
-    state = peek(queue + QUEUE_STATE * WORD)
+    state = queue.state
     if state == QueueState.READY or state == QueueState.PROBING:
-        poke(queue + QUEUE_CAUSE * WORD, cause)
-        raise_word(worker + WORKER_UNDECIDED * WORD, 1)
+        queue.cause = cause
+        worker.undecided += 1
         tell(ctl, worker, queue, QueueState.BROKEN)
 
 
 @kernel
 def has_drained(queue):
     """Whether all that a broken queue had in flight has come back: it does so in order."""
-    head = peek(queue + QUEUE_HEAD * WORD)
-    if peek(queue + QUEUE_STATE * WORD) != QueueState.BROKEN:
+    head = queue.head
+    if queue.state != QueueState.BROKEN:
         return False
-    return in_flight(queue) == 0 or peek(entry_at(queue, head - 1)) & (ANSWERED | HELD) != 0
+    return in_flight(queue) == 0 or entry_at(queue, head - 1).value & (ANSWERED | HELD) != 0
 
 
 @kernel
 def close_queue(ctl, worker, queue):
     """Nothing of it is in flight or held any more."""
-    poke(queue + QUEUE_TAIL * WORD, peek(queue + QUEUE_HEAD * WORD))
-    poke(queue + QUEUE_LOOSE * WORD, 0)
-    raise_word(worker + WORKER_UNDECIDED * WORD, -1)
+    queue.tail = queue.head
+    queue.loose = 0
+    worker.undecided -= 1
     tell(ctl, worker, queue, QueueState.CLOSED)
 
 
 @kernel
 def reincarnate(queue):
     """It is connected anew: what still comes from before names nothing."""
-    tag = peek(queue + QUEUE_TAG * WORD)
-    poke(queue + QUEUE_TAG * WORD, (tag & ~(0xFFFF << 32)) | ((tag + INCARNATION) & (0xFFFF << 32)))
+    tag = queue.tag
+    queue.tag = (tag & ~(0xFFFF << 32)) | ((tag + INCARNATION) & (0xFFFF << 32))
 
 
 @kernel
 def give_order(worker, queue, order):
     """Leave an order for the worker, in place of one that was not seen yet. Any thread; ring the worker's bell then."""
-    if exchange(queue + QUEUE_ORDER * WORD, order) == Order.NONE:
-        add(worker + WORKER_ORDERS * WORD, 1)
+    if swap(queue, "order", order) == Order.NONE:
+        fetch_add(worker, "orders", 1)
 
 
 @kernel
 def take_order(worker, queue):
     """The order given to a queue, if any."""
-    if load(queue + QUEUE_ORDER * WORD) == Order.NONE:
+    if acquire(queue, "order") == Order.NONE:
         return np.int64(Order.NONE)
-    add(worker + WORKER_ORDERS * WORD, -1)
-    return exchange(queue + QUEUE_ORDER * WORD, Order.NONE)
+    fetch_add(worker, "orders", -1)
+    return swap(queue, "order", Order.NONE)
 
 
 @kernel
 def lost(queue):
     """Whether its peer is gone."""
-    return peek(peek(queue + QUEUE_ENDPOINT * WORD) + ENDPOINT_LOST * WORD) != 0
+    return endpoint_at(queue.endpoint).lost != 0

@@ -9,16 +9,16 @@ other regions come and go.
 
 import numpy as np
 
-from mooncache.kernels.atomics import i64, peek, poke
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import TABLE_BASES, TABLE_COUNT, TABLE_ENDS, TABLE_SLOTS, WORD
+from mooncache.kernels.records.table import table_at
 
 
 @kernel
 def find(table, address, hint):
     """Position of the region that contains `address`, or -1. `hint`: the position found last, or -1."""
-    bases, ends = i64(peek(table + TABLE_BASES * WORD)), i64(peek(table + TABLE_ENDS * WORD))
-    count = peek(table + TABLE_COUNT * WORD)
+    bases, ends = i64(table.bases), i64(table.ends)
+    count = table.count
     if 0 <= hint < count and bases[hint] <= address < ends[hint]:
         return hint
     low, high = np.int64(0), count
@@ -36,27 +36,29 @@ def find(table, address, hint):
 @kernel("int64(int64, int64, int64, int64, int64)")
 def insert(table, at, base, end, slot):
     """Enter a range at position `at`; the table must have room. Returns how many ranges there are now."""
-    bases, ends = i64(peek(table + TABLE_BASES * WORD)), i64(peek(table + TABLE_ENDS * WORD))
-    slots, count = i64(peek(table + TABLE_SLOTS * WORD)), peek(table + TABLE_COUNT * WORD)
+    table = table_at(table)
+    bases, ends = i64(table.bases), i64(table.ends)
+    slots, count = i64(table.slots), table.count
     for i in range(count, at, -1):
         bases[i], ends[i], slots[i] = bases[i - 1], ends[i - 1], slots[i - 1]
     bases[at], ends[at], slots[at] = base, end, slot
-    poke(table + TABLE_COUNT * WORD, count + 1)
+    table.count = count + 1
     return count + 1
 
 
 @kernel
 def take_out(table, at):
     """Forget the range at position `at`."""
-    bases, ends = i64(peek(table + TABLE_BASES * WORD)), i64(peek(table + TABLE_ENDS * WORD))
-    slots, count = i64(peek(table + TABLE_SLOTS * WORD)), peek(table + TABLE_COUNT * WORD) - 1
+    bases, ends = i64(table.bases), i64(table.ends)
+    slots, count = i64(table.slots), table.count - 1
     for i in range(at, count):
         bases[i], ends[i], slots[i] = bases[i + 1], ends[i + 1], slots[i + 1]
-    poke(table + TABLE_COUNT * WORD, count)
+    table.count = count
 
 
 @kernel("int64(int64, int64)")
 def remove(table, at):
     """What `take_out` does. Returns how many ranges are left."""
+    table = table_at(table)
     take_out(table, at)
-    return peek(table + TABLE_COUNT * WORD)
+    return table.count

@@ -7,53 +7,50 @@ its place still taken waits for the consumer.
 
 import numpy as np
 
-from mooncache.kernels.atomics import add, load, pause, peek, poke, store
+from mooncache.kernels.atomics import pause
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    RING_EMPTY,
-    RING_ENTRIES,
-    RING_HEAD,
-    RING_MASK,
-    RING_TAIL,
-    WORD,
-    aligned,
-    power_of_two,
-)
+from mooncache.kernels.layout import WORD, aligned, power_of_two
+from mooncache.kernels.records.base import acquire, behind, cell_at, fetch_add, release
+from mooncache.kernels.records.ring import RING, RING_EMPTY
 
 
 def new_ring(least: int) -> np.ndarray:
-    """int64 words of an empty ring for at least `least` entries."""
-    entries = power_of_two(least)
-    ring = aligned(RING_ENTRIES + entries)
-    ring[RING_MASK] = entries - 1
-    ring[RING_ENTRIES:] = RING_EMPTY
+    """int64 words of an empty ring for at least `least` entries: a RING, and the entries behind it."""
+    entries, header = power_of_two(least), RING.itemsize // WORD
+    ring = aligned(header + entries)
+    ring[:header].view(RING)["mask"] = entries - 1
+    ring[header:] = RING_EMPTY
     return ring
+
+
+@kernel
+def place_of(ring, ticket):
+    """Where the entry with this ticket stands, a CELL."""
+    return cell_at(behind(ring), ticket & ring.mask)
 
 
 @kernel
 def push(ring, value):
     """Append `value` (anything but RING_EMPTY). Any thread."""
-    ticket = add(ring + RING_TAIL * WORD, 1)
-    place = ring + (RING_ENTRIES + (ticket & peek(ring + RING_MASK * WORD))) * WORD
-    while load(place) != RING_EMPTY:
+    ticket = fetch_add(ring, "tail", 1)
+    place = place_of(ring, ticket)
+    while acquire(place, "value") != RING_EMPTY:
         pause()
-    store(place, value)
+    release(place, "value", value)
 
 
 @kernel
 def first(ring):
     """The oldest entry, or RING_EMPTY. The consumer only."""
-    head = peek(ring + RING_HEAD * WORD)
-    return load(ring + (RING_ENTRIES + (head & peek(ring + RING_MASK * WORD))) * WORD)
+    return acquire(place_of(ring, ring.head), "value")
 
 
 @kernel
 def pop(ring):
     """Take the oldest entry, or RING_EMPTY. The consumer only."""
-    head = peek(ring + RING_HEAD * WORD)
-    place = ring + (RING_ENTRIES + (head & peek(ring + RING_MASK * WORD))) * WORD
-    value = load(place)
+    place = place_of(ring, ring.head)
+    value = acquire(place, "value")
     if value != RING_EMPTY:
-        store(place, RING_EMPTY)
-        poke(ring + RING_HEAD * WORD, head + 1)
+        release(place, "value", RING_EMPTY)
+        ring.head += 1
     return value

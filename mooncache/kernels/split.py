@@ -12,36 +12,12 @@ a region.
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels.account import word
-from mooncache.kernels.atomics import i8, i16, i32, i64, peek, poke
+from mooncache.kernels.atomics import i8, i16, i32, i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    CHUNK_NEXT,
-    CHUNK_SLICES,
-    LOCAL_TABLE,
-    PEER_TABLES,
-    REFUSED,
-    SLICE_ATTEMPTS,
-    SLICE_BYTES,
-    SLICE_FIRST,
-    SLICE_LAST,
-    SLICE_LENGTH,
-    SLICE_LOCAL,
-    SLICE_REMOTE,
-    SLICE_SOURCE,
-    SLICE_STATE,
-    SLICE_TARGET,
-    TABLE_ACCESS,
-    TABLE_BASES,
-    TABLE_ENDS,
-    TABLE_SLOTS,
-    TAIL_BYTES,
-    WORD,
-    Access,
-    Opcode,
-    Slice,
-)
+from mooncache.kernels.layout import Access, Opcode, Slice
+from mooncache.kernels.records.table import table_at
 from mooncache.kernels.regions import find
+from mooncache.kernels.worker import peer_table
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 REQUEST_BYTES = 1 << 40
@@ -61,19 +37,19 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
     Each operand is the address of int64 words and a step: 1 for an array, 0 for one value that holds for all.
     Returns the number of slices, or minus a Status with the offending request's index in the word REFUSED.
     """
-    local, remote = word(ctl, LOCAL_TABLE), i64(word(ctl, PEER_TABLES))[peer]
-    local_bases, remote_bases = i64(peek(local + TABLE_BASES * WORD)), i64(peek(remote + TABLE_BASES * WORD))
-    local_ends, remote_ends = i64(peek(local + TABLE_ENDS * WORD)), i64(peek(remote + TABLE_ENDS * WORD))
-    local_slots, remote_slots = i64(peek(local + TABLE_SLOTS * WORD)), i64(peek(remote + TABLE_SLOTS * WORD))
-    local_access, remote_access = i64(peek(local + TABLE_ACCESS * WORD)), i64(peek(remote + TABLE_ACCESS * WORD))
+    local, remote = table_at(ctl.local_table), peer_table(ctl, peer)
+    local_bases, remote_bases = i64(local.bases), i64(remote.bases)
+    local_ends, remote_ends = i64(local.ends), i64(remote.ends)
+    local_slots, remote_slots = i64(local.slots), i64(remote.slots)
+    local_access, remote_access = i64(local.access), i64(remote.access)
     needed = Access.READ if opcode == Opcode.READ else Access.WRITE
-    slice_bytes, tail_bytes = word(ctl, SLICE_BYTES), word(ctl, TAIL_BYTES)
-    column_source, column_target = i64(word(ctl, SLICE_SOURCE)), i64(word(ctl, SLICE_TARGET))
-    column_length, column_state = i32(word(ctl, SLICE_LENGTH)), i16(word(ctl, SLICE_STATE))
-    column_first, column_last = i32(word(ctl, SLICE_FIRST)), i32(word(ctl, SLICE_LAST))
-    column_local, column_remote = i16(word(ctl, SLICE_LOCAL)), i16(word(ctl, SLICE_REMOTE))
-    column_attempts = i8(word(ctl, SLICE_ATTEMPTS))
-    next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
+    slice_bytes, tail_bytes = ctl.slice_bytes, ctl.tail_bytes
+    column_source, column_target = i64(ctl.slice_source), i64(ctl.slice_target)
+    column_length, column_state = i32(ctl.slice_length), i16(ctl.slice_state)
+    column_first, column_last = i32(ctl.slice_first), i32(ctl.slice_last)
+    column_local, column_remote = i16(ctl.slice_local), i16(ctl.slice_remote)
+    column_attempts = i8(ctl.slice_attempts)
+    next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
     source_of, target_of, length_of = i64(sources), i64(targets), i64(lengths)
 
     slot, end = np.int64(0), np.int64(0)
@@ -87,14 +63,14 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
     while i < n:
         source, target, length = source_of[i * source_step], target_of[i * target_step], length_of[i * length_step]
         if length <= 0 or length > REQUEST_BYTES:
-            poke(ctl + REFUSED * WORD, i)
+            ctl.refused = i
             return np.int64(-Status.LENGTH)
         request, request_end, left = i, length, length
         i += 1
         while i < n and source_of[i * source_step] == source + left and target_of[i * target_step] == target + left:
             more = length_of[i * length_step]
             if more <= 0 or more > REQUEST_BYTES:
-                poke(ctl + REFUSED * WORD, i)
+                ctl.refused = i
                 return np.int64(-Status.LENGTH)
             left += more
             i += 1
@@ -103,20 +79,20 @@ def walk(ctl, peer, opcode, n, sources, source_step, targets, target_step, lengt
             if source < here_base or source >= here_end:
                 here = find(local, source, here)
                 if here < 0:
-                    poke(ctl + REFUSED * WORD, request)
+                    ctl.refused = request
                     return np.int64(-Status.SOURCE_NOT_REGISTERED)
                 here_base, here_end, here_slot = local_bases[here], local_ends[here], local_slots[here]
                 if opcode == Opcode.READ and local_access[here_slot] & Access.LOCAL == 0:
-                    poke(ctl + REFUSED * WORD, request)
+                    ctl.refused = request
                     return np.int64(-Status.READ_ONLY)
             if target < there_base or target >= there_end:
                 there = find(remote, target, there)
                 if there < 0:
-                    poke(ctl + REFUSED * WORD, request)
+                    ctl.refused = request
                     return np.int64(-Status.TARGET_NOT_REGISTERED)
                 there_base, there_end, there_slot = remote_bases[there], remote_ends[there], remote_slots[there]
                 if remote_access[there_slot] & needed == 0:
-                    poke(ctl + REFUSED * WORD, request)
+                    ctl.refused = request
                     return np.int64(-Status.ACCESS_DENIED)
             take = min(left, min(here_end - source, there_end - target))
             if take > slice_bytes + tail_bytes:

@@ -7,37 +7,29 @@ evenly, a slower one gets less, one that has fallen behind is spared, and one th
 
 import numpy as np
 
-from mooncache.kernels.atomics import i64, peek
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    ENDPOINT_COUNT,
-    ENDPOINT_QUEUES,
-    QUEUE_DEPTH,
-    QUEUE_WEIGHT,
-    WEIGHT_ONE,
-    WORD,
-)
 from mooncache.kernels.queue import in_flight, ready, room
-
-NOBODY = 0
+from mooncache.kernels.records.base import missing
+from mooncache.kernels.records.queue import WEIGHT_ONE, queue_at
 
 
 @kernel
 def choose(endpoint, n):
-    """The row of the queue for a chain of `n` work requests, or NOBODY when no ready one has room for it.
+    """The row of the queue for a chain of `n` work requests, missing when no ready one has room for it.
 
     A chain longer than half a queue is cut to that: a queue must hold two, or it runs empty in between.
     """
-    queues = i64(peek(endpoint + ENDPOINT_QUEUES * WORD))
-    best, least = np.int64(NOBODY), np.int64(0)
-    for i in range(peek(endpoint + ENDPOINT_COUNT * WORD)):
-        queue = queues[i]
+    queues = i64(endpoint.queues)
+    best, least = queue_at(0), np.int64(0)
+    for i in range(endpoint.count):
+        queue = queue_at(queues[i])
         if not ready(queue):
             continue
-        wanted = min(n, max(peek(queue + QUEUE_DEPTH * WORD) // 2, 1))
+        wanted = min(n, max(queue.depth // 2, 1))
         if room(queue) < wanted:
             continue
-        burden = (in_flight(queue) + wanted) * WEIGHT_ONE // peek(queue + QUEUE_WEIGHT * WORD)
-        if best == NOBODY or burden < least:
+        burden = (in_flight(queue) + wanted) * WEIGHT_ONE // queue.weight
+        if missing(best) or burden < least:
             best, least = queue, burden
     return best

@@ -12,17 +12,34 @@ import numpy as np
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError, came
 from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, zeros
+from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, rows_of, zeros
 from mooncache.kernels.publication import publish
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
+from mooncache.kernels.records.batch import BATCH
+from mooncache.kernels.records.control import CONTROL
+from mooncache.kernels.records.endpoint import ENDPOINT
+from mooncache.kernels.records.queue import CQ, QUEUE, WEIGHT_ONE
+from mooncache.kernels.records.shared import SHARED
+from mooncache.kernels.records.table import PEER_BITS, TABLE
+from mooncache.kernels.records.verbs import SEND_WR, SGE, WC
+from mooncache.kernels.records.worker import EPOCH_QUIET, WORKER
 from mooncache.kernels.ring import new_ring
-from mooncache.kernels.verbs import SEND_WR, SGE_BYTES, WC_BYTES, WR_BYTES
 
 _libc = ctypes.CDLL(None)
+SLICE_DTYPES = {
+    "slice_source": np.int64,
+    "slice_target": np.int64,
+    "slice_length": np.int32,
+    "slice_first": np.int32,
+    "slice_last": np.int32,
+    "slice_local": np.int16,
+    "slice_remote": np.int16,
+    "slice_state": np.int16,
+    "slice_attempts": np.int8,
+    "slice_next": np.int32,
+}
 QUEUES_MAX = 1 << 14
 """Queue pairs of one worker, at most: their index is the uppermost part of a work request's id."""
-
-"""A NIC's keys in a region table."""
 
 
 def function_address(name: str) -> int:
@@ -38,6 +55,33 @@ def address_of(array: np.ndarray) -> int:
 def put(words: np.ndarray, index: int, value: int) -> None:
     """Publish one word of contiguous int64 words: see `kernels/publication.py`."""
     publish(address_of(words) + index * WORD, int(value))
+
+
+class Row:
+    """One record of an array of records, as Python reads and writes it; keeps the array alive."""
+
+    def __init__(self, array: np.ndarray, index: int = 0) -> None:
+        self.address = address_of(array) + index * array.dtype.itemsize
+        self.array, self._record = array, array.reshape(-1)[index]
+
+    def __getitem__(self, field: str) -> int:
+        return int(self._record[field])
+
+    def __setitem__(self, field: str, value: int) -> None:
+        self._record[field] = value
+
+    def set(self, **fields: int) -> None:
+        """Write several fields, plainly."""
+        for field, value in fields.items():
+            self._record[field] = value
+
+    def where(self, field: str) -> int:
+        """Address of a field."""
+        return self.address + int(self.array.dtype.fields[field][1])  # type: ignore[index]
+
+    def put(self, field: str, value: int) -> None:
+        """Publish a field: see `kernels/publication.py`."""
+        publish(self.where(field), int(value))
 
 
 @dataclass(frozen=True)
@@ -98,7 +142,7 @@ class Settings:
     @property
     def note_stride(self) -> int:
         """Bytes of the longest notification as it travels, whole words."""
-        return limits.NOTE_HEAD_BYTES + -(-self.note_bytes // layout.WORD) * layout.WORD
+        return limits.NOTE_HEAD_BYTES + -(-self.note_bytes // WORD) * layout.WORD
 
     @property
     def chain_length(self) -> int:
@@ -114,33 +158,23 @@ class RegionTable:
 
     def __init__(self, owner: str, rows: int = limits.REGIONS) -> None:
         self.owner, self.rows = owner, rows
-        self.header = aligned(layout.TABLE_WORDS)
+        self.header = Row(rows_of(TABLE))
         columns = [zeros(rows, np.int64) for _ in range(5)]
         self.bases, self.ends, self.slots, self.access, self.refused = columns
         self.keys = np.zeros((limits.NICS, rows), np.int64)
-        for field, column in (
-            (layout.TABLE_BASES, self.bases),
-            (layout.TABLE_ENDS, self.ends),
-            (layout.TABLE_SLOTS, self.slots),
-            (layout.TABLE_KEYS, self.keys),
-            (layout.TABLE_ACCESS, self.access),
-            (layout.TABLE_REFUSED, self.refused),
-        ):
-            self.header[field] = address_of(column)
+        self.header.set(
+            bases=address_of(self.bases), ends=address_of(self.ends), slots=address_of(self.slots),
+            keys=address_of(self.keys), access=address_of(self.access), refused=address_of(self.refused),
+        )  # fmt: skip
         self._free = list(range(rows - 1, -1, -1))
 
     def __len__(self) -> int:
-        return int(self.header[layout.TABLE_COUNT])
-
-    @property
-    def gone(self) -> int:
-        """Address of the word that says that the connection to the peer with this table is broken."""
-        return address_of(self.header) + layout.TABLE_GONE * WORD
+        return self.header["count"]
 
     def forgive(self) -> None:
         """The owner has said again what is registered: whatever it refused may be tried again."""
         self.refused[:] = 0
-        put(self.header, layout.TABLE_REFUSALS, 0)
+        self.header.put("refusals", 0)
 
     def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
         """The first registered (address, length) that overlaps the range, if any."""
@@ -172,9 +206,9 @@ class RegionTable:
         self.keys[: len(keys), slot], self.access[slot] = keys, access
         put(self.refused, slot, 0)  # slices that carry the slot already are posted from here on, under these keys
         if renewed:
-            put(self.header, layout.TABLE_RENEWALS, self.header[layout.TABLE_RENEWALS] + 1)
+            self.header.put("renewals", self.header["renewals"] + 1)
         at = int(np.searchsorted(self.bases[:n], address))
-        regions.insert(address_of(self.header), at, address, address + length, slot)
+        regions.insert(self.header.address, at, address, address + length, slot)
         return slot
 
     def position(self, slot: int) -> int:
@@ -188,9 +222,9 @@ class RegionTable:
 
     def take_out(self, slot: int) -> None:
         """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
-        regions.remove(address_of(self.header), self.position(slot))
+        regions.remove(self.header.address, self.position(slot))
         self.refused[slot] = 1
-        put(self.header, layout.TABLE_REFUSALS, 1)
+        self.header.put("refusals", 1)
 
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""
@@ -229,7 +263,7 @@ class QueuePair(NamedTuple):
     gathers: int = 1  # most slices in one work request
     message_bytes: int = limits.MESSAGE_BYTES  # most bytes in one
     inline: int = 0  # bytes up to which a write is copied into its work request
-    weight: int = layout.WEIGHT_ONE  # share of the load, see kernels/spread.py
+    weight: int = WEIGHT_ONE  # share of the load, see kernels/spread.py
     breaks: bool = False  # any error breaks it; it is posted to only after an order to probe it
     notes: bool = False  # for notifications only
     cut: int = 0  # where nothing breaks it: address of a word that is set to 1 to get back what is in flight, or 0
@@ -241,45 +275,44 @@ class QueueRow:
 
     def __init__(self, state: State, worker: int, tag: int, pair: QueuePair, endpoint: int) -> None:
         self.worker, self.pair = worker, pair
-        self.words = aligned(layout.QUEUE_WORDS)
-        self.address = address_of(self.words)
+        self.row = Row(rows_of(QUEUE))
+        self.address = self.row.address
         self._entries = aligned(power_of_two(pair.depth))
-        cqs = int(state.worker_rows[worker, layout.WORKER_CQS])
-        for field, value in (
-            (layout.QUEUE_QP, pair.address),
-            (layout.QUEUE_ENTRIES, address_of(self._entries)),
-            (layout.QUEUE_MASK, len(self._entries) - 1),
-            (layout.QUEUE_DEPTH, pair.depth),
-            (layout.QUEUE_TAG, tag),
-            (layout.QUEUE_CQ, cqs + pair.cq * layout.CQ_WORDS * WORD),
-            (layout.QUEUE_LKEYS, pair.lkeys * state.settings.regions * WORD),
-            (layout.QUEUE_RKEYS, pair.rkeys * state.settings.regions * WORD),
-            (layout.QUEUE_SIGNAL, state.settings.signal or pair.signal),
-            (layout.QUEUE_GATHERS, min(pair.gathers, pair.message_bytes // (2 * state.settings.slice_bytes))),
-            (layout.QUEUE_INLINE, pair.inline),
-            (layout.QUEUE_WEIGHT, pair.weight),
-            (layout.QUEUE_BREAKS, pair.breaks),
-            (layout.QUEUE_STATE, QueueState.CLOSED if pair.breaks else QueueState.READY),
-            (layout.QUEUE_ENDPOINT, endpoint),
-            (layout.QUEUE_CUT, pair.cut),
-            (layout.QUEUE_PUSH, pair.push),
-        ):
-            self.words[field] = value
+        regions = state.settings.regions
+        self.row.set(
+            qp=pair.address,
+            entries=address_of(self._entries),
+            mask=len(self._entries) - 1,
+            depth=pair.depth,
+            tag=tag,
+            cq=int(state.worker_rows[worker]["cqs"]) + pair.cq * CQ.itemsize,
+            lkeys=pair.lkeys * regions * WORD,
+            rkeys=pair.rkeys * regions * WORD,
+            signal=state.settings.signal or pair.signal,
+            gathers=min(pair.gathers, pair.message_bytes // (2 * state.settings.slice_bytes)),
+            inline=pair.inline,
+            weight=pair.weight,
+            breaks=pair.breaks,
+            state=QueueState.CLOSED if pair.breaks else QueueState.READY,
+            endpoint=endpoint,
+            cut=pair.cut,
+            push=pair.push,
+        )
 
     @property
     def state(self) -> QueueState:
         """Where in its life it is, a moment ago."""
-        return QueueState(int(self.words[layout.QUEUE_STATE]))
+        return QueueState(self.row["state"])
 
     @property
     def outstanding(self) -> int:
         """Work requests without an answer."""
-        return int(self.words[layout.QUEUE_HEAD] - self.words[layout.QUEUE_TAIL])
+        return self.row["head"] - self.row["tail"]
 
     @property
     def at_rest(self) -> bool:
         """Whether nothing is in flight on it, and its worker has nothing to decide."""
-        still = self.state in (QueueState.READY, QueueState.CLOSED) and self.words[layout.QUEUE_ORDER] == Order.NONE
+        still = self.state in (QueueState.READY, QueueState.CLOSED) and self.row["order"] == Order.NONE
         return bool(still and self.outstanding == 0)
 
     def leads_to(self, pair: QueuePair) -> bool:
@@ -290,43 +323,41 @@ class QueueRow:
     @property
     def cause(self) -> int:
         """`ibv_wc_status` of the error that broke it last."""
-        return int(self.words[layout.QUEUE_CAUSE])
+        return self.row["cause"]
 
 
 class Block:
     """One actor's control block: `ctl` is its address. Keeps the actor's own arrays alive."""
 
     def __init__(self, state: State, actor: int = -1) -> None:
-        self.words = aligned(layout.BLOCK_WORDS)
-        self.words[:] = state.template
-        self.ctl = address_of(self.words)
-        self.counters = aligned(len(Kind))
-        self.spent = aligned(len(Kind))
-        self.words[layout.ACTOR] = actor
-        self.words[layout.COUNTERS] = address_of(self.counters)
-        self.words[layout.SPENT] = address_of(self.spent)
-        self.words[layout.CACHE_FIRST] = -1
+        array = rows_of(CONTROL)
+        array[:] = state.template
+        self.row = Row(array)
+        self.ctl = self.row.address
+        self.counters, self.spent = aligned(len(Kind)), aligned(len(Kind))
         self.cache = np.zeros(state.settings.cache_slices, np.int64)
-        self.words[layout.CACHE_OBJECTS] = address_of(self.cache)
+        self.row.set(
+            actor=actor,
+            counters=address_of(self.counters),
+            spent=address_of(self.spent),
+            cache_first=-1,
+            cache_objects=address_of(self.cache),
+        )
         if actor >= 0:
             self._prepare_work_requests(state.settings)
-            state.worker_rows[actor, layout.WORKER_CTL] = self.ctl
+            state.worker_rows[actor]["ctl"] = self.ctl
 
     def _prepare_work_requests(self, settings: Settings) -> None:
         chain = settings.chain_length
         self.work_requests = np.zeros(chain, SEND_WR)
-        self.gathers = aligned(chain * limits.SLICES_GATHERED * SGE_BYTES // WORD)
-        self.completions = aligned(settings.poll_lot * WC_BYTES // WORD)
-        first_wr = address_of(self.work_requests)
+        self.gathers = np.zeros(chain * limits.SLICES_GATHERED, SGE)
+        self.completions = np.zeros(settings.poll_lot, WC)
         wr = self.work_requests
-        wr["next"] = first_wr + WR_BYTES * np.arange(1, chain + 1)
+        wr["next"] = address_of(wr) + SEND_WR.itemsize * np.arange(1, chain + 1)
         wr["next"][-1] = 0
-        for field, array in (
-            (layout.WORK_REQUESTS, self.work_requests),
-            (layout.GATHERS, self.gathers),
-            (layout.COMPLETIONS, self.completions),
-        ):
-            self.words[field] = address_of(array)
+        self.row.set(
+            work_requests=address_of(wr), gathers=address_of(self.gathers), completions=address_of(self.completions)
+        )
 
 
 class State:
@@ -335,124 +366,99 @@ class State:
     def __init__(self, settings: Settings, *, virtual: bool = False, event_fd: int = -1, look_fd: int = -1) -> None:
         self.settings = settings
         chunks, slots = settings.chunks, settings.chunks * limits.CHUNK_SLICES
-        self.template = np.zeros(layout.BLOCK_WORDS, np.int64)
+        self.template = rows_of(CONTROL)
         self.arrays: list[np.ndarray] = []
-        for field, dtype in (
-            (layout.SLICE_SOURCE, np.int64),
-            (layout.SLICE_TARGET, np.int64),
-            (layout.SLICE_LENGTH, np.int32),
-            (layout.SLICE_FIRST, np.int32),
-            (layout.SLICE_LAST, np.int32),
-            (layout.SLICE_LOCAL, np.int16),
-            (layout.SLICE_REMOTE, np.int16),
-            (layout.SLICE_STATE, np.int16),
-            (layout.SLICE_ATTEMPTS, np.int8),
-            (layout.SLICE_NEXT, np.int32),
-        ):
+        for field, dtype in SLICE_DTYPES.items():
             self._hold(field, zeros(slots, dtype))
-        self._hold(layout.SLICE_OBJECT, zeros(slots if settings.store == Store.HEAP else 0, np.int64))
-        self.chunk_next = self._hold(layout.CHUNK_NEXT, np.arange(1, chunks + 1, dtype=np.int64))
+        self._hold("slice_object", zeros(slots if settings.store == Store.HEAP else 0, np.int64))
+        self.chunk_next = self._hold("chunk_next", np.arange(1, chunks + 1, dtype=np.int64))
         self.chunk_next[-1] = -1
-        for field in (
-            layout.CHUNK_PREVIOUS,
-            layout.CHUNK_BATCH,
-            layout.CHUNK_GENERATION,
-            layout.CHUNK_SLICES,
-            layout.CHUNK_LIVE,
-        ):
+        for field in ("chunk_previous", "chunk_batch", "chunk_slices", "chunk_live"):
             self._hold(field, zeros(chunks, np.int64))
-        self.batch_rows = self._hold(layout.BATCH_ROWS, aligned(settings.batches * layout.BATCH_WORDS)).reshape(
-            settings.batches, layout.BATCH_WORDS
-        )
-        link = self._hold(layout.BATCH_LINK, np.arange(1, settings.batches + 1, dtype=np.int64))
+        self.batch_rows = self._hold("batch_rows", rows_of(BATCH, settings.batches))
+        link = self._hold("batch_link", np.arange(1, settings.batches + 1, dtype=np.int64))
         link[-1] = -1
-        self._nobody = aligned(layout.TABLE_WORDS)  # header of a table that no submit names
-        self._nobody[[layout.TABLE_GONE, layout.TABLE_PEER]] = 1, -1
-        self.peer_tables = self._hold(layout.PEER_TABLES, np.full(settings.peers, address_of(self._nobody), np.int64))
+        self._nobody = Row(rows_of(TABLE))  # header of a table that no submit names
+        self._nobody.set(gone=1, peer=-1)
+        self.peer_tables = self._hold("peer_tables", np.full(settings.peers, self._nobody.address, np.int64))
         self.peer_turns = [0] * settings.peers  # how many peers each row has been given back by
-        self.endpoint_rows = self._hold(
-            layout.ENDPOINT_ROWS, aligned(settings.workers * settings.peers * layout.ENDPOINT_WORDS)
-        ).reshape(settings.workers, settings.peers, layout.ENDPOINT_WORDS)
-        self.endpoint_rows[:, :, [layout.ENDPOINT_FIRST, layout.ENDPOINT_LAST]] = -1
-        self.endpoint_rows[:, :, [layout.ENDPOINT_NOTE_FIRST, layout.ENDPOINT_NOTE_LAST]] = -1
-        self._hold(layout.NOTES, zeros(settings.batches * settings.note_stride, np.uint8, sparse=True))
-        self.worker_rows = self._hold(layout.WORKER_ROWS, aligned(settings.workers * layout.WORKER_WORDS)).reshape(
-            settings.workers, layout.WORKER_WORDS
-        )
-        self.worker_rows[:, layout.WORKER_EPOCH] = layout.EPOCH_QUIET
-        self.worker_rows[:, [layout.WORKER_EPOLL, layout.WORKER_BELL_FD, layout.WORKER_TROUBLE_FD]] = -1
-        self.worker_rows[:, layout.WORKER_SPINS] = 1
+        endpoints = self._hold("endpoint_rows", rows_of(ENDPOINT, settings.workers * settings.peers))
+        self.endpoint_rows = endpoints.reshape(settings.workers, settings.peers)
+        for ends in ("to_post", "to_notify"):
+            self.endpoint_rows[ends]["first"] = self.endpoint_rows[ends]["last"] = -1
+        self._hold("notes", zeros(settings.batches * settings.note_stride, np.uint8, sparse=True))
+        self.worker_rows = self._hold("worker_rows", rows_of(WORKER, settings.workers))
+        self.worker_rows["epoch"], self.worker_rows["spins"] = EPOCH_QUIET, 1
+        for field in ("epoll", "bell_fd", "trouble_fd"):
+            self.worker_rows[field] = -1
         self._left = 0  # batches that held a row when the memory of all was given back
         self.queues: dict[tuple[int, int], list[QueueRow]] = {}  # by worker and peer
         self._data: dict[tuple[int, int], np.ndarray] = {}  # likewise: addresses of the rows of those for data
-        self._vacant = aligned(layout.QUEUE_WORDS)  # stands where a row was: closed, and named by nothing
-        self._vacant[layout.QUEUE_TAG] = -1
+        self._vacant = Row(rows_of(QUEUE))  # stands where a row was: closed, and named by nothing
+        self._vacant["tag"] = -1
         self._vacancies: list[list[int]] = [[] for _ in range(settings.workers)]  # tags for the next rows there
         self.rings: list[np.ndarray] = []
         self.queue_tables: list[np.ndarray] = []
         for row in self.worker_rows:
             submissions = new_ring(3 * settings.batches)  # each batch once, once more to cancel it, once to detach it
             self.rings.append(submissions)
-            row[layout.WORKER_RING] = address_of(submissions)
-            row[[layout.WORKER_RETRY_FIRST, layout.WORKER_KEPT_FIRST]] = -1
+            row["ring"] = address_of(submissions)
+            row["retry"]["first"] = row["kept"]["first"] = -1
             table = aligned(min(settings.peers * limits.QUEUE_PAIRS, QUEUES_MAX))
             self.queue_tables.append(table)
-            row[layout.WORKER_QUEUES] = address_of(table)
-        self._hold(layout.RETIRED_RING, new_ring(settings.batches))
-        self.shared = self._hold(layout.SHARED, aligned(layout.SHARED_WORDS))
-        self.shared[layout.SHARED_FREE_CHUNKS] = 1
-        self.shared[layout.SHARED_FREE_BATCHES] = 1
-        self.shared[layout.SHARED_FREE_COUNT] = chunks
-        self.shared[layout.SHARED_LOW] = chunks
+            row["queues"] = address_of(table)
+        self._hold("retired_ring", new_ring(settings.batches))
+        self.shared = Row(self._hold("shared", rows_of(SHARED)))
+        self.shared.set(free_chunks=1, free_batches=1, free_count=chunks, low=chunks)
         self.regions = RegionTable("this engine", settings.regions)
-        self.template[layout.LOCAL_TABLE] = address_of(self.regions.header)
         self._set_scalars(virtual, event_fd, look_fd)
 
-    def _hold(self, field: int, array: np.ndarray) -> np.ndarray:
+    def _hold(self, field: str, array: np.ndarray) -> np.ndarray:
         """Keep an array alive and note its address in the template."""
         self.arrays.append(array)
         self.template[field] = address_of(array)
         return array
 
     def _set_scalars(self, virtual: bool, event_fd: int, look_fd: int) -> None:
-        s, t = self.settings, self.template
-        for field, value in (
-            (layout.CAPACITY, s.chunks * limits.CHUNK_SLICES),
-            (layout.CHUNKS, s.chunks),
-            (layout.BATCHES, s.batches),
-            (layout.NOTE_STRIDE, s.note_stride),
-            (layout.PEERS, s.peers),
-            (layout.WORKERS, s.workers),
-            (layout.STORE, s.store),
-            (layout.POLICY, s.policy),
-            (layout.SLICE_BYTES, s.slice_bytes),
-            (layout.TAIL_BYTES, s.slice_bytes // 4),
-            (layout.CHAIN, s.chain_length),
-            (layout.POLL_LOT, s.poll_lot),
-            (layout.RETRIES, s.retries),
-            (layout.CACHE_SLICES, s.cache_slices),
-            (layout.REAPER_LOT, s.reaper_lot),
-            (layout.REAPER_PERIOD, s.reaper_period_ns),
-            (layout.SPIN, s.spin_ns),
-            (layout.EVENT_FD, event_fd),
-            (layout.LOOK_FD, look_fd),
-            (layout.VIRTUAL, virtual),
-            (layout.CLOCK_GETTIME, function_address("clock_gettime")),
-            (layout.SYSCALL, function_address("syscall")),
-            (layout.WRITE, function_address("write")),
-            (layout.MALLOC, 0 if virtual else function_address("malloc")),
-            (layout.FREE, 0 if virtual else function_address("free")),
-        ):
-            t[field] = value
+        s = self.settings
+        Row(self.template).set(
+            local_table=self.regions.header.address,
+            note_stride=s.note_stride,
+            capacity=s.chunks * limits.CHUNK_SLICES,
+            chunks=s.chunks,
+            batches=s.batches,
+            peers=s.peers,
+            workers=s.workers,
+            store=s.store,
+            policy=s.policy,
+            slice_bytes=s.slice_bytes,
+            tail_bytes=s.slice_bytes // 4,
+            chain=s.chain_length,
+            poll_lot=s.poll_lot,
+            retries=s.retries,
+            cache_slices=s.cache_slices,
+            reaper_lot=s.reaper_lot,
+            reaper_period=s.reaper_period_ns,
+            spin=s.spin_ns,
+            event_fd=event_fd,
+            look_fd=look_fd,
+            one=1,
+            virtual=virtual,
+            clock_gettime=function_address("clock_gettime"),
+            syscall=function_address("syscall"),
+            write=function_address("write"),
+            malloc=0 if virtual else function_address("malloc"),
+            free=0 if virtual else function_address("free"),
+        )
 
     def poll_from(self, worker: int, queues: Sequence[CompletionQueue]) -> None:
         """Let a worker take completions from these queues."""
-        rows = aligned(len(queues) * layout.CQ_WORDS).reshape(-1, layout.CQ_WORDS)
+        rows = rows_of(CQ, len(queues))
         self.arrays.append(rows)
-        rows[:, layout.CQ_ADDRESS] = [queue.address for queue in queues]
-        rows[:, layout.CQ_CREDITS] = [queue.entries for queue in queues]
+        rows["address"] = [queue.address for queue in queues]
+        rows["credits"] = [queue.entries for queue in queues]
         row = self.worker_rows[worker]
-        row[layout.WORKER_CQS], row[layout.WORKER_CQ_COUNT] = address_of(rows), len(queues)
+        row["cqs"], row["cq_count"] = address_of(rows), len(queues)
 
     def connect(self, peer: int, table: RegionTable, queue_pairs: Sequence[Sequence[QueuePair]]) -> list[QueueRow]:
         """Enter a peer: its region table, and the queue pairs that each worker has to it; returns their rows.
@@ -470,8 +476,8 @@ class State:
         new = [(worker, peer) for worker in range(len(queue_pairs)) if (worker, peer) not in self.queues]
         for worker, _ in new:
             self._check_room(worker, len(queue_pairs[worker]))
-        table.header[layout.TABLE_PEER] = self.handle(peer)
-        put(self.peer_tables, peer, address_of(table.header))
+        table.header["peer"] = self.handle(peer)
+        put(self.peer_tables, peer, table.header.address)
         rows = []
         for worker, pairs in enumerate(queue_pairs):
             known = self.queues.get((worker, peer))
@@ -479,13 +485,13 @@ class State:
                 known = self._enter_queues(worker, peer, pairs)
             for row, pair in zip(known, pairs, strict=True):
                 row.pair = pair
-                put(row.words, layout.QUEUE_QP, pair.address)
+                row.row.put("qp", pair.address)
             rows += known
         return rows
 
     def handle(self, peer: int) -> int:
         """How submits name the peer that has a row now."""
-        return self.peer_turns[peer] << layout.PEER_BITS | peer
+        return self.peer_turns[peer] << PEER_BITS | peer
 
     def fits(self, peer: int, queue_pairs: Sequence[Sequence[QueuePair]]) -> bool:
         """Whether a peer's rows, if it has any, can lead to these queue pairs."""
@@ -506,46 +512,47 @@ class State:
         for worker in range(self.settings.workers):
             rows = self.queues.pop((worker, peer), [])
             for row in rows:
-                tag = int(row.words[layout.QUEUE_TAG])
+                tag = row.row["tag"]
                 index, incarnation = tag >> INDEX_SHIFT, (tag + INCARNATION) & (0xFFFF << 32)
-                put(self.queue_tables[worker], index, address_of(self._vacant))
+                put(self.queue_tables[worker], index, self._vacant.address)
                 self._vacancies[worker].append(index << INDEX_SHIFT | incarnation)
             kept += [rows, self._data.pop((worker, peer), None)]
         return kept
 
     def disconnect(self, peer: int) -> object:
         """`take_rows`, and whoever names the peer is refused from now on: the row may be another's by then."""
-        put(self.peer_tables, peer, address_of(self._nobody))
+        put(self.peer_tables, peer, self._nobody.address)
         self.peer_turns[peer] += 1
         return self.take_rows(peer)
 
     def _check_room(self, worker: int, n: int) -> None:
         table, vacant = self.queue_tables[worker], self._vacancies[worker]
-        used = int(self.worker_rows[worker, layout.WORKER_QUEUE_COUNT]) - len(vacant)
+        used = int(self.worker_rows[worker]["queue_count"]) - len(vacant)
         if used + n > len(table):
             raise CapacityError(f"a worker has at most {len(table)} queue pairs, and {used} are in use")
 
     def _enter_queues(self, worker: int, peer: int, pairs: Sequence[QueuePair]) -> list[QueueRow]:
-        row, table, endpoint = self.worker_rows[worker], self.queue_tables[worker], self.endpoint_rows[worker, peer]
-        vacant, count = self._vacancies[worker], int(row[layout.WORKER_QUEUE_COUNT])
+        row, table = Row(self.worker_rows, worker), self.queue_tables[worker]
+        endpoint = Row(self.endpoint_rows, worker * self.settings.peers + peer)
+        vacant, count = self._vacancies[worker], row["queue_count"]
         tags = [vacant.pop() for _ in pairs[: len(vacant)]]
         tags += [index << INDEX_SHIFT | INCARNATION for index in range(count, count + len(pairs) - len(tags))]
-        rows = [QueueRow(self, worker, tag, pair, address_of(endpoint)) for tag, pair in zip(tags, pairs, strict=True)]
+        rows = [QueueRow(self, worker, tag, pair, endpoint.address) for tag, pair in zip(tags, pairs, strict=True)]
         data = np.array([queue.address for queue in rows if not queue.pair.notes], np.int64)
         notes = [queue.address for queue in rows if queue.pair.notes]
         self._data[worker, peer], self.queues[worker, peer] = data, rows
-        endpoint[[layout.ENDPOINT_NOTES, layout.ENDPOINT_LOST]] = notes[0] if notes else data[0], 0
-        put(endpoint, layout.ENDPOINT_QUEUES, address_of(data))
-        put(endpoint, layout.ENDPOINT_COUNT, len(data))
+        endpoint.set(notes=notes[0] if notes else int(data[0]), lost=0)
+        endpoint.put("queues", address_of(data))
+        endpoint.put("count", len(data))
         for tag, queue in zip(tags, rows, strict=True):
             put(table, tag >> INDEX_SHIFT, queue.address)
-        put(row, layout.WORKER_QUEUE_COUNT, max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags)))
+        row.put("queue_count", max(count, 1 + max(tag >> INDEX_SHIFT for tag in tags)))
         return rows
 
     @property
     def open_batches(self) -> int:
         """Batches that hold a row, or did at the end."""
-        return self._left + int(np.count_nonzero(self.batch_rows[:, layout.BATCH_STATE]))
+        return self._left + int(np.count_nonzero(self.batch_rows["state"]))
 
     @property
     def memory(self) -> object:
@@ -557,21 +564,22 @@ class State:
 
         No handle names anything for whoever calls with one of `blocks`, which are all there are, or with a later one.
         """
-        for words in (self.template, *(block.words for block in blocks)):
-            words[layout.BATCHES] = 0
+        self.template["batches"] = 0
+        for block in blocks:
+            block.row["batches"] = 0
         self._left = self.open_batches
         self.batch_rows = self.batch_rows[:0].copy()
-        fields = (*range(layout.SLICE_SOURCE, layout.SLICE_OBJECT + 1), layout.BATCH_ROWS, layout.NOTES)
-        large = {int(self.template[field]) for field in fields}
+        fields = (*SLICE_DTYPES, "slice_object", "batch_rows", "notes")
+        large = {int(self.template[field][0]) for field in fields}
         self.arrays = [array for array in self.arrays if array.size and address_of(array) not in large]
         self.rings = []
 
     @property
     def free_slices(self) -> int:
         """Slots in the free list."""
-        return int(self.shared[layout.SHARED_FREE_COUNT]) * limits.CHUNK_SLICES
+        return self.shared["free_count"] * limits.CHUNK_SLICES
 
     @property
     def high_water_slices(self) -> int:
         """Most slots ever in use at once, in whole chunks."""
-        return (self.settings.chunks - int(self.shared[layout.SHARED_LOW])) * limits.CHUNK_SLICES
+        return (self.settings.chunks - self.shared["low"]) * limits.CHUNK_SLICES

@@ -6,8 +6,6 @@ pair or completion queue by its first word. Offsets were compared with the C com
 
 from enum import IntEnum
 
-import numpy as np
-
 from mooncache.kernels.atomics import call_poll_cq, call_post_send, peek
 from mooncache.kernels.jit import kernel
 
@@ -50,16 +48,6 @@ class WcStatus(IntEnum):
     RETRY_EXC_ERR = 12
     RNR_RETRY_EXC_ERR = 13
     REM_ABORT_ERR = 16
-
-
-SEND_WR = np.dtype(
-    {
-        "names": ["wr_id", "next", "sg_list", "num_sge", "opcode", "send_flags", "remote_addr", "rkey"],
-        "formats": ["<u8", "<u8", "<u8", "<i4", "<i4", "<u4", "<u8", "<u4"],
-        "offsets": [WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE, WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY],
-        "itemsize": WR_BYTES,
-    }
-)
 
 
 @kernel

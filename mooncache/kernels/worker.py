@@ -6,29 +6,15 @@ for a moment: a submitter to post a small batch at once, a waiting thread to fet
 take longer than such a transfer. Who gives the turn back with work left rings the bell.
 """
 
-from mooncache.kernels.account import account, word
-from mooncache.kernels.atomics import add, call_write, cas, fence, futex_wait, futex_wake, load, poke, store
+from mooncache.kernels.account import account
+from mooncache.kernels.atomics import call_write, fence, futex_wait, futex_wake, i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    ENDPOINT_ROWS,
-    ENDPOINT_WORDS,
-    EPOCH_QUIET,
-    PEERS,
-    SLEEPING,
-    SYSCALL,
-    WORD,
-    WORKER_BELL,
-    WORKER_BELL_FD,
-    WORKER_EPOCH,
-    WORKER_HELD,
-    WORKER_PARKED,
-    WORKER_ROWS,
-    WORKER_TURN,
-    WORKER_WORDS,
-    WRITE,
-    Kind,
-)
+from mooncache.kernels.layout import WORD, Kind
 from mooncache.kernels.pool import EVERY_THREAD
+from mooncache.kernels.records.base import acquire, compare_swap, fetch_add, release, where
+from mooncache.kernels.records.endpoint import endpoint_at
+from mooncache.kernels.records.table import table_at
+from mooncache.kernels.records.worker import EPOCH_QUIET, worker_at
 
 NS_PER_S = 1_000_000_000
 RECHECK_NS = 100_000_000  # a worker whose turn is taken looks this often even if nobody wakes it
@@ -36,71 +22,81 @@ RECHECK_NS = 100_000_000  # a worker whose turn is taken looks this often even i
 
 @kernel
 def worker_row(ctl, index):
-    """Address of a worker's row."""
-    return word(ctl, WORKER_ROWS) + index * WORKER_WORDS * WORD
+    """A worker's row."""
+    return worker_at(ctl.worker_rows, index)
 
 
 @kernel
 def endpoint_row(ctl, worker, peer):
-    """Address of the worker's endpoint to a peer."""
-    return word(ctl, ENDPOINT_ROWS) + (worker * word(ctl, PEERS) + peer) * ENDPOINT_WORDS * WORD
+    """The row of the endpoint that worker number `worker` has to a peer."""
+    return endpoint_at(ctl.endpoint_rows, worker * ctl.peers + peer)
 
 
 @kernel
-def wake_worker(ctl, row):
+def peer_table(ctl, peer):
+    """The region table of a peer."""
+    return table_at(i64(ctl.peer_tables)[peer])
+
+
+@kernel
+def write_one(ctl, descriptor):
+    """Make an eventfd readable."""
+    call_write(ctl.write, descriptor, where(ctl, "one"), WORD)
+
+
+@kernel
+def wake_worker(ctl, worker):
     """Ring the bell that the worker's thread sleeps on: a futex, or an eventfd beside its sockets."""
-    add(row + WORKER_BELL * WORD, 1)
-    if load(row + WORKER_BELL_FD * WORD) < 0:
-        futex_wake(word(ctl, SYSCALL), row + WORKER_BELL * WORD, EVERY_THREAD)
+    fetch_add(worker, "bell", 1)
+    if acquire(worker, "bell_fd") < 0:
+        futex_wake(ctl.syscall, where(worker, "bell"), EVERY_THREAD)
     else:
-        poke(ctl + SLEEPING * WORD, 1)
-        call_write(word(ctl, WRITE), load(row + WORKER_BELL_FD * WORD), ctl + SLEEPING * WORD, WORD)
+        write_one(ctl, acquire(worker, "bell_fd"))
 
 
 @kernel
-def ring_bell(ctl, row):
+def ring_bell(ctl, worker):
     """Wake the worker if it sleeps. Dekker's pattern: the caller's push, a fence, then this look at its flag."""
     fence()
-    if load(row + WORKER_PARKED * WORD) != 0:
-        wake_worker(ctl, row)
+    if acquire(worker, "parked") != 0:
+        wake_worker(ctl, worker)
         account(ctl, Kind.WAKES, 1)
 
 
 @kernel
 def sleep_on(ctl, bell, seen, ns):
     """Sleep on a futex word while it is `seen`, for at most `ns`."""
-    timespec = ctl + SLEEPING * WORD
-    poke(timespec, ns // NS_PER_S)
-    poke(timespec + WORD, ns % NS_PER_S)
-    futex_wait(word(ctl, SYSCALL), bell, seen, timespec)
+    ctl.sleep.seconds = ns // NS_PER_S
+    ctl.sleep.ns = ns % NS_PER_S
+    futex_wait(ctl.syscall, bell, seen, where(ctl, "sleep"))
 
 
 @kernel
-def try_turn(row):
+def try_turn(worker):
     """Take the worker's turn if it is free; whether that went well."""
-    return load(row + WORKER_TURN * WORD) == 0 and cas(row + WORKER_TURN * WORD, 0, 1) == 0
+    return acquire(worker, "turn") == 0 and compare_swap(worker, "turn", 0, 1) == 0
 
 
 @kernel
-def take_turn(ctl, row):
+def take_turn(ctl, worker):
     """In the worker's thread: take the turn, after whoever has it.
 
     What woke this thread may have been meant for that one, which was about to sleep: the bell is rung once more.
     """
-    while not try_turn(row):
-        store(row + WORKER_HELD * WORD, 1)
+    while not try_turn(worker):
+        release(worker, "held", 1)
         fence()
-        if load(row + WORKER_BELL_FD * WORD) >= 0:
-            wake_worker(ctl, row)
-        sleep_on(ctl, row + WORKER_TURN * WORD, 1, RECHECK_NS)
-        store(row + WORKER_HELD * WORD, 0)
+        if acquire(worker, "bell_fd") >= 0:
+            wake_worker(ctl, worker)
+        sleep_on(ctl, where(worker, "turn"), 1, RECHECK_NS)
+        release(worker, "held", 0)
 
 
 @kernel
-def end_turn(ctl, row):
+def end_turn(ctl, worker):
     """Give the turn back; from here on this thread holds nothing of the worker's. The caller looks for work left."""
-    store(row + WORKER_EPOCH * WORD, EPOCH_QUIET)
-    store(row + WORKER_TURN * WORD, 0)
+    release(worker, "epoch", EPOCH_QUIET)
+    release(worker, "turn", 0)
     fence()
-    if load(row + WORKER_HELD * WORD) != 0:
-        futex_wake(word(ctl, SYSCALL), row + WORKER_TURN * WORD, EVERY_THREAD)
+    if acquire(worker, "held") != 0:
+        futex_wake(ctl.syscall, where(worker, "turn"), EVERY_THREAD)

@@ -18,7 +18,9 @@ from mooncache import limits
 from mooncache.background import Background
 from mooncache.deadline import Deadline
 from mooncache.errors import UsageError
-from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
+from mooncache.kernels.layout import rows_of
+from mooncache.kernels.records.table import TABLE
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, Row
 
 if TYPE_CHECKING:
     from mooncache.discovery.dial import Answer
@@ -68,16 +70,14 @@ class Link(NamedTuple):
     """What a provider needs besides a peer's descriptor in order to connect.
 
     Attributes:
-        gone: address of a word that the provider sets to 1 when the connection to this peer is broken.
+        table: the header of the peer's region table, whose `gone` the provider sets to 1 when the connection is broken.
         dial: asks the peer `(purpose, body)`; over its Unix socket when a name for that is given. See `discovery.dial`.
-        table: what the word is a part of, to be held by whoever may write to it.
         caller: name of the engine that connects.
         deadline: for connecting; whatever `connect` and `start` wait for, they wait for under it.
     """
 
-    gone: int
+    table: Row
     dial: Callable[..., Answer]
-    table: np.ndarray
     caller: str = ""
     deadline: Deadline = Deadline()
 
@@ -86,7 +86,7 @@ def _nobody(*_: object, **__: object) -> Answer:
     raise UsageError("this peer lives in the same process and is not dialled")
 
 
-HERE = Link(0, _nobody, np.zeros(0, np.int64))
+HERE = Link(Row(rows_of(TABLE)), _nobody)
 """The link of peers that live in the same process."""
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from mooncache.kernels import regions
 from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import LINE, TABLE_BASES, TABLE_ENDS, TABLE_KEYS, TABLE_SLOTS, WORD, Opcode
+from mooncache.kernels.layout import LINE, WORD, Opcode
+from mooncache.kernels.records.base import missing
+from mooncache.kernels.records.table import table_at
 from mooncache.kernels.restart import CHANGED, copy_while
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
@@ -53,15 +55,15 @@ def route_of(queue, opcode, remote, length, held):
     """
     if opcode == Opcode.SEND:
         return np.int64(Route.LANE)
-    maps = load(queue + lanes.Q_MAPS * WORD)
-    if maps != 0:
+    maps = table_at(load(queue + lanes.Q_MAPS * WORD))
+    if not missing(maps):
         at = regions.find(maps, remote, word_at(queue, lanes.Q_MAP_HINT))
         if at >= 0:
             poke(queue + lanes.Q_MAP_HINT * WORD, at)
-            base, end = i64(peek(maps + TABLE_BASES * WORD))[at], i64(peek(maps + TABLE_ENDS * WORD))[at]
-            slot = i64(peek(maps + TABLE_SLOTS * WORD))[at]
+            base, end = i64(maps.bases)[at], i64(maps.ends)[at]
+            slot = i64(maps.slots)[at]
             if length <= end - remote:
-                mapped = i64(peek(maps + TABLE_KEYS * WORD))[slot] + (remote - base)
+                mapped = i64(maps.keys)[slot] + (remote - base)
                 if held:
                     return mapped
                 permitted = word_at(word_at(word_at(queue, lanes.Q_PORT), lanes.P_COPIER), C_SELF) != 0

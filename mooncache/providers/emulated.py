@@ -24,7 +24,8 @@ from mooncache import limits
 from mooncache.errors import UsageError
 from mooncache.kernels.atomics import call_clock_gettime, exchange, load, pause, peek, poke, store, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WEIGHT_ONE, WORD, Opcode, aligned
+from mooncache.kernels.layout import WORD, Opcode, aligned
+from mooncache.kernels.records.queue import WEIGHT_ONE
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, address_of, put
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,

@@ -21,7 +21,7 @@ import numpy as np
 from mooncache.kernels.account import raise_word
 from mooncache.kernels.atomics import add, call_write, fence, load, peek, poke, store, u32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import TABLE_BREAKS, TABLE_EPOCH, TABLE_GONE, WORD, Opcode
+from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.linux import (
     EAGAIN,
     EFAULT,
@@ -37,6 +37,8 @@ from mooncache.kernels.linux import (
     errno,
     is_ready,
 )
+from mooncache.kernels.records.base import fetch_add, release
+from mooncache.kernels.records.table import table_at
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
 
@@ -54,7 +56,7 @@ CALLS = 4  # system calls on one lane before the next one has its turn
 
 # Queue words of a stream's queue pair, and its ring's entries
 (
-    Q_SENT, Q_BROKEN, Q_GONE, Q_PORT, Q_LANES, Q_LANE_COUNT, Q_DIRECT, Q_COPIED, Q_CLAIMED, Q_MAPS,
+    Q_SENT, Q_BROKEN, Q_TABLE, Q_PORT, Q_LANES, Q_LANE_COUNT, Q_DIRECT, Q_COPIED, Q_CLAIMED, Q_MAPS,
     Q_MAP_HINT, Q_PID, Q_GUARDS, Q_POSTING, Q_DOUBT,
 ) = range(Q_OWN, Q_OWN + 15)  # fmt: skip
 E_ID, E_LOCAL, E_REMOTE, E_LENGTH, E_OPCODE, E_KEY, E_STATUS, E_ROUTE, ENTRY_WORDS = range(9)
@@ -209,7 +211,7 @@ def break_queue(queue, expired):
             doubtful += word_at(entry_of(queue, at), E_OPCODE) != Opcode.READ
     if doubtful > 0:
         add(queue + Q_DOUBT * WORD, doubtful)
-        add(word_at(queue, Q_GONE) + (TABLE_BREAKS - TABLE_GONE) * WORD, 1)
+        fetch_add(table_at(word_at(queue, Q_TABLE)), "breaks", 1)
     poke(queue + Q_SENT * WORD, word_at(queue, Q_HEAD))
     for at in range(word_at(queue, Q_TAIL), word_at(queue, Q_HEAD)):
         entry = entry_of(queue, at)
@@ -229,9 +231,9 @@ def waits_for_lane(entry):
 @kernel
 def end_epoch(queue):
     """What was submitted to this queue pair's peer so far is posted no more, and submitters connect anew."""
-    gone = word_at(queue, Q_GONE)
-    add(gone + (TABLE_EPOCH - TABLE_GONE) * WORD, 1)
-    store(gone, 1)
+    table = table_at(word_at(queue, Q_TABLE))
+    fetch_add(table, "epoch", 1)
+    release(table, "gone", 1)
 
 
 @kernel

@@ -10,7 +10,6 @@ again and again, to let go of what ended. Nothing is in doubt any more as soon a
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -19,8 +18,7 @@ from abc import ABC, abstractmethod
 from mooncache.background import Background
 from mooncache.deadline import Deadline
 from mooncache.errors import DiscoveryError, EngineClosed, TransportError
-from mooncache.kernels.layout import TABLE_BREAKS, TABLE_CONFIRMED, TABLE_EPOCH, TABLE_GONE, WORD
-from mooncache.kernels.publication import publish, rise
+from mooncache.kernels.publication import rise
 from mooncache.providers.base import Link
 
 log = logging.getLogger("mooncache")
@@ -34,34 +32,31 @@ PAUSE_S, PAUSE_MOST_S = 0.05, 1.0
 
 
 class Counters:
-    """A peer's words about connections that ended, beside `Link.gone`; see `layout.TABLE_EPOCH` and those behind it."""
+    """A peer's words about connections that ended; see records/table.py, `epoch` and those behind it."""
 
     def __init__(self, link: Link) -> None:
-        self._gone = link.gone
-
-    def _word(self, field: int) -> int:
-        return self._gone + (field - TABLE_GONE) * WORD
+        self._table = link.table
 
     @property
     def breaks(self) -> int:
         """How often connections ended with slices on them."""
-        return ctypes.c_int64.from_address(self._word(TABLE_BREAKS)).value
+        return self._table["breaks"]
 
     @property
     def confirmed(self) -> int:
         """Of those, how many land nothing any more."""
-        return ctypes.c_int64.from_address(self._word(TABLE_CONFIRMED)).value
+        return self._table["confirmed"]
 
     def confirm(self, seen: int) -> None:
         """The first `seen` of them land nothing any more."""
         if self.confirmed < seen:
-            publish(self._word(TABLE_CONFIRMED), seen)
+            self._table.put("confirmed", seen)
 
     def end_epoch(self, *, doubtful: bool) -> None:
         """What was submitted so far is posted no more; `doubtful`: some of it was sent and not answered."""
         if doubtful:
-            rise(self._word(TABLE_BREAKS))
-        rise(self._word(TABLE_EPOCH))
+            rise(self._table.where("breaks"))
+        rise(self._table.where("epoch"))
 
 
 class Settler(ABC):

@@ -410,7 +410,7 @@ class Shm(StreamProvider):
             put(queue.words, Q_KEYS, share.keys.address)
             put(queue.words, lanes.Q_GUARDS, share.guards.address)
             put(queue.words, lanes.Q_PID, share.pid)
-            put(queue.words, lanes.Q_MAPS, address_of(share.maps.header))
+            put(queue.words, lanes.Q_MAPS, share.maps.header.address)
         return share
 
     def _lost(self, peer: str, share: Share) -> None:
@@ -435,7 +435,7 @@ class Shm(StreamProvider):
         finally:
             for descriptor in answer.fds:
                 os.close(descriptor)
-        self._retire(self.queues_of(peer.name), address_of(share.maps.header), Retired([], former, gone, None))
+        self._retire(self.queues_of(peer.name), share.maps.header.address, Retired([], former, gone, None))
 
     def let_go(self, peer: str) -> None:
         """See `StreamProvider.let_go`."""

@@ -38,8 +38,9 @@ from mooncache.errors import (
 )
 from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import Callback, kernel
-from mooncache.kernels.layout import TABLE_GONE, TABLE_WORDS, WORD, aligned
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
+from mooncache.kernels.layout import WORD, rows_of
+from mooncache.kernels.records.table import TABLE
+from mooncache.kernels.state import CompletionQueue, QueuePair, Row, address_of, put
 from mooncache.kernels.verbs import (
     EAGAIN,
     ENOMEM,
@@ -202,7 +203,7 @@ class StreamProvider(SoftwareProvider):
         self._settlers: dict[str, StreamSettler] = {}
         self._left_unsettled = 0  # when it was closed
         self._parting: set[str] = set()  # peers that were disconnected, and not connected to since
-        self._nowhere = aligned(TABLE_WORDS)  # header of a table for queue pairs that lead to no peer
+        self._nowhere = Row(rows_of(TABLE))  # header of a table for queue pairs that lead to no peer
         self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
         self._closed = False
         self._complaints = Complaints(log)
@@ -339,7 +340,7 @@ class StreamProvider(SoftwareProvider):
         settler = self._settler_of(peer.name, link, ours)
         seen = settler.counters.breaks
         for queue in ours:
-            put(queue.words, lanes.Q_GONE, link.gone)
+            put(queue.words, lanes.Q_TABLE, link.table.address)
         broken = [(port, queue) for port, queue in zip(self.ports, ours, strict=True) if queue.broken]
         for i, (port, queue) in enumerate(broken):
             try:
@@ -398,7 +399,7 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.forget`."""
         if peer in self.peers:
             for queue in self.queues_of(peer):
-                put(queue.words, lanes.Q_GONE, address_of(self._nowhere) + TABLE_GONE * WORD)
+                put(queue.words, lanes.Q_TABLE, self._nowhere.address)
         super().forget(peer)
         settler = self._settlers.pop(peer, None)
         if settler is not None:
@@ -459,7 +460,7 @@ class StreamProvider(SoftwareProvider):
     def prepare(self, queue: Queue, worker: int) -> None:
         """See `SoftwareProvider.prepare`."""
         queue.words[lanes.Q_PORT] = self.ports[worker].address
-        queue.words[lanes.Q_GONE] = address_of(self._nowhere) + TABLE_GONE * WORD
+        queue.words[lanes.Q_TABLE] = self._nowhere.address
 
     # ------------------------------------------------------------------------------ the rest
     def _watch(self) -> None:

@@ -11,7 +11,14 @@ from mooncache.kernels import account as accounts
 from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, spread, worker
 from mooncache.kernels.atomics import i64, pause, peek, poke, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import BATCH_FIRST, BATCH_ROWS, BATCH_WORDS, CHUNK_NEXT, RING_EMPTY, WORD
+from mooncache.kernels.layout import WORD
+from mooncache.kernels.records import base as records
+from mooncache.kernels.records.batch import batch_at
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.endpoint import endpoint_at
+from mooncache.kernels.records.ring import RING_EMPTY, ring_at
+from mooncache.kernels.records.table import table_at
+from mooncache.kernels.records.worker import worker_at
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     POLL_AGAIN,
@@ -96,11 +103,11 @@ def turn_many(row, cell, n):
     """Take a worker's turn n times and add to a plain word while holding it; returns how often it was taken."""
     missed = np.int64(0)
     for _ in range(n):
-        while not worker.try_turn(row):
+        while not worker.try_turn(worker_at(row)):
             missed += 1
             pause()
         poke(cell, peek(cell) + 1)
-        atomics.store(row + worker.WORKER_TURN * WORD, 0)
+        records.release(worker_at(row), "turn", 0)
     return missed
 
 
@@ -175,7 +182,7 @@ def fill(target, byte, length):
 @kernel("int64(int64, int64, int64)", nogil=True)
 def push_many(words, first, n):
     for i in range(n):
-        ring.push(words, first + i)
+        ring.push(ring_at(words), first + i)
     return np.int64(n)
 
 
@@ -183,67 +190,68 @@ def push_many(words, first, n):
 def pop_many(words, taken):
     """Fill `taken`, waiting for entries."""
     for i in range(taken.size):
-        value = ring.pop(words)
+        value = ring.pop(ring_at(words))
         while value == RING_EMPTY:
             pause()
-            value = ring.pop(words)
+            value = ring.pop(ring_at(words))
         taken[i] = value
     return np.int64(taken.size)
 
 
 @kernel("int64(int64)")
 def pop_one(words):
-    return ring.pop(words)
+    return ring.pop(ring_at(words))
 
 
 @kernel("int64(int64)")
 def look(words):
-    return ring.first(words)
+    return ring.first(ring_at(words))
 
 
 # ------------------------------------------------------------------------------ pool, handles, batches, regions
 @kernel("int64(int64, int64, int64, int64)")
 def acquire(ctl, row, slot, slices):
-    return np.int64(pool.acquire(ctl, row, slot, slices))
+    return np.int64(pool.acquire_chunks(control_at(ctl), batch_at(row), slot, slices))
 
 
 @kernel("int64(int64, int64)")
 def release(ctl, row):
-    pool.release(ctl, row)
+    pool.release_chunks(control_at(ctl), batch_at(row))
     return np.int64(0)
 
 
 @kernel("int64(int64, int64, int64)")
 def free_slot(ctl, row, slot):
     """Free one slot, and its chunk with its last one; returns the slots of the chunk still live."""
-    left = pool.mark_free(ctl, slot)
+    left = pool.mark_free(control_at(ctl), slot)
     if left == 0:
-        pool.release_chunk(ctl, row, slot // 256)
+        pool.release_chunk(control_at(ctl), batch_at(row), slot // 256)
     return np.int64(left)
 
 
 @kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
 def churn(ctl, slot, rounds, most, owners):
     """Acquire and release chains of 1 to `most` chunks; marks what it holds, returns how often a mark was taken."""
-    row = peek(ctl + BATCH_ROWS * WORD) + slot * BATCH_WORDS * WORD
-    owner, next_ = i64(owners), i64(peek(ctl + CHUNK_NEXT * WORD))
+    ctl = control_at(ctl)
+    row = batch_at(ctl.batch_rows, slot)
+    owner, next_ = i64(owners), i64(ctl.chunk_next)
     twice, size = np.int64(0), np.int64(slot)
     for _ in range(rounds):
         size = (size * 5 + 3) % most
-        if not pool.acquire(ctl, row, slot, (size + 1) * 256):
+        if not pool.acquire_chunks(ctl, row, slot, (size + 1) * 256):
             pause()
             continue
-        chunk = peek(row + BATCH_FIRST * WORD)
+        chunk = row.first
         while chunk >= 0:
             twice += owner[chunk] != 0
             owner[chunk] = slot + 1
             chunk = next_[chunk]
-        chunk = peek(row + BATCH_FIRST * WORD)
+        chunk = row.first
         while chunk >= 0:
             twice += owner[chunk] != slot + 1
             owner[chunk] = 0
             chunk = next_[chunk]
-        pool.release(ctl, row)
+        pool.release_chunks(ctl, row)
     return twice
 
 
@@ -254,38 +262,38 @@ def handle_of(generation, slot):
 
 @kernel("int64(int64, int64)")
 def resolve(ctl, name):
-    return np.int64(handle.resolve(ctl, name))
+    return np.int64(records.address(handle.resolve(control_at(ctl), name)))
 
 
 @kernel("int64(int64)")
 def acquire_row(ctl):
-    return np.int64(batch.acquire_row(ctl))
+    return np.int64(records.address(batch.acquire_row(control_at(ctl))))
 
 
 @kernel("int64(int64, int64)")
 def move(row, event):
-    return np.int64(batch.move(row, event))
+    return np.int64(batch.move(batch_at(row), event))
 
 
 @kernel("int64(int64, int64, int64)")
 def find(table, address, hint):
-    return np.int64(regions.find(table, address, hint))
+    return np.int64(regions.find(table_at(table), address, hint))
 
 
 @kernel("int64(int64, int64, int64)")
 def account(ctl, kind, n):
-    accounts.account(ctl, kind, n)
+    accounts.account(control_at(ctl), kind, n)
     return np.int64(0)
 
 
 @kernel("int64(int64)")
 def clock(ctl):
-    return np.int64(accounts.clock(ctl))
+    return np.int64(accounts.clock(control_at(ctl)))
 
 
 @kernel("int64(int64, int64)")
 def choose(endpoint, n):
-    return np.int64(spread.choose(endpoint, n))
+    return np.int64(records.address(spread.choose(endpoint_at(endpoint), n)))
 
 
 # ------------------------------------------------------------------------------ a wire that only writes down

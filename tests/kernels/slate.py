@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.kernels.layout import Order, QueueState
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
 from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
@@ -192,9 +192,9 @@ class SlateRig(Rig):
 
     def states(self, handle: int, slices: int) -> list[int]:
         """Of the batch's first slices; they are in one chunk."""
-        first = int(self.words(handle)[layout.BATCH_FIRST]) * 256
-        return [int(s) for s in self.array(layout.SLICE_STATE)[first : first + slices]]
+        first = int(self.batch(handle)["first"]) * 256
+        return [int(s) for s in self.array("slice_state")[first : first + slices]]
 
-    def word(self, field: int, rail: int = 0) -> int:
+    def word(self, field: str, rail: int = 0) -> int:
         """A word of a queue's row."""
-        return int(self.rows[rail].words[field])
+        return self.rows[rail].row[field]

@@ -20,7 +20,7 @@ def test_virtual_work_is_counted_and_turns_the_actors_clock_by_its_price(work):
     fixed = np.arange(len(Kind), dtype=np.int64) * 7 + 1
     each = np.arange(len(Kind), dtype=np.int64)[::-1].copy() * 3
     block = Block(rig.state)
-    block.words[layout.COST_FIXED], block.words[layout.COST_EACH] = address_of(fixed), address_of(each)
+    block.row["cost_fixed"], block.row["cost_each"] = address_of(fixed), address_of(each)
     counts, spent = dict.fromkeys(Kind, 0), dict.fromkeys(Kind, 0)
     for kind, n in work:
         entries.account(block.ctl, kind, n)
@@ -28,7 +28,7 @@ def test_virtual_work_is_counted_and_turns_the_actors_clock_by_its_price(work):
         spent[kind] += int(fixed[kind] + n * each[kind])
     assert list(block.counters[: len(Kind)]) == list(counts.values())
     assert list(block.spent[: len(Kind)]) == list(spent.values())
-    assert block.words[layout.NOW] == sum(spent.values()) == entries.clock(block.ctl)
+    assert block.row["now"] == sum(spent.values()) == entries.clock(block.ctl)
 
 
 @given(WORK)
@@ -37,7 +37,7 @@ def test_real_work_is_only_counted(work):
     for kind, n in work:
         entries.account(block.ctl, kind, n)
     assert block.counters.sum() == sum(n for _, n in work)
-    assert block.words[layout.NOW] == 0
+    assert block.row["now"] == 0
     assert block.spent.sum() == 0
 
 

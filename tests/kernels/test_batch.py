@@ -3,7 +3,7 @@
 import pytest
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.kernels.batch import NEXT, REFUSED, Event
 from mooncache.kernels.layout import BatchState
 from tests.helpers import Rig, Task
@@ -15,9 +15,9 @@ from tests.oracles import BATCH_TABLE
 @pytest.mark.parametrize("event", list(Event), ids=lambda e: e.name)
 def test_every_cell_of_the_table(state, event):
     rig = Rig(bare=True)
-    rig.state.batch_rows[0, layout.BATCH_STATE] = state
+    rig.state.batch_rows[0]["state"] = state
     answer = entries.move(rig.row(0), event)
-    after = BatchState(int(rig.state.batch_rows[0, layout.BATCH_STATE]))
+    after = BatchState(int(rig.state.batch_rows[0]["state"]))
     if (state.name, event.name) in BATCH_TABLE:
         assert answer == state
         assert after.name == BATCH_TABLE[state.name, event.name]
@@ -81,7 +81,7 @@ def test_a_batch_closed_before_it_was_published_gives_everything_back():
     assert calls.close(rig.ctl, handle, True) == Status.OK
     assert rig.state.free_slices == 2048
     assert rig.publish(handle) == -Status.STALE_HANDLE
-    assert rig.state.batch_rows[:, layout.BATCH_STATE].sum() == 0
+    assert rig.state.batch_rows["state"].sum() == 0
 
 
 def test_publishing_twice_is_refused_or_harmless():
@@ -113,4 +113,4 @@ def test_stopping_closes_open_running_and_finished_batches_and_refuses_new_ones(
     rig.turn()
     assert rig.state.free_slices == 2048
     assert {calls.status(rig.ctl, h) for h in (opened, done, running)} == {Status.STALE_HANDLE}
-    assert rig.state.batch_rows[:, layout.BATCH_STATE].sum() == 0
+    assert rig.state.batch_rows["state"].sum() == 0

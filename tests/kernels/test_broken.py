@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout, submit
+from mooncache.kernels import calls, submit
 from mooncache.kernels.layout import Opcode, Order, Policy, QueueState, Slice
 from mooncache.kernels.verbs import WcStatus
 from tests.helpers import assert_at_rest, assert_free_list_whole
@@ -158,9 +158,9 @@ def test_an_order_takes_the_place_of_one_that_was_not_seen_yet():
     reach(rig, DRAINED)
     rig.order(0, RETURN)
     rig.order(0, LOSE)
-    assert rig.state.worker_rows[0, layout.WORKER_ORDERS] == 1
+    assert rig.state.worker_rows[0]["orders"] == 1
     rig.turn()
-    assert rig.state.worker_rows[0, layout.WORKER_ORDERS] == 0
+    assert rig.state.worker_rows[0]["orders"] == 0
     assert rig.failures(handle, 20) == dict.fromkeys(range(20), Status.PEER_GONE)
     rig.order(0, LOSE)
     rig.order(0, PROBE)
@@ -180,7 +180,7 @@ def test_its_owner_is_told_of_each_state_it_has_to_do_something_about():
     rig = rig_of()
     told = os.eventfd(0, os.EFD_NONBLOCK)
     try:
-        rig.state.worker_rows[0, layout.WORKER_TROUBLE_FD] = told
+        rig.state.worker_rows[0]["trouble_fd"] = told
         rig.submit(20)
         rig.turn()
         for state in (BROKEN, DRAINED, CLOSED):
@@ -198,7 +198,7 @@ def test_its_owner_is_told_of_each_state_it_has_to_do_something_about():
         assert rig.rows[0].state == READY
         assert os.eventfd_read(told) > 0
     finally:
-        rig.state.worker_rows[0, layout.WORKER_TROUBLE_FD] = -1
+        rig.state.worker_rows[0]["trouble_fd"] = -1
         os.close(told)
 
 
@@ -215,7 +215,7 @@ def test_what_came_back_is_not_posted_again_before_it_is_returned():
         rig.turn()
         assert rig.totals == before
     assert rig.rows[0].state == DRAINED
-    assert rig.word(layout.QUEUE_HEAD) > rig.word(layout.QUEUE_TAIL)  # held
+    assert rig.word("head") > rig.word("tail")  # held
     rig.order(0, RETURN)
     rig.turn()
     assert rig.totals[1] > before[1]
@@ -252,10 +252,10 @@ def test_a_batch_whose_slices_are_at_fault_uses_up_no_other_batchs_attempts(firs
     rig = rig_of({"breaks": True, "depth": 8}, chain=2, retries=1)
     handles = [rig.submit(12), rig.submit(12)]
     guilty = handles[first]
-    slots = set(range(*[int(rig.words(guilty)[layout.BATCH_FIRST]) * 256 + n for n in (0, 12)]))
+    slots = set(range(*[int(rig.batch(guilty)["first"]) * 256 + n for n in (0, 12)]))
 
     def status(posted) -> int:
-        entry = int(rig.rows[0]._entries[posted.sequence & rig.word(layout.QUEUE_MASK)])
+        entry = int(rig.rows[0]._entries[posted.sequence & rig.word("mask")])
         return int(WcStatus.REM_OP_ERR) if posted.ranges and entry & 0xFFFFFFFF in slots else OK
 
     rig.finish(*handles, fail=status)
@@ -417,7 +417,7 @@ def test_slices_that_no_queue_takes_until_the_deadline_fail_as_timed_out():
     rig.turn()
     reach(rig, CLOSED)
     assert calls.status(rig.ctl, handle) == Status.NOT_FINISHED
-    rig.worker.words[layout.NOW] = 1000
+    rig.worker.row["now"] = 1000
     rig.turn()
     assert rig.failures(handle, 20) == dict.fromkeys(range(20), Status.TIMED_OUT)
     assert_at_rest(rig.state, BIG)
@@ -503,7 +503,7 @@ def test_a_notification_that_no_queue_takes_until_the_deadline_fails_as_timed_ou
     rig.serve(0)
     rig.turn()
     assert calls.status(rig.ctl, handle) == Status.NOT_FINISHED
-    rig.worker.words[layout.NOW] = 1000
+    rig.worker.row["now"] = 1000
     rig.turn()
     assert rig.failures(handle, 4) == {3: Status.TIMED_OUT}
     assert_at_rest(rig.state, BIG)

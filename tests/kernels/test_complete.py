@@ -32,9 +32,9 @@ def assert_counted_not_applied(rig, wr_id, status=OK):
     rig.provider.inject(wr_id, status)
     rig.provider.let(1)
     # With nothing outstanding a worker does not poll; say that there is something, as a late answer would have it.
-    rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] += 1
+    rig.state.worker_rows[0]["outstanding"] += 1
     rig.turn()
-    rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] -= 1
+    rig.state.worker_rows[0]["outstanding"] -= 1
     for a, b in zip(before, everything_but_counts(rig), strict=True):
         np.testing.assert_array_equal(a, b)
     after = rig.counts
@@ -113,7 +113,7 @@ def test_a_duplicate_completion_is_counted_not_applied(rig):
     rig.provider.open_gate()
     rig.turn()
     assert calls.status(rig.ctl, handle) == Status.OK
-    assert rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] == 0
+    assert rig.state.worker_rows[0]["outstanding"] == 0
     assert rig.counts["completed"] == 5
 
 
@@ -277,8 +277,8 @@ def test_never_more_outstanding_than_the_queue_is_deep(depth):
 
 def test_states_of_slices_follow_their_life(rig):
     handle = rig.submit(3)
-    state = rig.array(layout.SLICE_STATE)
-    first = int(rig.words(handle)[layout.BATCH_FIRST]) * 256
+    state = rig.array("slice_state")
+    first = int(rig.batch(handle)["first"]) * 256
     assert list(state[first : first + 3]) == [Slice.WAITING] * 3
     rig.turn()
     assert list(state[first : first + 3]) == [Slice.POSTED] * 3

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.kernels.layout import Access, Opcode
 from mooncache.kernels.verbs import SEND_INLINE, WcStatus
 from mooncache.limits import CHUNK_SLICES, SLICES_GATHERED
@@ -134,9 +134,9 @@ def test_only_a_short_write_of_a_single_slice_is_carried_inline():
 
 def test_a_work_request_never_grows_beyond_what_nics_take():
     rig = rig_of({"gathers": 16, "message_bytes": 1 << 30}, slice_bytes=1 << 27)
-    assert rig.word(layout.QUEUE_GATHERS) == 4
+    assert rig.word("gathers") == 4
     rig = rig_of({"gathers": 16, "message_bytes": 1 << 31}, slice_bytes=1 << 30)
-    assert rig.word(layout.QUEUE_GATHERS) == 1
+    assert rig.word("gathers") == 1
 
 
 def test_a_short_post_moves_the_cursor_by_slices_not_by_work_requests():
@@ -281,7 +281,7 @@ def test_an_emulated_nic_says_nothing_of_what_asked_for_no_completion():
 
 def test_an_emulated_nic_takes_no_more_ranges_than_it_gathers():
     ends = Ends(Nic(gathers=2))
-    ends.rig.rows[0].words[layout.QUEUE_GATHERS] = 3
+    ends.rig.rows[0].row["gathers"] = 3
     ends.move(Opcode.WRITE, 20 * np.arange(6), 8 * np.arange(6), np.full(6, 8, np.int64))
     # The first of three is refused, and again, until the last work request has two.
     assert ends.rig.counts["failed"] == 4

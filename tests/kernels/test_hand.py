@@ -16,9 +16,9 @@ from tests.kernels import entries
 def rig_with(**settings: int) -> Rig:
     """A rig whose worker sleeps on descriptors, as far as a submitter can see."""
     rig = Rig(**{"slices": 8192, "batches": 32, "queue_depth": 1024, "chain": 64, **settings})
-    rig.state.worker_rows[0, layout.WORKER_EPOLL] = 0
+    rig.state.worker_rows[0]["epoll"] = 0
     for block in (rig.caller, rig.worker):
-        block.words[layout.TURN] = hand.turn_once.address
+        block.row["turn"] = hand.turn_once.address
     return rig
 
 
@@ -44,7 +44,7 @@ def test_a_small_batch_is_posted_by_its_submitter_who_polls_nothing(rig):
     assert posted(rig) == 5
     assert rig.counts["batches_taken"] == 1
     assert rig.counts["polls"] == rig.counts["completions"] == 0
-    assert rig.state.worker_rows[0, layout.WORKER_TURN] == 0
+    assert rig.state.worker_rows[0]["turn"] == 0
     rig.turn()
     assert rig.counts["completed"] == 5
 
@@ -87,20 +87,20 @@ def test_behind_others_at_the_same_endpoint_too():
 
 
 def test_while_somebody_else_is_the_worker_the_batch_goes_to_the_ring(rig):
-    rig.state.worker_rows[0, layout.WORKER_TURN] = 1
+    rig.state.worker_rows[0]["turn"] = 1
     rig.submit(1)
     assert posted(rig) == 0
-    assert rig.state.worker_rows[0, layout.WORKER_TURN] == 1
-    rig.state.worker_rows[0, layout.WORKER_TURN] = 0
+    assert rig.state.worker_rows[0]["turn"] == 1
+    rig.state.worker_rows[0]["turn"] = 0
     rig.turn()
     assert posted(rig) == 1
 
 
 def test_where_the_wire_can_push_the_batch_is_done_when_the_call_comes_back(rig):
     rig.provider.open_gate()
-    rig.rows[0].words[layout.QUEUE_PUSH] = entries.push_now.address
+    rig.rows[0].row["push"] = entries.push_now.address
     handle = rig.submit(3)
-    assert rig.words(handle)[layout.BATCH_STATE] == layout.BatchState.RECLAIMABLE
+    assert rig.batch(handle)["state"] == layout.BatchState.RECLAIMABLE
     assert rig.counts["completed"] == 3
     assert rig.counts["polls"] == 0
 
@@ -108,7 +108,7 @@ def test_where_the_wire_can_push_the_batch_is_done_when_the_call_comes_back(rig)
 def test_what_others_have_in_flight_is_not_answered_on_the_way(rig):
     rig.submit(4)
     rig.provider.open_gate()
-    rig.rows[0].words[layout.QUEUE_PUSH] = entries.push_now.address
+    rig.rows[0].row["push"] = entries.push_now.address
     rig.submit(3)
     assert posted(rig) == 7
     assert rig.counts["completed"] == 0
@@ -118,7 +118,7 @@ def test_what_others_have_in_flight_is_not_answered_on_the_way(rig):
 
 def test_a_wire_that_declines_leaves_it_to_the_worker(rig):
     rig.provider.open_gate()
-    rig.rows[0].words[layout.QUEUE_PUSH] = entries.push_nothing.address
+    rig.rows[0].row["push"] = entries.push_nothing.address
     rig.submit(3)
     assert rig.counts["completed"] == 0
     rig.turn()

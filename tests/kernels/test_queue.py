@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 from mooncache.kernels.layout import Order, QueueState, Slice
 from mooncache.kernels.verbs import EINVAL, ENOMEM, WcStatus
 from tests.helpers import assert_at_rest
@@ -21,7 +21,7 @@ BIG = 1 << 20  # completions that a slate's completion queue holds
 
 def at_sequence(rig: SlateRig, start: int) -> SlateRig:
     """Let a queue with nothing in flight go on from this sequence number."""
-    rig.rows[0].words[[layout.QUEUE_HEAD, layout.QUEUE_TAIL]] = start
+    rig.rows[0].row.set(head=start, tail=start)
     return rig
 
 
@@ -69,10 +69,10 @@ def test_a_completion_out_of_order_answers_its_own_group_only(ten):
     rig.answer(rig.posted()[7].wr_id)
     rig.turn()
     assert rig.states(handle, 10) == [POSTED] * 4 + [DONE] * 4 + [POSTED] * 2
-    assert rig.word(layout.QUEUE_TAIL) == 0
+    assert rig.word("tail") == 0
     rig.answer(rig.posted()[3].wr_id)
     rig.turn()
-    assert rig.word(layout.QUEUE_TAIL) == 8
+    assert rig.word("tail") == 8
 
 
 def test_a_failure_without_a_request_for_a_completion_answers_those_before_it_as_arrived(ten):
@@ -112,7 +112,7 @@ def test_completions_in_any_order_answer_what_the_oracle_says(signal, chain, sli
             expected[last] = int(Status.REMOTE_ACCESS)
         if calls.status(rig.ctl, handle) == Status.NOT_FINISHED:
             assert rig.states(handle, slices) == expected
-        assert rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] == expected.count(POSTED)
+        assert rig.state.worker_rows[0]["outstanding"] == expected.count(POSTED)
     assert calls.status(rig.ctl, handle) == Status.OK
     assert rig.failures(handle, slices) == dict.fromkeys(sorted(failed), Status.REMOTE_ACCESS)
     assert_at_rest(rig.state, BIG)
@@ -124,18 +124,18 @@ INDEX, INCARNATION = 1 << 48, 1 << 32
 
 def assert_stale(rig, *wr_ids):
     """These answer nothing, succeeded or failed, and say so."""
-    stale, states = rig.counts["stale"], rig.array(layout.SLICE_STATE).copy()
-    rows = [row.words.copy() for row in rig.rows]
-    rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] += 1  # so that the worker polls
+    stale, states = rig.counts["stale"], rig.array("slice_state").copy()
+    rows = [row.row.array.copy() for row in rig.rows]
+    rig.state.worker_rows[0]["outstanding"] += 1  # so that the worker polls
     for wr_id in wr_ids:
         rig.answer(wr_id)
         rig.answer(wr_id, FLUSHED)
         rig.turn()
-    rig.state.worker_rows[0, layout.WORKER_OUTSTANDING] -= 1
+    rig.state.worker_rows[0]["outstanding"] -= 1
     assert rig.counts["stale"] == stale + 2 * len(wr_ids)
-    np.testing.assert_array_equal(states, rig.array(layout.SLICE_STATE))
+    np.testing.assert_array_equal(states, rig.array("slice_state"))
     for before, row in zip(rows, rig.rows, strict=True):
-        np.testing.assert_array_equal(before, row.words)
+        np.testing.assert_array_equal(before, row.row.array)
 
 
 @pytest.mark.parametrize("by", [INDEX, -INDEX, 500 * INDEX, INCARNATION, -INCARNATION, 1 << 62, -(1 << 63)])
@@ -179,10 +179,10 @@ def test_what_was_in_flight_before_a_queue_was_connected_anew_is_stale():
 def test_incarnations_start_again_after_the_last_and_leave_the_queues_index_alone():
     rig = SlateRig({}, {"breaks": True})
     last = 1 * INDEX | 0xFFFF * INCARNATION
-    rig.rows[1].words[[layout.QUEUE_TAG, layout.QUEUE_STATE]] = last, QueueState.CLOSED
+    rig.rows[1].row.set(tag=last, state=QueueState.CLOSED)
     rig.order(1, Order.PROBE)
     rig.turn()
-    assert rig.word(layout.QUEUE_TAG, 1) == INDEX
+    assert rig.word("tag", 1) == INDEX
 
 
 # ------------------------------------------------------------------------------ credits
@@ -200,7 +200,7 @@ def test_neither_a_queue_nor_a_shared_completion_queue_is_ever_overrun(depths, e
         assert all(n <= depth for n, depth in zip(on_the_wire, depths, strict=True))
         # Whatever of it asks for none may still fail, and then each makes a completion.
         assert rig.waiting() + sum(on_the_wire) <= entries
-        assert sum(on_the_wire) <= int(rig.state.worker_rows[0, layout.WORKER_OUTSTANDING])
+        assert sum(on_the_wire) <= int(rig.state.worker_rows[0]["outstanding"])
         if calls.status(rig.ctl, handle) == Status.OK:
             break
         rig.serve(data.draw(st.integers(0, len(depths) - 1)), most=data.draw(st.integers(1, 40)))

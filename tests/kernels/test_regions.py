@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache import CapacityError, UsageError
-from mooncache.kernels.state import RegionTable, address_of
+from mooncache.kernels.state import RegionTable
 from mooncache.limits import REGIONS
 from tests.kernels import entries
 from tests.oracles import Range, region_of
@@ -32,7 +32,7 @@ def test_find_agrees_with_looking_at_every_region_whatever_the_hint(ranges, look
     table = RegionTable("test")
     known = fill(table, ranges)
     for address, hint in looks:
-        at = entries.find(address_of(table.header), address, hint)
+        at = entries.find(table.header.address, address, hint)
         expected = region_of(known, address)
         assert (at >= 0) == (expected is not None)
         if expected:
@@ -47,7 +47,7 @@ def test_a_slot_stays_with_its_range_while_others_come_and_go(ranges, data):
         gone = known.pop(data.draw(st.integers(0, len(known) - 1)))
         table.remove(gone.slot)
         assert table.ranges() == [(r.base, r.end - r.base, r.slot) for r in sorted(known)]
-        assert entries.find(address_of(table.header), gone.base, -1) == -1
+        assert entries.find(table.header.address, gone.base, -1) == -1
 
 
 def test_a_full_table_says_so_and_works_again_after_a_removal():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncache.kernels.layout import RING_EMPTY, RING_ENTRIES
+from mooncache.kernels.records.ring import RING, RING_EMPTY
 from mooncache.kernels.ring import new_ring
 from tests.helpers import in_threads
 from tests.kernels import entries
@@ -47,5 +47,5 @@ def test_a_ring_is_a_queue(steps):
 @pytest.mark.parametrize(("least", "places"), [(1, 1), (2, 2), (3, 4), (1000, 1024)])
 def test_a_ring_has_a_power_of_two_of_places(least, places):
     words = new_ring(least)
-    assert words.size - RING_ENTRIES == places
+    assert words.size - RING.itemsize // 8 == places
     assert words.ctypes.data % 64 == 0

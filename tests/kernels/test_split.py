@@ -37,12 +37,11 @@ def slices_of(rig, handle):
     columns = [
         rig.array(field)
         for field in (
-            layout.SLICE_SOURCE, layout.SLICE_TARGET, layout.SLICE_LENGTH, layout.SLICE_FIRST, layout.SLICE_LAST,
-            layout.SLICE_LOCAL, layout.SLICE_REMOTE,
+            "slice_source", "slice_target", "slice_length", "slice_first", "slice_last", "slice_local", "slice_remote",
         )
     ]  # fmt: skip
-    state, attempts = rig.array(layout.SLICE_STATE), rig.array(layout.SLICE_ATTEMPTS)
-    used, found, chunk = rig.array(layout.CHUNK_SLICES), [], int(rig.words(handle)[layout.BATCH_FIRST])
+    state, attempts = rig.array("slice_state"), rig.array("slice_attempts")
+    used, found, chunk = rig.array("chunk_slices"), [], int(rig.batch(handle)["first"])
     while chunk >= 0:
         for slot in range(chunk * CHUNK_SLICES, chunk * CHUNK_SLICES + int(used[chunk])):
             found.append(Cut(*[int(column[slot]) for column in columns]))
@@ -71,7 +70,7 @@ def check(rig, ours, theirs, requests, opcode=Opcode.WRITE):
         return None
     assert handle >= 0
     assert slices_of(rig, handle) == expected
-    assert rig.words(handle)[layout.BATCH_SLICES] == len(expected)
+    assert rig.batch(handle)["slices"] == len(expected)
     assert rig.counts["slices_filled"] == len(expected)
     assert rig.counts["requests"] == len(requests)
     return expected
@@ -292,6 +291,6 @@ def test_too_few_free_slots_refuse_the_call_and_lose_nothing():
     assert rig.state.free_slices == free
     assert rig.counts == counts
     assert calls.capacity_bell(rig.ctl) == bell, "two refused submitters would wake each other for ever"
-    assert np.count_nonzero(rig.state.batch_rows[:, layout.BATCH_STATE]) == 1
+    assert np.count_nonzero(rig.state.batch_rows["state"]) == 1
     calls.close(rig.ctl, held, True)
     assert rig.requests(HERE + np.arange(1024) * 2, THERE + np.arange(1024) * 2, 1) >= 0

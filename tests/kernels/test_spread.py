@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
-from mooncache.kernels.layout import WEIGHT_ONE, Order, QueueState
+from mooncache.kernels import calls
+from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.records.queue import WEIGHT_ONE
 from mooncache.kernels.state import address_of
 from tests.kernels import entries
 from tests.kernels.slate import SlateRig
@@ -31,12 +32,11 @@ LANES = st.lists(
 @given(LANES, st.integers(1, 64))
 def test_the_queue_of_the_least_load_by_weight_gets_the_chain(lanes, n):
     rig = SlateRig(*[{}] * len(lanes))
-    cqs = next(a for a in rig.state.arrays if a.size and address_of(a) == rig.state.worker_rows[0, layout.WORKER_CQS])
+    cqs = next(a for a in rig.state.arrays if a.size and address_of(a) == rig.state.worker_rows[0]["cqs"])
     for rail, (row, lane) in enumerate(zip(rig.rows, lanes, strict=True)):
-        row.words[layout.QUEUE_STATE] = QueueState.READY if lane.ready else QueueState.DRAINED
-        row.words[[layout.QUEUE_DEPTH, layout.QUEUE_HEAD]] = lane.depth, min(lane.in_flight, lane.depth)
-        row.words[layout.QUEUE_WEIGHT] = lane.weight
-        cqs[rail, layout.CQ_CREDITS] = lane.credits
+        row.row["state"] = QueueState.READY if lane.ready else QueueState.DRAINED
+        row.row.set(depth=lane.depth, head=min(lane.in_flight, lane.depth), weight=lane.weight)
+        cqs[rail]["credits"] = lane.credits
     endpoint = address_of(rig.state.endpoint_rows)
     rows = {row.address: rail for rail, row in enumerate(rig.rows)}
     assert rows.get(entries.choose(endpoint, n)) == chosen(lanes, n)
@@ -45,7 +45,7 @@ def test_the_queue_of_the_least_load_by_weight_gets_the_chain(lanes, n):
 @pytest.mark.parametrize("state", [s for s in QueueState if s != QueueState.READY], ids=lambda s: s.name)
 def test_a_queue_in_any_state_but_ready_gets_nothing(state):
     rig = SlateRig({}, {})
-    rig.rows[0].words[layout.QUEUE_STATE] = state
+    rig.rows[0].row["state"] = state
     rig.submit(300)
     rig.turn()
     assert rig.totals == [0, 300]

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from mooncache.kernels import layout
-from mooncache.kernels.state import Block, Settings, State
+from mooncache.kernels.state import Block, Settings, State, address_of
 from tests.helpers import LIMIT, Pair, in_threads
 from tests.kernels import entries
 
@@ -13,17 +12,17 @@ N = 100_000
 
 def test_only_one_holds_the_turn():
     state = State(Settings(slices=256, batches=1, peers=1))
-    row, cell = state.worker_rows[0].ctypes.data, np.zeros(1, np.int64)
+    row, cell = address_of(state.worker_rows), np.zeros(1, np.int64)
     in_threads(*[lambda: entries.turn_many(row, cell.ctypes.data, N)] * 2)
     assert cell[0] == 2 * N
-    assert state.worker_rows[0, layout.WORKER_TURN] == 0
+    assert state.worker_rows[0]["turn"] == 0
 
 
 def test_a_worker_knows_its_control_block():
     state = State(Settings(slices=256, batches=1, peers=1, workers=2))
     blocks = [Block(state, i) for i in range(2)]
     Block(state)  # a caller's
-    assert [block.ctl for block in blocks] == state.worker_rows[:, layout.WORKER_CTL].tolist()
+    assert [block.ctl for block in blocks] == state.worker_rows["ctl"].tolist()
 
 
 @pytest.mark.parametrize("wire", ["tcp", "shm"])
@@ -54,5 +53,5 @@ def test_a_small_batch_waited_for_wakes_no_worker():
         pair.write(0).wait(LIMIT).close()
     # The worker's own thread may have had the turn now and then: its first batch, a heartbeat.
     assert pair.here.stats().counts["wakes"] - before < 50
-    assert rows[0, layout.WORKER_HELD] == 0
+    assert rows[0]["held"] == 0
     pair.close()

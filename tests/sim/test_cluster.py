@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mooncache.errors import UsageError
-from mooncache.kernels import layout
 from mooncache.kernels.layout import Kind, Policy
 from sim.clock import Environment
 from sim.cluster import Cluster
@@ -94,10 +93,10 @@ def test_every_slice_arrives_once_and_every_batch_is_closed(pair: str, pool_slic
         )
         assert not rank.running
         assert not rank.starved
-        leaked = int(state.shared[layout.SHARED_LEAKED_COUNT]) * 256
+        leaked = int(state.shared["leaked_count"]) * 256
         in_caches = 0
         if pair == "pool/thread_cache":  # on the heap the cache holds objects, not slots
-            in_caches = sum(int(block.words[layout.CACHE_COUNT]) for block in rank.engine.callers)
+            in_caches = sum(int(block.row["cache_count"]) for block in rank.engine.callers)
         assert state.free_slices + leaked + in_caches == pool_slices
     assert sum(rank.closes for rank in ranks_of(cluster)) == 6 * 3 * 2
     assert total[Kind.SLICES_FILLED] == total[Kind.COMPLETED] == cluster.workload.total_slices == 6 * 3 * 2 * 700

@@ -111,14 +111,14 @@ def in_simulation(pair: str, batches: Sequence[Requests], nics: Sequence[Nic] = 
     """In virtual time, one batch after the other; the reaper and epochs get their turn after each."""
     engine = virtual_engine(pair, nics)
     (caller,) = engine.callers
-    engine.worker.words[layout.HORIZON] = (1 << 62) - 1
+    engine.worker.row["horizon"] = (1 << 62) - 1
     for source, target, length in batches:
         operands = (source + BASE, target + BASE, length)
         handle = int(submit.prepare(caller.ctl, PEER, Opcode.WRITE.value, 0, *operands))
         assert handle > 0
         assert submit.publish(caller.ctl, handle) == Status.OK
         assert pump(engine.worker.ctl) == Pump.FINISHED
-        assert engine.row(handle)[layout.BATCH_REMAINING] == 0
+        assert engine.row(handle)["remaining"] == 0
         assert calls.close(caller.ctl, handle, False) == Status.OK
         assert pump(engine.worker.ctl) == Pump.IDLE
         while reap(engine.reaper.ctl) > 0:

@@ -12,7 +12,6 @@ import pytest
 from mooncache import CapacityError, Engine, MooncacheError, Status, TransferFailed, UsageError, limits
 from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Request
-from mooncache.kernels import layout
 from mooncache.kernels.state import State
 from mooncache.peer import Peer
 from mooncache.providers import connections, shm
@@ -205,11 +204,11 @@ def test_peers_that_are_gone_make_room_for_others(engines, provider):
     for _ in range(4):
         once()
     before = there.usage()
-    rows = here._state.worker_rows[:, layout.WORKER_QUEUE_COUNT].copy()
+    rows = here._state.worker_rows["queue_count"].copy()
     for _ in range(30):
         once()
     until(lambda: there.usage().descriptors <= before.descriptors, "descriptors, given back")
-    assert (here._state.worker_rows[:, layout.WORKER_QUEUE_COUNT] == rows).all()
+    assert (here._state.worker_rows["queue_count"] == rows).all()
     assert len(here._peers) <= 2
     here.close()
 

@@ -44,7 +44,7 @@ def test_a_helper_takes_no_entry_under_the_number_of_an_older_one(provider):
     there = np.zeros(64, np.uint8)
     table = RegionTable("mapped memory")
     table.add(there.ctypes.data, 64, (there.ctypes.data,), 0)
-    queue.words[[lanes.Q_MAPS, lanes.Q_BROKEN]] = address_of(table.header), 0
+    queue.words[[lanes.Q_MAPS, lanes.Q_BROKEN]] = table.header.address, 0
     queue.words[[Q_HEAD, Q_TAIL, lanes.Q_SENT]] = 100  # answered and reported; nobody had a reason to look at claims
     queue.words[lanes.Q_CLAIMED] = 36
     post(queue, 10, there.ctypes.data)

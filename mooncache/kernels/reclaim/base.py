@@ -11,54 +11,41 @@ policy, slices that failed stay until then, because the caller may still ask whi
 """
 
 from mooncache.kernels import heap
-from mooncache.kernels.account import account, clock, raise_word, word
-from mooncache.kernels.atomics import i16, i64, peek
+from mooncache.kernels.account import account, clock
+from mooncache.kernels.atomics import i16, i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_FIRST,
-    BATCH_SLICES,
-    CHUNK_LIVE,
-    CHUNK_NEXT,
-    CHUNK_SLICES,
-    SLICE_STATE,
-    STORE,
-    TIME_FREEING,
-    WORD,
-    Kind,
-    Slice,
-    Store,
-)
-from mooncache.kernels.pool import mark_free, release, release_chunk
+from mooncache.kernels.layout import Kind, Slice, Store
+from mooncache.kernels.pool import mark_free, release_chunk, release_chunks
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
 
 @kernel
-def free_slot(ctl, row, slot):
+def free_slot(ctl, batch, slot):
     """Free one slice, and its chunk when that was the last one. The caller accounts."""
-    if word(ctl, STORE) == Store.HEAP:
+    if ctl.store == Store.HEAP:
         heap.free_object(ctl, slot)
     if mark_free(ctl, slot) == 0:
-        release_chunk(ctl, row, slot // SLOTS)
+        release_chunk(ctl, batch, slot // SLOTS)
 
 
 @kernel
 def account_freed(ctl, n):
     """Account for `n` slices freed one by one."""
     account(ctl, Kind.SLICES_FREED, n)
-    if word(ctl, STORE) == Store.HEAP:
+    if ctl.store == Store.HEAP:
         account(ctl, Kind.HEAP_FREED, n)
 
 
 @kernel
-def free_chunk(ctl, row, chunk):
+def free_chunk(ctl, batch, chunk):
     """Free what is live of the slices in one chunk, one by one, and the chunk; returns how many slices."""
-    state = i16(word(ctl, SLICE_STATE))
-    live = i64(word(ctl, CHUNK_LIVE))[chunk]
+    state = i16(ctl.slice_state)
+    live = i64(ctl.chunk_live)[chunk]
     account_freed(ctl, live)
     left = live
-    for slot in range(chunk * SLOTS, chunk * SLOTS + i64(word(ctl, CHUNK_SLICES))[chunk]):
+    for slot in range(chunk * SLOTS, chunk * SLOTS + i64(ctl.chunk_slices)[chunk]):
         if state[slot] != Slice.FREE:
-            free_slot(ctl, row, slot)
+            free_slot(ctl, batch, slot)
             left -= 1
             if left == 0:  # the chunk is free: from here on its slots may be another batch's
                 break
@@ -66,31 +53,31 @@ def free_chunk(ctl, row, chunk):
 
 
 @kernel
-def free_each(ctl, row):
+def free_each(ctl, batch):
     """Free every slice of the batch that is still live, one by one."""
-    chunk = peek(row + BATCH_FIRST * WORD)
+    chunk = batch.first
     while chunk >= 0:
-        after = i64(word(ctl, CHUNK_NEXT))[chunk]
-        free_chunk(ctl, row, chunk)
+        after = i64(ctl.chunk_next)[chunk]
+        free_chunk(ctl, batch, chunk)
         chunk = after
 
 
 @kernel
-def free_whole(ctl, row):
+def free_whole(ctl, batch):
     """Free the batch's chain with one compare-and-swap; heap objects, which malloc knows singly, one by one."""
-    account(ctl, Kind.SLICES_DROPPED, peek(row + BATCH_SLICES * WORD))
-    if word(ctl, STORE) == Store.HEAP:
-        next_, used = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_SLICES))
-        chunk = peek(row + BATCH_FIRST * WORD)
+    account(ctl, Kind.SLICES_DROPPED, batch.slices)
+    if ctl.store == Store.HEAP:
+        next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
+        chunk = batch.first
         while chunk >= 0:
             account(ctl, Kind.HEAP_FREED, used[chunk])
             for slot in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
                 heap.free_object(ctl, slot)
             chunk = next_[chunk]
-    release(ctl, row)
+    release_chunks(ctl, batch)
 
 
 @kernel
 def charge_freeing(ctl, since):
     """Add the time since `since` to the actor's time spent on freeing."""
-    raise_word(ctl + TIME_FREEING * WORD, clock(ctl) - since)
+    ctl.time_freeing += clock(ctl) - since

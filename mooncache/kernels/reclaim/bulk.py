@@ -5,6 +5,6 @@ from mooncache.kernels.reclaim.base import free_whole
 
 
 @kernel
-def on_close(ctl, row):
-    """One generation bump a chunk, one compare-and-swap for all."""
-    free_whole(ctl, row)
+def on_close(ctl, batch):
+    """One compare-and-swap for all."""
+    free_whole(ctl, batch)

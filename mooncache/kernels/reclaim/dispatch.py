@@ -1,88 +1,79 @@
 """Which policy's code runs at each of the three moments."""
 
-from mooncache.kernels.account import account, clock, word
-from mooncache.kernels.atomics import add, fence, futex_wake, load, poke
+from mooncache.kernels.account import account, clock
+from mooncache.kernels.atomics import fence, futex_wake
 from mooncache.kernels.batch import release_row, slot_of
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_RETIRED_AT,
-    POLICY,
-    RETIRED_RING,
-    SHARED,
-    SHARED_EPOCH,
-    SHARED_REAPER_BELL,
-    SHARED_REAPER_PARKED,
-    SYSCALL,
-    WORD,
-    WORKER_ROWS,
-    Kind,
-    Policy,
-)
+from mooncache.kernels.layout import Kind, Policy
 from mooncache.kernels.reclaim import bulk, deferred, epoch, inline, leak, on_close, thread_cache
 from mooncache.kernels.reclaim.base import charge_freeing
+from mooncache.kernels.records.base import acquire, fetch_add, where
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.ring import ring_at
+from mooncache.kernels.records.shared import shared_at
 from mooncache.kernels.ring import push
-from mooncache.kernels.worker import ring_bell
+from mooncache.kernels.worker import ring_bell, worker_row
 
 
 @kernel
 def wake_reaper(ctl):
     """Wake the reaper, if it sleeps."""
-    shared = word(ctl, SHARED)
+    shared = shared_at(ctl.shared)
     fence()
-    if load(shared + SHARED_REAPER_PARKED * WORD) != 0:
-        add(shared + SHARED_REAPER_BELL * WORD, 1)
-        futex_wake(word(ctl, SYSCALL), shared + SHARED_REAPER_BELL * WORD, 1)
+    if acquire(shared, "reaper_parked") != 0:
+        fetch_add(shared, "reaper_bell", 1)
+        futex_wake(ctl.syscall, where(shared, "reaper_bell"), 1)
         account(ctl, Kind.WAKES, 1)
 
 
 @kernel
-def hand_over(ctl, row):
+def hand_over(ctl, batch):
     """Leave a draining batch to the reaper (deferred) or to the workers' idle moments (epoch)."""
-    shared, worker = word(ctl, SHARED), word(ctl, WORKER_ROWS)
+    shared, worker = shared_at(ctl.shared), worker_row(ctl, 0)
     account(ctl, Kind.RETIRED, 1)
-    poke(row + BATCH_RETIRED_AT * WORD, add(shared + SHARED_EPOCH * WORD, 1))
-    push(word(ctl, RETIRED_RING), slot_of(ctl, row))
-    if word(ctl, POLICY) == Policy.DEFERRED:
+    batch.retired_at = fetch_add(shared, "epoch", 1)
+    push(ring_at(ctl.retired_ring), slot_of(ctl, batch))
+    if ctl.policy == Policy.DEFERRED:
         wake_reaper(ctl)
     else:
         ring_bell(ctl, worker)
 
 
 @kernel
-def retire(ctl, row):
+def retire(ctl, batch):
     """The batch is draining and all its slices are answered: let the policy free it, now or later."""
-    policy = word(ctl, POLICY)
+    policy = ctl.policy
     if policy == Policy.DEFERRED or policy == Policy.EPOCH:
-        hand_over(ctl, row)
+        hand_over(ctl, batch)
         return
     since = clock(ctl)
     if policy == Policy.BULK:
-        bulk.on_close(ctl, row)
+        bulk.on_close(ctl, batch)
     elif policy == Policy.THREAD_CACHE:
-        thread_cache.on_close(ctl, row)
+        thread_cache.on_close(ctl, batch)
     elif policy == Policy.ON_CLOSE:
-        on_close.on_close(ctl, row)
+        on_close.on_close(ctl, batch)
     elif policy == Policy.INLINE:
-        inline.on_close(ctl, row)
+        inline.on_close(ctl, batch)
     else:
-        leak.on_close(ctl, row)
+        leak.on_close(ctl, batch)
     charge_freeing(ctl, since)
-    release_row(ctl, row)
+    release_row(ctl, batch)
 
 
 @kernel
-def on_complete(ctl, row, slot, n):
+def on_complete(ctl, batch, slot, n):
     """In the worker: `n` slices of the batch, from `slot` on, have just completed."""
-    if word(ctl, POLICY) == Policy.INLINE:
+    if ctl.policy == Policy.INLINE:
         since = clock(ctl)
-        inline.on_complete(ctl, row, slot, n)
+        inline.on_complete(ctl, batch, slot, n)
         charge_freeing(ctl, since)
 
 
 @kernel
 def on_idle(ctl):
     """In the worker: nothing else to do. Returns whether there was something to free."""
-    if word(ctl, POLICY) != Policy.EPOCH:
+    if ctl.policy != Policy.EPOCH:
         return False
     since = clock(ctl)
     freed = epoch.on_idle(ctl)
@@ -103,4 +94,5 @@ def reap_lot(ctl):
 @kernel("int64(int64)")
 def reap(ctl):
     """What `reap_lot` does, for a reaper that is turned from outside (the simulation)."""
+    ctl = control_at(ctl)
     return reap_lot(ctl)

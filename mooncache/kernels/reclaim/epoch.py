@@ -6,27 +6,17 @@ the epoch it sees; a batch is free when every worker has announced a later one o
 Source: Fraser, Practical Lock-Freedom, 2004, section 5.2.3.
 """
 
-from mooncache.kernels.account import word
-from mooncache.kernels.atomics import exchange, fence, load, peek, store
+from mooncache.kernels.atomics import fence
 from mooncache.kernels.batch import release_row
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_RETIRED_AT,
-    EPOCH_QUIET,
-    RETIRED_RING,
-    RING_EMPTY,
-    SHARED,
-    SHARED_EPOCH,
-    SHARED_RETIRED_LOCK,
-    WORD,
-    WORKER_EPOCH,
-    WORKER_ROWS,
-    WORKER_WORDS,
-    WORKERS,
-)
 from mooncache.kernels.reclaim.base import free_whole
+from mooncache.kernels.records.base import acquire, release, swap
+from mooncache.kernels.records.ring import RING_EMPTY, ring_at
+from mooncache.kernels.records.shared import shared_at
+from mooncache.kernels.records.worker import EPOCH_QUIET
 from mooncache.kernels.ring import first, pop
+from mooncache.kernels.worker import worker_row
 
 
 @kernel
@@ -35,8 +25,8 @@ def announce_epoch(ctl, worker):
 
     The fence after a rest: whoever still sees it at rest has withdrawn what this round will no longer find.
     """
-    rested = peek(worker + WORKER_EPOCH * WORD) == EPOCH_QUIET
-    store(worker + WORKER_EPOCH * WORD, load(word(ctl, SHARED) + SHARED_EPOCH * WORD))
+    rested = worker.epoch == EPOCH_QUIET
+    release(worker, "epoch", acquire(shared_at(ctl.shared), "epoch"))
     if rested:
         fence()
 
@@ -45,25 +35,25 @@ def announce_epoch(ctl, worker):
 def oldest_epoch(ctl):
     """The earliest epoch that any worker's round may still be in."""
     oldest = EPOCH_QUIET
-    for i in range(word(ctl, WORKERS)):
-        oldest = min(oldest, load(word(ctl, WORKER_ROWS) + (i * WORKER_WORDS + WORKER_EPOCH) * WORD))
+    for i in range(ctl.workers):
+        oldest = min(oldest, acquire(worker_row(ctl, i), "epoch"))
     return oldest
 
 
 @kernel
 def on_idle(ctl):
     """Free every retired batch that no worker can hold. Returns how many; 0 when another worker is at it."""
-    lock, ring, freed = word(ctl, SHARED) + SHARED_RETIRED_LOCK * WORD, word(ctl, RETIRED_RING), 0
-    if first(ring) == RING_EMPTY or exchange(lock, 1) != 0:
+    shared, ring, freed = shared_at(ctl.shared), ring_at(ctl.retired_ring), 0
+    if first(ring) == RING_EMPTY or swap(shared, "retired_lock", 1) != 0:
         return freed
     oldest = oldest_epoch(ctl)
     while True:
         slot = first(ring)
-        if slot == RING_EMPTY or peek(batch_row(ctl, slot) + BATCH_RETIRED_AT * WORD) >= oldest:
+        if slot == RING_EMPTY or batch_row(ctl, slot).retired_at >= oldest:
             break
         pop(ring)
         free_whole(ctl, batch_row(ctl, slot))
         release_row(ctl, batch_row(ctl, slot))
         freed += 1
-    store(lock, 0)
+    release(shared, "retired_lock", 0)
     return freed

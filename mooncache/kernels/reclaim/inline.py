@@ -5,14 +5,14 @@ from mooncache.kernels.reclaim.base import account_freed, free_each, free_slot
 
 
 @kernel
-def on_complete(ctl, row, slot, n):
+def on_complete(ctl, batch, slot, n):
     """Free the slices that have just completed. The NIC's next completions wait meanwhile."""
     account_freed(ctl, n)
     for i in range(slot, slot + n):
-        free_slot(ctl, row, i)
+        free_slot(ctl, batch, i)
 
 
 @kernel
-def on_close(ctl, row):
+def on_close(ctl, batch):
     """Only what failed is left, and was kept so that the caller could ask."""
-    free_each(ctl, row)
+    free_each(ctl, batch)

@@ -1,43 +1,32 @@
 """Never free anything. The upstream engine of February to April 2025: fast, then out of memory. A baseline only."""
 
-from mooncache.kernels.account import account, word
-from mooncache.kernels.atomics import add, exchange, i64, load, peek, poke
+from mooncache.kernels.account import account
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import (
-    BATCH_CHUNKS,
-    BATCH_FIRST,
-    BATCH_LAST,
-    BATCH_SLICES,
-    CHUNK_GENERATION,
-    CHUNK_NEXT,
-    SHARED,
-    SHARED_FREE_CHUNKS,
-    SHARED_FREE_COUNT,
-    SHARED_LEAKED_CHUNKS,
-    SHARED_LEAKED_COUNT,
-    WORD,
-    Kind,
-)
+from mooncache.kernels.layout import Kind
 from mooncache.kernels.pool import INDEX_MASK, push_chain
+from mooncache.kernels.records.base import acquire, fetch_add, swap, where
+from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.shared import shared_at
 
 
 @kernel
-def on_close(ctl, row):
+def on_close(ctl, batch):
     """Forget the chain: it leaves circulation and is counted."""
-    if peek(row + BATCH_FIRST * WORD) < 0:
+    if batch.first < 0:
         return
-    shared = word(ctl, SHARED)
-    account(ctl, Kind.SLICES_LEAKED, peek(row + BATCH_SLICES * WORD))
-    add(shared + SHARED_LEAKED_COUNT * WORD, peek(row + BATCH_CHUNKS * WORD))
+    shared = shared_at(ctl.shared)
+    account(ctl, Kind.SLICES_LEAKED, batch.slices)
+    fetch_add(shared, "leaked_count", batch.chunks)
     push_chain(
-        shared + SHARED_LEAKED_CHUNKS * WORD,
-        word(ctl, CHUNK_NEXT),
-        peek(row + BATCH_FIRST * WORD),
-        peek(row + BATCH_LAST * WORD),
+        where(shared, "leaked_chunks"),
+        ctl.chunk_next,
+        batch.first,
+        batch.last,
     )
-    poke(row + BATCH_FIRST * WORD, -1)
-    poke(row + BATCH_LAST * WORD, -1)
-    poke(row + BATCH_CHUNKS * WORD, 0)
+    batch.first = -1
+    batch.last = -1
+    batch.chunks = 0
 
 
 @kernel("int64(int64)")
@@ -46,19 +35,16 @@ def restart(ctl):
 
     The simulation calls it when a leaking engine has run out, so that the baseline can be as long as the run.
     """
-    shared = word(ctl, SHARED)
-    first = (exchange(shared + SHARED_LEAKED_CHUNKS * WORD, 0) & INDEX_MASK) - 1
+    ctl = control_at(ctl)
+    shared = shared_at(ctl.shared)
+    first = (swap(shared, "leaked_chunks", 0) & INDEX_MASK) - 1
     if first < 0:
         return 0
-    next_, generation = i64(word(ctl, CHUNK_NEXT)), i64(word(ctl, CHUNK_GENERATION))
-    last = first
-    while True:
-        generation[last] += 1
-        if next_[last] < 0:
-            break
+    next_, last = i64(ctl.chunk_next), first
+    while next_[last] >= 0:
         last = next_[last]
-    count = load(shared + SHARED_LEAKED_COUNT * WORD)
-    add(shared + SHARED_LEAKED_COUNT * WORD, -count)
-    push_chain(shared + SHARED_FREE_CHUNKS * WORD, word(ctl, CHUNK_NEXT), first, last)
-    add(shared + SHARED_FREE_COUNT * WORD, count)
+    count = acquire(shared, "leaked_count")
+    fetch_add(shared, "leaked_count", -count)
+    push_chain(where(shared, "free_chunks"), ctl.chunk_next, first, last)
+    fetch_add(shared, "free_count", count)
     return count

@@ -5,6 +5,6 @@ from mooncache.kernels.reclaim.base import free_each
 
 
 @kernel
-def on_close(ctl, row):
+def on_close(ctl, batch):
     """Free the batch's slices one by one."""
-    free_each(ctl, row)
+    free_each(ctl, batch)

@@ -201,7 +201,7 @@ class Outgoing:
             Rail(lane.verbs.address, self._plans[lane.plan].path.local, *mailbox)
             for lane, mailbox in zip(self._note_lanes, mailboxes, strict=True)
         ]
-        self._record.open(rails, self.link.gone, most)
+        self._record.open(rails, self.link.table.where("gone"), most)
         for queue in self._notes:
             queue.lead_to(self._record)
         for index, lane in enumerate(self._note_lanes):
@@ -450,7 +450,7 @@ class Outgoing:
             log.warning("connection to peer %r ended: %s", self.peer, why)
             self._lost = sum(row.outstanding for row in self._rows)
             self.settler.counters.end_epoch(doubtful=self._lost > 0)
-            self._provider.set_gone(self.link.gone)
+            self.link.table.put("gone", 1)
             for row in self._rows:
                 self._order(row, Order.LOSE)
             for lane in [*self._lanes, *self._note_lanes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mooncache.errors import TransportError
-from mooncache.kernels.layout import WEIGHT_ONE
+from mooncache.kernels.records.queue import WEIGHT_ONE
 from mooncache.providers.rdma.gids import common, is_ipv4, text_of
 
 NODES = "/sys/devices/system/node"

@@ -26,7 +26,6 @@ from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
 from mooncache.kernels import calls
 from mooncache.kernels.layout import Access, Order
-from mooncache.kernels.publication import publish
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 from mooncache.providers.base import Descriptor, Keys, Link, Provider
 from mooncache.providers.rdma import gpu
@@ -346,11 +345,6 @@ class Rdma(Provider):
     def wire(self, peer: str) -> str:
         """See `Provider.wire`."""
         return self._outgoing[peer].wire() if peer in self._outgoing else self.name
-
-    @staticmethod
-    def set_gone(word: int) -> None:
-        """Tell the engine that a peer is gone."""
-        publish(word, 1)
 
     # -------------------------------------------------------------------------- the keeper
     def _keep(self) -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mooncache.errors import TransportError
-from mooncache.kernels.layout import WEIGHT_ONE
+from mooncache.kernels.records.queue import WEIGHT_ONE
 from mooncache.providers.rdma.gids import common, parse, text_of
 from mooncache.providers.rdma.paths import NEAR, End, PathOf, distance, pair, weights
 
