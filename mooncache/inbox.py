@@ -17,7 +17,8 @@ from mooncache import forks
 from mooncache.errors import EngineClosed, EngineInherited, UsageError, came
 from mooncache.kernels import inbox as kernels
 from mooncache.kernels.layout import WORD, aligned
-from mooncache.kernels.state import Settings, address_of, function_address
+from mooncache.kernels.records.inbox import COUNTS_BYTES, INBOX
+from mooncache.kernels.state import Row, Settings, address_of, function_address
 from mooncache.limits import NOTE_BYTES, NOTE_BYTES_MOST, SENDER_BYTES
 from mooncache.operands import deadline_ns
 
@@ -71,11 +72,16 @@ class Inbox:
 
     def __init__(self, settings: Settings) -> None:
         notes, self._longest = settings.notes, SENDER_BYTES + settings.note_stride
-        self.words = aligned(kernels.I_ENTRIES + notes * (kernels.N_BYTES + self._longest // WORD), sparse=True)
-        self.words[[kernels.I_NOTES, kernels.I_BYTES]] = notes, settings.note_stride
+        entries = notes * (kernels.ENTRY_BYTES + settings.note_stride)
+        self.words = aligned((INBOX.itemsize + COUNTS_BYTES + entries) // WORD, sparse=True)
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.words[kernels.I_EVENT_FD] = self._event_fd
-        self.words[[kernels.I_WRITE, kernels.I_READ]] = function_address("write"), function_address("read")
+        Row(kernels.header(self.words)).set(
+            notes=notes,
+            bytes=settings.note_stride,
+            event_fd=self._event_fd,
+            write=function_address("write"),
+            read=function_address("read"),
+        )
         self._left: list[Notification] = []  # what had not been fetched when the words were let go
         self._lock = threading.Lock()
         self._closed = self._inherited = False

@@ -24,7 +24,7 @@ from mooncache import forks, limits
 from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
 from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
-from mooncache.kernels.inbox import I_BYTES, sender
+from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import MAP_NORESERVE, WORD, aligned
 from mooncache.kernels.linux import (
@@ -237,7 +237,7 @@ class Port:
         self.words, self.address = words, address_of(words)
         self.rows = aligned(limits.LANES * LANE_WORDS).reshape(limits.LANES, LANE_WORDS)
         self.lanes: list[Lane] = []
-        self._note_bytes = int(inbox[I_BYTES])
+        self._note_bytes = int(header(inbox)["bytes"][0])
         self.nudge = -1
         self.epoll = select.epoll()
         forks.private(self)

@@ -6,10 +6,11 @@ An incoming lane checks each range of a request and lays out its answer; an outg
 import numpy as np
 
 from mooncache.kernels.atomics import copy, i8, peek, poke, store
-from mooncache.kernels.inbox import I_BYTES, deliver
+from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLIN, discard, recv, recvmsg
+from mooncache.kernels.records.inbox import inbox_at
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.frames import (
     DISCARD,
@@ -113,7 +114,7 @@ def open_request(lane):
         return
     kind, count = peek(frame + H_KIND) - MAGIC, peek(frame + H_COUNT)
     if kind == Frame.NOTE:
-        takes = peek(frame + H_BYTES) <= peek(word_at(word_at(lane, L_PORT), P_INBOX) + I_BYTES * WORD)
+        takes = peek(frame + H_BYTES) <= inbox_at(word_at(word_at(lane, L_PORT), P_INBOX)).bytes
         set_range(iov, 0, word_at(lane, L_IN_NOTE) if takes else np.int64(DISCARD), peek(frame + H_BYTES))
         begin_in(lane, 1)
         return

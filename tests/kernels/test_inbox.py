@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from mooncache.inbox import Inbox, unpack
 from mooncache.kernels import inbox as kernels
+from mooncache.kernels.records.inbox import INBOX
+from mooncache.kernels.records.inbox import SENDERS as COUNTS
 from mooncache.kernels.state import Settings, address_of
 from mooncache.limits import SENDER_BYTES
 from tests.helpers import in_threads, until
@@ -20,7 +22,7 @@ INBOX_NOTES, NOTE_BYTES = SETTINGS.notes, SETTINGS.note_stride
 
 SENDERS = [kernels.sender(name) for name in ("a", "ü" * 255, "c" * 2000)]
 for number, words in enumerate(SENDERS):
-    words[kernels.S_COUNT] = number  # by their hashes they could share one
+    words[0] = number  # its count: by their hashes they could share one
 A, B = map(address_of, SENDERS[:2])
 
 
@@ -40,8 +42,12 @@ def fetch_entry(inbox: Inbox) -> bytes | None:
     return None if length == kernels.EMPTY else buffer[:length].tobytes()
 
 
+def field(inbox: Inbox, name: str) -> int:
+    return int(kernels.header(inbox.words)[name][0])
+
+
 def waiting(inbox: Inbox) -> int:
-    return int(inbox.words[kernels.I_HEAD] - inbox.words[kernels.I_TAIL])
+    return field(inbox, "head") - field(inbox, "tail")
 
 
 def readable(inbox: Inbox) -> bool:
@@ -110,7 +116,7 @@ def test_a_sender_has_room_as_long_as_it_has_less_than_is_free():
     assert free > 0
     while fetch(inbox) is not None:
         pass
-    assert not inbox.words[kernels.I_COUNTS : kernels.I_ENTRIES].any()
+    assert not inbox.words[INBOX.itemsize // 8 :][:COUNTS].any()
     inbox.close()
 
 
@@ -120,10 +126,10 @@ def test_a_sender_without_room_gets_in_when_one_of_its_notes_is_fetched():
         assert entries.deliver_many(address_of(inbox.words), A, note.ctypes.data, 8, 1) == 0
     assert entries.try_deliver(address_of(inbox.words), B, note.ctypes.data, 8)
     assert not entries.try_deliver(address_of(inbox.words), A, note.ctypes.data, 8)
-    head = int(inbox.words[kernels.I_HEAD])
+    head = field(inbox, "head")
 
     def room() -> None:
-        until(lambda: int(inbox.words[kernels.I_HEAD]) == head, "nothing put in")
+        until(lambda: field(inbox, "head") == head, "nothing put in")
         assert fetch(inbox) is not None
 
     full, _ = in_threads(lambda: entries.deliver_many(address_of(inbox.words), A, note.ctypes.data, 8, 1), room)
@@ -144,5 +150,5 @@ def test_an_entry_says_who_sent_it():
 def test_a_shut_inbox_takes_nothing():
     inbox = Inbox(SETTINGS)
     inbox.close()
-    assert inbox.words[kernels.I_CLOSED] == 1
+    assert field(inbox, "closed") == 1
     assert fetch(inbox) is None

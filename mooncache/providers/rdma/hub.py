@@ -11,7 +11,7 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
-from mooncache.kernels.inbox import I_BYTES, sender
+from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.layout import WORD, Access, aligned
 from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
@@ -147,7 +147,7 @@ class NoteHub:
 
     def __init__(self, nics: Sequence[Nic], workers: int, inbox: np.ndarray) -> None:
         self.nics, self.rails = nics, len(nics)
-        self.note_bytes = int(inbox[I_BYTES])  # of the longest notification as it travels
+        self.note_bytes = int(header(inbox)["bytes"][0])  # of the longest notification as it travels
         self.record_bytes = 64 + self.rails * (WORD + self.note_bytes)
         self.memory = np.zeros((RECORDS, self.record_bytes), np.uint8)
         self.records = aligned(RECORDS * notes.RECORD_WORDS).reshape(RECORDS, notes.RECORD_WORDS)
