@@ -37,7 +37,7 @@ from mooncache.errors import (
 )
 from mooncache.inbox import Inbox, pack
 from mooncache.kernels import calls, hand, jit, look, publication, pump, submit
-from mooncache.kernels.layout import Opcode, Policy
+from mooncache.kernels.enums import Opcode, Policy
 from mooncache.kernels.reclaim import thread_cache
 from mooncache.kernels.state import Block, State
 from mooncache.limits import CHUNK_SLICES

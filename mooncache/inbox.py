@@ -16,9 +16,9 @@ import numpy as np
 from mooncache import forks
 from mooncache.errors import EngineClosed, EngineInherited, UsageError, came
 from mooncache.kernels import inbox as kernels
-from mooncache.kernels.layout import WORD, aligned
+from mooncache.kernels.arrays import WORD, Row, address_of, aligned, function_address
 from mooncache.kernels.records.inbox import COUNTS_BYTES, INBOX
-from mooncache.kernels.state import Row, Settings, address_of, function_address
+from mooncache.kernels.settings import Settings
 from mooncache.limits import NOTE_BYTES, NOTE_BYTES_MOST, SENDER_BYTES
 from mooncache.operands import deadline_ns
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from mooncache import cuda, forks, shortage
 from mooncache.errors import TransportError, UsageError, came
-from mooncache.kernels.layout import Access
+from mooncache.kernels.enums import Access
 
 if TYPE_CHECKING:
     from mooncache.engine import Engine

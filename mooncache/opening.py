@@ -13,8 +13,8 @@ import numpy as np
 
 from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import UsageError, came
-from mooncache.kernels.layout import Policy, Store
-from mooncache.kernels.state import Settings
+from mooncache.kernels.enums import Policy, Store
+from mooncache.kernels.settings import Settings
 from mooncache.providers.base import Provider
 from mooncache.providers.emulated import Emulated
 from mooncache.providers.loopback import Loopback

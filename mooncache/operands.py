@@ -10,9 +10,9 @@ import numpy as np
 from mooncache.deadline import Deadline
 from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError, came
-from mooncache.kernels.layout import Opcode
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
-from mooncache.kernels.state import RegionTable
+from mooncache.kernels.tables import RegionTable
 
 if TYPE_CHECKING:
     from mooncache.kernels.jit import Kernel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mooncache import forks, limits
 from mooncache.errors import CapacityError, TransportError, UsageError
-from mooncache.kernels.state import RegionTable
+from mooncache.kernels.tables import RegionTable
 from mooncache.providers.base import Descriptor, RemoteRegion
 
 if TYPE_CHECKING:

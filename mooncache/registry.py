@@ -15,8 +15,8 @@ import numpy as np
 
 from mooncache.errors import UsageError
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Access
-from mooncache.kernels.state import RegionTable
+from mooncache.kernels.enums import Access
+from mooncache.kernels.tables import RegionTable
 from mooncache.memory import ACCESS, Part, Range, Region, cut
 from mooncache.providers.base import Keys, Provider, RemoteRegion
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mooncache.kernels.layout import Kind, Store, words_of
+from mooncache.kernels.enums import Kind, Store, words_of
 from mooncache.kernels.state import Block, State
 from mooncache.limits import CHUNK_SLICES
 
@@ -19,7 +19,7 @@ class Stats:
     """A look at an engine. Each figure is exact, but they are read one after another, the batches first.
 
     Attributes:
-        counts: work done since the engine opened, by kind (`layout.Kind`, lower case).
+        counts: work done since the engine opened, by kind (`enums.Kind`, lower case).
         capacity_slices, free_slices: slots of the pool; a batch holds whole chunks of 256.
         high_water_slices: most slots ever in use at once.
         open_batches: batches that hold a row: running, done and not closed, detached, or waiting for the reaper.

@@ -27,8 +27,8 @@ from mooncache.kernels import calls
 from mooncache.kernels.account import clock
 from mooncache.kernels.atomics import i64
 from mooncache.kernels.complete import poll
+from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind
 from mooncache.kernels.pump import post, take
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.worker import worker_row

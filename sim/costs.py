@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from mooncache.errors import UsageError
-from mooncache.kernels.layout import KINDS, Kind
+from mooncache.kernels.enums import KINDS, Kind
 from sim.config import Scenario
 from sim.errors import ConfigError, Problem
 

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from mooncache.kernels.account import clock
+from mooncache.kernels.arrays import WORD, address_of
 from mooncache.kernels.atomics import i64, load, pause, store
+from mooncache.kernels.enums import Store
 from mooncache.kernels.heap import delete_object, new_object
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Store
 from mooncache.kernels.records.control import control_at
-from mooncache.kernels.state import Block, Settings, State, address_of
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
 
 SKIPPED = 3  # layers before the heap has its size
 ALLOCATED, FREED = 0, 8  # words of a pair's board: layers done, on a cache line each

@@ -24,12 +24,15 @@ import numpy as np
 import simpy
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout, submit
-from mooncache.kernels.layout import Kind, Opcode, Policy, Store
+from mooncache.kernels import calls, enums, submit
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim import leak
 from mooncache.kernels.reclaim.dispatch import reap
-from mooncache.kernels.state import Block, RegionTable, Settings, State, address_of
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
+from mooncache.kernels.tables import RegionTable
 from mooncache.providers import emulated
 from mooncache.providers.base import HERE, Descriptor
 from mooncache.providers.faults import PS_PER_NS
@@ -118,9 +121,9 @@ class VirtualEngine:
         self.cqs = [queue.address for queue in queues]
         self.worker.row["next_completion"] = emulated.next_completion.address
         self.remote = RegionTable("the decode side")
-        keys = self.provider.register(BASE, SPAN, layout.Access.WRITE)
-        self.state.regions.add(BASE, SPAN, keys.lkeys, layout.Access.WRITE)
-        self.remote.add(BASE, SPAN, keys.rkeys, layout.Access.WRITE)
+        keys = self.provider.register(BASE, SPAN, enums.Access.WRITE)
+        self.state.regions.add(BASE, SPAN, keys.lkeys, enums.Access.WRITE)
+        self.remote.add(BASE, SPAN, keys.rkeys, enums.Access.WRITE)
         peer = Descriptor("decode", 1, "", self.provider.name, (), self.provider.describe())
         self.state.connect(PEER, self.remote, self.provider.connect(peer, HERE))
         self._gathers = max(nic.gathers for nic in nics) > 1

@@ -2,7 +2,7 @@
 
     pytest -p tests.fence tests/kernels      FENCE=low, the default: one right before each array; high: one right behind
 
-Kernels see addresses, so Numba's own checks of bounds see nothing. `layout.zeros` and `layout.aligned` make all their
+Kernels see addresses, so Numba's own checks of bounds see nothing. `arrays.zeros` and `arrays.aligned` make all their
 memory.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 import mooncache.engine
-from mooncache.kernels import layout
+from mooncache.kernels import arrays
 
 HIGH = os.environ.get("FENCE", "low") == "high"
 PAGE = mmap.PAGESIZE
@@ -37,23 +37,23 @@ def fenced(nbytes: int, alignment: int) -> np.ndarray:
 
 
 def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
-    """What `layout.zeros` does."""
+    """What `arrays.zeros` does."""
     size = np.dtype(dtype).itemsize
     return fenced(n * size, size).view(dtype)
 
 
 def aligned(words: int, *, sparse: bool = False) -> np.ndarray:
-    """What `layout.aligned` does."""
-    return fenced(words * layout.WORD, layout.LINE).view(np.int64)
+    """What `arrays.aligned` does."""
+    return fenced(words * arrays.WORD, arrays.LINE).view(np.int64)
 
 
 def raise_fence() -> None:
     """Let every module of the product allocate so from now on."""
-    former = {layout.zeros: zeros, layout.aligned: aligned}
+    former = {arrays.zeros: zeros, arrays.aligned: aligned}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == mooncache.__name__:
             for member, value in list(vars(module).items()):
-                if callable(value) and getattr(value, "__module__", "") == layout.__name__ and value in former:
+                if callable(value) and getattr(value, "__module__", "") == arrays.__name__ and value in former:
                     setattr(module, member, former[value])
 
 

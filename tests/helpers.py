@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from mooncache import Batch, Engine, Stats
-from mooncache.kernels import layout, pump
-from mooncache.kernels.layout import Kind, Opcode, QueueState
+from mooncache.kernels import enums, pump
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.enums import Kind, Opcode, QueueState
 from mooncache.kernels.records.batch import BATCH
-from mooncache.kernels.state import Block, CompletionQueue, QueueRow, RegionTable, Settings, State, address_of
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, CompletionQueue, QueueRow, State
 from mooncache.kernels.submit import prepare, publish, submit
+from mooncache.kernels.tables import RegionTable
 from mooncache.limits import CHUNK_SLICES
 from mooncache.providers import emulated
 from mooncache.providers.base import HERE, Descriptor, Provider
@@ -188,7 +191,7 @@ class Pair:
 def unchanged(pair: Pair):
     """What a refused call must leave as it was."""
     stats = pair.here.stats()
-    timing = {kind.name.lower() for kind in layout.TIMING_KINDS}
+    timing = {kind.name.lower() for kind in enums.TIMING_KINDS}
     counts = {kind: n for kind, n in stats.counts.items() if kind not in timing}
     return counts, stats.free_slices, stats.open_batches, pair.state.regions.ranges(), pair.target.tobytes()
 
@@ -217,7 +220,7 @@ def assert_balanced(engine: Engine) -> Stats:
             assert c["completions"] == c["work_requests"]  # each answered once
         assert c["completed"] + c["retried"] + c["failed"] >= c["completions"]  # the rest failed unposted
     assert c["batches_submitted"] == c["batches_finished"] == c["batches_closed"]
-    if settings.store == layout.Store.HEAP:
+    if settings.store == enums.Store.HEAP:
         made = c["heap_allocated"] + c["heap_reused"]
         assert made == c["slices_filled"]
         assert made == c["heap_freed"] + c["heap_cached"] + c["slices_leaked"]
@@ -303,7 +306,7 @@ class Rig:
         if not bare:
             self.arena = np.zeros(1 << 16, np.uint8)
             base = self.arena.ctypes.data
-            access = layout.Access.WRITE | layout.Access.READ | layout.Access.HELD
+            access = enums.Access.WRITE | enums.Access.READ | enums.Access.HELD
             keys = self.provider.register(base, 1 << 16, access)
             self.state.regions.add(base, 1 << 16, keys.lkeys, 7)
             self.remote.add(base, 1 << 16, keys.rkeys, 3)
@@ -352,7 +355,7 @@ class Rig:
 
     @property
     def counts(self) -> dict[str, int]:
-        return layout.words_of(Kind, self.caller.counters + self.worker.counters)
+        return enums.words_of(Kind, self.caller.counters + self.worker.counters)
 
     def snapshot(self) -> list[np.ndarray]:
         """A copy of all that a call could change, counters included."""

@@ -259,7 +259,7 @@ import os, signal, threading
 import numpy as np
 import mooncache, mooncache.engine
 from mooncache.providers.emulated import Emulated, Nic
-from mooncache.kernels import calls, layout
+from mooncache.kernels import calls
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 mooncache.engine.JOIN_SECONDS = 0.05

@@ -8,8 +8,8 @@ import pytest
 
 import mooncache
 from mooncache.errors import REASON, UsageError
-from mooncache.kernels.layout import Policy
-from mooncache.kernels.state import Settings
+from mooncache.kernels.enums import Policy
+from mooncache.kernels.settings import Settings
 from mooncache.opening import PROVIDERS
 
 ROOT = Path(__file__).parent.parent

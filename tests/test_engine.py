@@ -18,7 +18,7 @@ from mooncache import (
     TransportError,
     UsageError,
 )
-from mooncache.kernels import layout
+from mooncache.kernels import enums
 from mooncache.providers.emulated import Emulated
 from mooncache.providers.loopback import Loopback
 from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, batch_field, in_threads, run_python, until
@@ -109,7 +109,7 @@ def test_batches_go_to_the_workers_in_turn(pairs):
     pair = pairs(workers=3)
     for _ in range(9):
         pair.scattered(2).wait(20).close()
-    assert [int(b.counters[layout.Kind.BATCHES_TAKEN]) for b in pair.here._workers] == [3, 3, 3]
+    assert [int(b.counters[enums.Kind.BATCHES_TAKEN]) for b in pair.here._workers] == [3, 3, 3]
 
 
 def test_a_thread_that_ended_leaves_its_control_block_to_the_next(pair):
@@ -169,7 +169,7 @@ def test_stats_add_up(pair):
     assert stats.open_batches == 1
     assert stats.counts["slices_filled"] == stats.counts["completed"] == 600
     assert stats.counts["requests"] == 600
-    assert set(stats.counts) == {kind.name.lower() for kind in layout.Kind}
+    assert set(stats.counts) == {kind.name.lower() for kind in enums.Kind}
     assert stats.caller_freeing_s >= 0
     assert stats.reaper_freeing_s == 0
     batch.close()

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from mooncache.kernels import layout
+from mooncache.kernels import arrays
 from tests.helpers import assert_balanced, in_threads, run_python
 
 LAYERS, SLICES, WARM = 200, 30_000, 40
@@ -56,9 +56,9 @@ def fingerprint(pair) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8])
-@pytest.mark.parametrize("n", [0, 1, layout.MAPPED_BYTES - 1, layout.MAPPED_BYTES, 3 * layout.MAPPED_BYTES + 1])
+@pytest.mark.parametrize("n", [0, 1, arrays.MAPPED_BYTES - 1, arrays.MAPPED_BYTES, 3 * arrays.MAPPED_BYTES + 1])
 def test_arrays_of_an_engine_are_zeros_that_can_be_written_to_whatever_their_size(dtype, n):
-    array = layout.zeros(n, dtype)
+    array = arrays.zeros(n, dtype)
     assert (array.dtype, array.shape) == (dtype, (n,))
     assert not array.any()
     array[:] = 1

@@ -12,10 +12,12 @@ import pytest
 from mooncache import CapacityError, Engine, EngineClosed, Status, TransportError, UsageError, limits
 from mooncache.deadline import Deadline
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Opcode, QueueState
+from mooncache.kernels.enums import Opcode, QueueState
 from mooncache.kernels.queue import INDEX_SHIFT
-from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, Settings, State
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import CompletionQueue, QueuePair, State
 from mooncache.kernels.submit import submit_one
+from mooncache.kernels.tables import RegionTable
 from mooncache.peer import Peer
 from mooncache.providers.base import Descriptor, RemoteRegion
 from mooncache.providers.emulated import Emulated, Nic

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncache import Status, TransferFailed, UsageError
-from mooncache.kernels.layout import QueueState
+from mooncache.kernels.enums import QueueState
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import NICS, SLICES_GATHERED
 from mooncache.providers.emulated import Emulated, Nic

@@ -29,14 +29,17 @@ from mooncache.bench.harness.report import answer, progress, provenance, show_ta
 from mooncache.errors import Status, TransportError
 from mooncache.kernels import calls
 from mooncache.kernels.account import clock
+from mooncache.kernels.arrays import WORD, address_of, aligned, power_of_two
 from mooncache.kernels.atomics import i64, peek, poke, u32
 from mooncache.kernels.complete import poll
+from mooncache.kernels.enums import Access, Kind, Opcode, Slice, words_of
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD, Access, Kind, Opcode, Slice, aligned, power_of_two, words_of
 from mooncache.kernels.pump import post, take
 from mooncache.kernels.records.control import control_at
-from mooncache.kernels.state import Block, CompletionQueue, QueuePair, RegionTable, Settings, State, address_of
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, CompletionQueue, QueuePair, State
 from mooncache.kernels.submit import submit
+from mooncache.kernels.tables import RegionTable
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     QP_QP_CONTEXT,

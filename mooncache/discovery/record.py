@@ -18,7 +18,7 @@ RECORD_BYTES = (
 """Largest record."""
 
 ACCESS_BITS = 3
-"""layout.Access.READ | WRITE: all that a peer can be allowed."""
+"""enums.Access.READ | WRITE: all that a peer can be allowed."""
 
 
 def encode(descriptor: Descriptor, keys: bool = True) -> bytes:

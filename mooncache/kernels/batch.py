@@ -17,9 +17,9 @@ import numpy as np
 
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import fence, futex_wake
+from mooncache.kernels.enums import BatchState, Kind
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import BatchState, Kind
 from mooncache.kernels.pool import EVERY_THREAD, pop_chain, push_chain, wake_waiters
 from mooncache.kernels.records.base import acquire, address, cell_at, compare_swap, fetch_add, index_in, where
 from mooncache.kernels.records.batch import batch_at

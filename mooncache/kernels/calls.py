@@ -14,9 +14,9 @@ from mooncache.kernels.atomics import (
     pause,
 )
 from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, move
+from mooncache.kernels.enums import Kind, Slice
 from mooncache.kernels.handle import FREE, GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Slice
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.pool import EVERY_THREAD, wake_waiters
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, sleep_on_descriptors, work_waits
@@ -380,7 +380,7 @@ def stop_reaper(ctl):
 
 @kernel("int64(int64, int64, int64, int64)")
 def order(ctl, worker, queue, what):
-    """Give worker number `worker` an order (layout.Order) about the queue whose row is at `queue`."""
+    """Give worker number `worker` an order (enums.Order) about the queue whose row is at `queue`."""
     ctl = control_at(ctl)
     worker = worker_row(ctl, worker)
     give_order(worker, queue_at(queue), what)

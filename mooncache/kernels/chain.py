@@ -8,8 +8,8 @@ import numpy as np
 
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import i16, i32, i64
+from mooncache.kernels.enums import Kind, Opcode, Slice
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Opcode, Slice
 from mooncache.kernels.queue import (
     SEQUENCE_MASK,
     SIGNALED,

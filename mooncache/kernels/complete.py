@@ -7,9 +7,9 @@ from mooncache.kernels import heap
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import i16, i64
 from mooncache.kernels.batch import finish
+from mooncache.kernels.enums import Kind, QueueState, Slice, Store
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, QueueState, Slice, Store
 from mooncache.kernels.look import NOWHERE, append_slice, attempts_of, count_attempt, keep_refused, may_keep
 from mooncache.kernels.note import settle_note
 from mooncache.kernels.queue import (

@@ -10,8 +10,8 @@ from mooncache.kernels.account import clock
 from mooncache.kernels.atomics import i64
 from mooncache.kernels.batch import slot_of
 from mooncache.kernels.complete import apply_lot
+from mooncache.kernels.enums import AtOnce, Note
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import AtOnce, Note
 from mooncache.kernels.post import post_batches, post_note
 from mooncache.kernels.pump import HEARTBEAT_NS, take_batch, turn, work_waits
 from mooncache.kernels.reclaim.dispatch import on_idle

@@ -1,7 +1,7 @@
 """Handles: `generation << 32 | slot`, so that a stale, forged or twice closed one is an error, never corruption."""
 
+from mooncache.kernels.enums import BatchState
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import BatchState
 from mooncache.kernels.records.base import acquire, missing
 from mooncache.kernels.records.batch import batch_at
 

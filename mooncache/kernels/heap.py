@@ -9,8 +9,8 @@ import numpy as np
 
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import call_word, fill_bytes, i32, i64
+from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind
 from mooncache.kernels.records.object import OBJECT_BYTES, STRING_BYTES, object_at
 
 LETTER = 109  # what the path string is made of

@@ -13,10 +13,10 @@ changed under the lock. So whoever sleeps on it, and however many do, sleeps onl
 
 import numpy as np
 
+from mooncache.kernels.arrays import WORD, aligned
 from mooncache.kernels.atomics import address_of as address_in
 from mooncache.kernels.atomics import call_read, call_write, copy, pause
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, aligned
 from mooncache.kernels.records.base import behind, cell_at, release, swap, where
 from mooncache.kernels.records.inbox import COUNTS_BYTES, ENTRY, INBOX, SENDER, SENDERS, entry_at, inbox_at, sender_at
 from mooncache.limits import SENDER_BYTES

@@ -4,9 +4,9 @@ Each takes the address of libc's `syscall` and returns what the kernel does: -1 
 The structs are those of LP64 Linux.
 """
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import X86, call_syscall, call_word, i32, poke
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD
 
 SYS_CLOSE, SYS_SENDMSG, SYS_RECVMSG, SYS_RECVFROM = (3, 46, 47, 45) if X86 else (57, 211, 212, 207)
 SYS_EPOLL_CTL, SYS_EPOLL_PWAIT, SYS_PPOLL, SYS_SCHED_YIELD = (233, 281, 271, 24) if X86 else (21, 22, 73, 124)

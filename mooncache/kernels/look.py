@@ -11,8 +11,8 @@ batch waits for one that began after its refusal.
 import numpy as np
 
 from mooncache.kernels.atomics import i8, i16, i32
+from mooncache.kernels.enums import Slice
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Slice
 from mooncache.kernels.records.base import acquire, fetch_add, release, swap
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.records.table import table_at

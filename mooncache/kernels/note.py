@@ -12,8 +12,8 @@ import numpy as np
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import copy, i8, i16, i32, i64
 from mooncache.kernels.batch import DRAINING, append, remove, slot_of
+from mooncache.kernels.enums import Kind, Note, Slice
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Note, Slice
 from mooncache.kernels.look import NOWHERE
 from mooncache.kernels.records.base import acquire, release
 from mooncache.kernels.records.batch import NOTE_NEXT

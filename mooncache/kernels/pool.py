@@ -14,6 +14,7 @@ runs, so filling and posting stay sequential; index stacks scramble after a whil
 import numpy as np
 
 from mooncache.kernels.account import account
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import (
     call_write,
     cas,
@@ -23,8 +24,8 @@ from mooncache.kernels.atomics import (
     i64,
     load,
 )
+from mooncache.kernels.enums import Kind, Slice
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Kind, Slice
 from mooncache.kernels.records.base import acquire, compare_swap, fetch_add, swap, where
 from mooncache.kernels.records.shared import shared_at
 from mooncache.limits import CHUNK_BITS

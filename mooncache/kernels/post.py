@@ -16,9 +16,9 @@ from mooncache.kernels.complete import (
     region_refused,
     settle,
 )
+from mooncache.kernels.enums import Kind, Note, Opcode, QueueState, Slice
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Note, Opcode, QueueState, Slice
 from mooncache.kernels.look import in_vain, keep, keep_refused, look_is_due, may_keep, resume
 from mooncache.kernels.queue import (
     ANSWERED,

@@ -14,9 +14,9 @@ from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import call_word, fence, i64, pause
 from mooncache.kernels.batch import DRAINING, SEALED
 from mooncache.kernels.complete import answer_held, look_drained, poll, settle
+from mooncache.kernels.enums import Kind, Order, Policy, QueueState
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Order, Policy, QueueState
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.linux import epoll_wait
 from mooncache.kernels.look import resume

@@ -20,8 +20,8 @@ the order.
 import numpy as np
 
 from mooncache.kernels.atomics import i64
+from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Order, QueueState
 from mooncache.kernels.records.base import acquire, cell_at, fetch_add, release, swap
 from mooncache.kernels.records.endpoint import endpoint_at
 from mooncache.kernels.records.queue import cq_at, queue_at

@@ -19,9 +19,9 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import types
 
+from mooncache.kernels.arrays import WORD, aligned
 from mooncache.kernels.atomics import BANK_BYTES, LINE, STREAM_BYTES, X86, intrinsic, load, peek, stream_copy
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, aligned
 from mooncache.kernels.linux import SYS_PROCESS_VM_WRITEV, errno, process_writev
 
 # A copier's row: struct rseq_cs with its start, length and where to go when interrupted, and what belongs to it

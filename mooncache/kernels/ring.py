@@ -7,9 +7,9 @@ its place still taken waits for the consumer.
 
 import numpy as np
 
+from mooncache.kernels.arrays import WORD, aligned, power_of_two
 from mooncache.kernels.atomics import pause
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, aligned, power_of_two
 from mooncache.kernels.records.base import acquire, behind, cell_at, fetch_add, release
 from mooncache.kernels.records.ring import RING, RING_EMPTY
 

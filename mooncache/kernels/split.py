@@ -13,8 +13,8 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.atomics import i8, i16, i32, i64
+from mooncache.kernels.enums import Access, Opcode, Slice
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Access, Opcode, Slice
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.regions import find
 from mooncache.kernels.worker import peer_table

@@ -1,19 +1,16 @@
-"""Allocates an engine's memory as `layout` describes it, and makes control blocks for its actors."""
+"""Allocates an engine's memory, as the records in `records/` describe it, and makes control blocks for its actors."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from mooncache import limits
-from mooncache.errors import CapacityError, UsageError, came
-from mooncache.kernels import layout, regions
-from mooncache.kernels.layout import WORD, Kind, Order, Policy, QueueState, Store, aligned, power_of_two, rows_of, zeros
-from mooncache.kernels.publication import publish
+from mooncache.errors import CapacityError, UsageError
+from mooncache.kernels.arrays import WORD, Row, address_of, aligned, function_address, power_of_two, put, rows_of, zeros
+from mooncache.kernels.enums import Kind, Order, QueueState, Store
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.records.batch import BATCH
 from mooncache.kernels.records.control import CONTROL
@@ -24,8 +21,9 @@ from mooncache.kernels.records.table import PEER_BITS, TABLE
 from mooncache.kernels.records.verbs import SEND_WR, SGE, WC
 from mooncache.kernels.records.worker import EPOCH_QUIET, WORKER
 from mooncache.kernels.ring import new_ring
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.tables import RegionTable
 
-_libc = ctypes.CDLL(None)
 SLICE_DTYPES = {
     "slice_source": np.int64,
     "slice_target": np.int64,
@@ -40,208 +38,6 @@ SLICE_DTYPES = {
 }
 QUEUES_MAX = 1 << 14
 """Queue pairs of one worker, at most: their index is the uppermost part of a work request's id."""
-
-
-def function_address(name: str) -> int:
-    """Address of a libc function; kernels call it by that, which keeps them cacheable."""
-    return int(ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value or 0)
-
-
-def address_of(array: np.ndarray) -> int:
-    """Address of an array's first byte; a third of the cost of `array.ctypes.data`."""
-    return int(array.__array_interface__["data"][0])
-
-
-def put(words: np.ndarray, index: int, value: int) -> None:
-    """Publish one word of contiguous int64 words: see `kernels/publication.py`."""
-    publish(address_of(words) + index * WORD, int(value))
-
-
-class Row:
-    """One record of an array of records, as Python reads and writes it; keeps the array alive."""
-
-    def __init__(self, array: np.ndarray, index: int = 0) -> None:
-        self.address = address_of(array) + index * array.dtype.itemsize
-        self.array, self._record = array, array.reshape(-1)[index]
-
-    def __getitem__(self, field: str) -> int:
-        return int(self._record[field])
-
-    def __setitem__(self, field: str, value: int) -> None:
-        self._record[field] = value
-
-    def set(self, **fields: int) -> None:
-        """Write several fields, plainly."""
-        for field, value in fields.items():
-            self._record[field] = value
-
-    def where(self, field: str) -> int:
-        """Address of a field."""
-        return self.address + int(self.array.dtype.fields[field][1])  # type: ignore[index]
-
-    def put(self, field: str, value: int) -> None:
-        """Publish a field: see `kernels/publication.py`."""
-        publish(self.where(field), int(value))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an engine is made with. Capacities default to the sums in `limits`; times are ns."""
-
-    store: Store = Store.POOL
-    policy: Policy = Policy.BULK
-    workers: int = 1
-    slices: int = limits.POOL_SLICES  # rounded up to whole chunks of 256
-    batches: int = limits.BATCHES
-    peers: int = limits.PEERS
-    regions: int = limits.REGIONS
-    notes: int = limits.INBOX_NOTES
-    note_bytes: int = limits.NOTE_BYTES
-    slice_bytes: int = limits.SLICE_BYTES
-    queue_depth: int = limits.QUEUE_DEPTH
-    chain: int = limits.CHAIN
-    poll_lot: int = limits.POLL_LOT
-    retries: int = limits.RETRIES
-    signal: int = 0  # ask for a completion every so many work requests; 0: as the wire prefers
-    cache_slices: int = limits.CACHE_SLICES
-    reaper_lot: int = limits.REAPER_LOT
-    reaper_period_ns: int = limits.REAPER_PERIOD_NS
-    spin_ns: int = limits.SPIN_NS
-
-    def __post_init__(self) -> None:
-        upper = {
-            "workers": limits.WORKERS,
-            "slices": limits.SLICES_MAX,
-            "batches": 1 << 20,
-            "peers": 1 << 15,
-            "regions": limits.REGIONS_MOST,
-            "notes": 1 << 20,
-            "note_bytes": limits.NOTE_BYTES_MOST,
-            "slice_bytes": 1 << 30,
-            "queue_depth": 1 << 16,
-            "chain": 1 << 12,
-            "poll_lot": 1 << 12,
-            "retries": 100,
-            "signal": 1 << 12,
-            "cache_slices": 1 << 24,
-            "reaper_lot": limits.SLICES_MAX,
-            "reaper_period_ns": 10**12,
-            "spin_ns": 10**12,
-        }
-        for name, most in upper.items():
-            value = getattr(self, name)
-            least = 0 if name in ("retries", "signal", "cache_slices", "spin_ns") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise UsageError(f"{name} must be an integer from {least} to {most}, got {came(value)}")
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of the pool."""
-        return -(-self.slices // limits.CHUNK_SLICES)
-
-    @property
-    def note_stride(self) -> int:
-        """Bytes of the longest notification as it travels, whole words."""
-        return limits.NOTE_HEAD_BYTES + -(-self.note_bytes // WORD) * layout.WORD
-
-    @property
-    def chain_length(self) -> int:
-        """Work requests behind one doorbell; at most half the queue, so that posting never leaves it empty."""
-        return max(1, min(self.chain, self.queue_depth // 2))
-
-
-class RegionTable:
-    """Registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a time.
-
-    `rows`: most ranges; a `State` takes tables of as many as its setting regions.
-    """
-
-    def __init__(self, owner: str, rows: int = limits.REGIONS) -> None:
-        self.owner, self.rows = owner, rows
-        self.header = Row(rows_of(TABLE))
-        columns = [zeros(rows, np.int64) for _ in range(5)]
-        self.bases, self.ends, self.slots, self.access, self.refused = columns
-        self.keys = np.zeros((limits.NICS, rows), np.int64)
-        self.header.set(
-            bases=address_of(self.bases), ends=address_of(self.ends), slots=address_of(self.slots),
-            keys=address_of(self.keys), access=address_of(self.access), refused=address_of(self.refused),
-        )  # fmt: skip
-        self._free = list(range(rows - 1, -1, -1))
-
-    def __len__(self) -> int:
-        return self.header["count"]
-
-    def forgive(self) -> None:
-        """The owner has said again what is registered: whatever it refused may be tried again."""
-        self.refused[:] = 0
-        self.header.put("refusals", 0)
-
-    def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
-        """The first registered (address, length) that overlaps the range, if any."""
-        n = len(self)
-        at = int(np.searchsorted(self.ends[:n], address, side="right"))
-        if at < n and self.bases[at] < address + length:
-            return int(self.bases[at]), int(self.ends[at] - self.bases[at])
-        return None
-
-    def add(self, address: int, length: int, keys: Sequence[int], access: int, slot: int | None = None) -> int:
-        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`.
-
-        `slot`: that of a range that was taken out, whose place this one takes; by default a free one.
-        """
-        taken, renewed = self.overlapping(address, length), slot is not None
-        if taken is not None:
-            raise UsageError(
-                f"{self.owner}: the range [{address:#x}, +{length}) overlaps the registered region "
-                f"[{taken[0]:#x}, +{taken[1]}); register each byte once"
-            )
-        if slot is None:
-            if not self._free:
-                raise CapacityError(
-                    f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
-                    "more `regions`"
-                )
-            slot = self._free.pop()
-        n = len(self)
-        self.keys[: len(keys), slot], self.access[slot] = keys, access
-        put(self.refused, slot, 0)  # slices that carry the slot already are posted from here on, under these keys
-        if renewed:
-            self.header.put("renewals", self.header["renewals"] + 1)
-        at = int(np.searchsorted(self.bases[:n], address))
-        regions.insert(self.header.address, at, address, address + length, slot)
-        return slot
-
-    def position(self, slot: int) -> int:
-        """Where in the table the range with this slot stands."""
-        return int(np.flatnonzero(self.slots[: len(self)] == slot)[0])
-
-    @property
-    def room(self) -> int:
-        """How many more ranges it can take."""
-        return len(self._free)
-
-    def take_out(self, slot: int) -> None:
-        """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
-        regions.remove(self.header.address, self.position(slot))
-        self.refused[slot] = 1
-        self.header.put("refusals", 1)
-
-    def remove(self, slot: int) -> None:
-        """Forget a range. Its slot may be given to another at once."""
-        self.take_out(slot)
-        self.recycle(slot)
-
-    def recycle(self, slot: int) -> None:
-        """Let another range have the slot of one that is no longer in the table."""
-        self._free.append(slot)
-
-    def ranges(self) -> list[tuple[int, int, int]]:
-        """(address, length, slot) of each region, ascending."""
-        n = len(self)
-        return [
-            (int(base), int(end - base), int(slot))
-            for base, end, slot in zip(self.bases[:n], self.ends[:n], self.slots[:n], strict=True)
-        ]
 
 
 class CompletionQueue(NamedTuple):
@@ -271,7 +67,7 @@ class QueuePair(NamedTuple):
 
 
 class QueueRow:
-    """A queue pair as a worker sees it; see `layout` and kernels/queue.py for who writes what."""
+    """A queue pair as a worker sees it; see records/queue.py for who writes what."""
 
     def __init__(self, state: State, worker: int, tag: int, pair: QueuePair, endpoint: int) -> None:
         self.worker, self.pair = worker, pair

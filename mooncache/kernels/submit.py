@@ -11,9 +11,9 @@ from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import address_of, call_words, i16, i32, i64
 from mooncache.kernels.batch import CLOSE, OPEN, SEAL, acquire_row, finish, move, return_row, slot_of
+from mooncache.kernels.enums import AtOnce, Kind, Slice, Store
 from mooncache.kernels.handle import GENERATION_MASK, handle_of, resolve
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import AtOnce, Kind, Slice, Store
 from mooncache.kernels.note import fill_note
 from mooncache.kernels.pool import acquire_chunks, release_chunks
 from mooncache.kernels.records.base import acquire, address, compare_swap, fetch_add, missing, where

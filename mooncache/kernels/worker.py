@@ -7,9 +7,10 @@ take longer than such a transfer. Who gives the turn back with work left rings t
 """
 
 from mooncache.kernels.account import account
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import call_write, fence, futex_wait, futex_wake, i64
+from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Kind
 from mooncache.kernels.pool import EVERY_THREAD
 from mooncache.kernels.records.base import acquire, compare_swap, fetch_add, release, where
 from mooncache.kernels.records.endpoint import endpoint_at

@@ -18,9 +18,9 @@ from mooncache import limits
 from mooncache.background import Background
 from mooncache.deadline import Deadline
 from mooncache.errors import UsageError
-from mooncache.kernels.layout import rows_of
+from mooncache.kernels.arrays import Row, rows_of
 from mooncache.kernels.records.table import TABLE
-from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, Row
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 
 if TYPE_CHECKING:
     from mooncache.discovery.dial import Answer
@@ -40,7 +40,7 @@ class RemoteRegion(NamedTuple):
     address: int
     length: int
     rkeys: tuple[int, ...]  # one for each of its NICs
-    access: int  # bits of layout.Access
+    access: int  # bits of enums.Access
 
     def covered_by(self, other: RemoteRegion) -> bool:
         """Whether every byte of this one can be reached through the other, in every way."""

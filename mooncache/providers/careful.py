@@ -11,12 +11,12 @@ import os
 import numpy as np
 
 from mooncache.kernels import restart
+from mooncache.kernels.arrays import WORD, address_of, aligned, function_address
 from mooncache.kernels.atomics import peek, poke
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Opcode, aligned
 from mooncache.kernels.linux import ESRCH, IOV_BASE, IOV_LEN, IOVEC_BYTES, errno, process_readv
 from mooncache.kernels.restart import CHANGED, ROW_WORDS, writev_while
-from mooncache.kernels.state import address_of, function_address
 from mooncache.kernels.verbs import WcStatus
 
 # C_SELF: this process, or 0 where the system forbids such calls; C_WORD: what `look` found

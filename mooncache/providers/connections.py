@@ -23,10 +23,10 @@ import numpy as np
 from mooncache import forks, limits
 from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
+from mooncache.kernels.arrays import MAP_NORESERVE, WORD, address_of, aligned, function_address, put
 from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
 from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import MAP_NORESERVE, WORD, aligned
 from mooncache.kernels.linux import (
     EPOLL_EVENT_BYTES,
     EPOLL_EVENT_DATA,
@@ -36,7 +36,6 @@ from mooncache.kernels.linux import (
     MSGHDR_BYTES,
     epoll_add,
 )
-from mooncache.kernels.state import address_of, function_address, put
 from mooncache.providers import lanes
 from mooncache.providers.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
 from mooncache.providers.lanes import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at

@@ -7,9 +7,10 @@ engine that have nothing to do. Between two writes to its guard a worker looks a
 import numpy as np
 
 from mooncache.kernels import regions
+from mooncache.kernels.arrays import LINE, WORD
 from mooncache.kernels.atomics import add, cas, exchange, fence, i64, load, peek, poke, store, stream_copy, u32
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import LINE, WORD, Opcode
 from mooncache.kernels.records.base import missing
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.restart import CHANGED, copy_while

@@ -22,11 +22,12 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import UsageError
+from mooncache.kernels.arrays import WORD, address_of, aligned, put
 from mooncache.kernels.atomics import call_clock_gettime, exchange, load, pause, peek, poke, store, u32
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD, Opcode, aligned
 from mooncache.kernels.records.queue import WEIGHT_ONE
-from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow, address_of, put
+from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     EINVAL,

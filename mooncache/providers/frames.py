@@ -11,9 +11,9 @@ true after all, a WcStatus: its region was withdrawn, or its memory gone, while 
 
 from enum import IntEnum
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD
 from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES
 from mooncache.limits import NOTE_BYTES_MOST, NOTE_HEAD_BYTES
 

@@ -19,9 +19,10 @@ from enum import IntEnum
 import numpy as np
 
 from mooncache.kernels.account import raise_word
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import add, call_write, fence, load, peek, poke, store, u32
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.linux import (
     EAGAIN,
     EFAULT,

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import peek, poke, u32
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.verbs import (
     CQ_CQ_CONTEXT,
     ENOMEM,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from mooncache import forks
 from mooncache.background import Background
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import QueueRow
 
 

@@ -5,10 +5,11 @@ An incoming lane checks each range of a request and lays out its answer; an outg
 
 import numpy as np
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import copy, i8, peek, poke, store
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLIN, discard, recv, recvmsg
 from mooncache.kernels.records.inbox import inbox_at
 from mooncache.kernels.verbs import WcStatus

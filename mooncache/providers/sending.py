@@ -1,9 +1,10 @@
 """Sending on a lane: requests built from its queue pair's entries, or the answer that a peer's request was given."""
 
 from mooncache.kernels.account import raise_word
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import i8, peek, poke
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD, Opcode
 from mooncache.kernels.linux import IOV_BASE, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLOUT, sendmsg
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.frames import (

@@ -1,8 +1,8 @@
 """Serving lanes: what a worker's poll does with all connections of its port, each for a few system calls."""
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import call_clock_gettime, load, peek, poke, u32
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import WORD
 from mooncache.kernels.linux import (
     EPOLL_EVENT_BYTES,
     EPOLL_EVENT_DATA,

@@ -41,9 +41,11 @@ from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.layout import LINE, WORD, Access
+from mooncache.kernels.arrays import LINE, WORD, address_of, put
+from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish, rise, withdraw_key
-from mooncache.kernels.state import CompletionQueue, QueuePair, RegionTable, address_of, put
+from mooncache.kernels.state import CompletionQueue, QueuePair
+from mooncache.kernels.tables import RegionTable
 from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
 from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link

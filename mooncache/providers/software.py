@@ -22,12 +22,13 @@ import numpy as np
 
 from mooncache import forks, limits
 from mooncache.errors import CapacityError, TransportError
+from mooncache.kernels.arrays import WORD, address_of, aligned, power_of_two, put
 from mooncache.kernels.atomics import copy, fence, load, peek, poke, store, u32
+from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.inbox import deliver, sender
 from mooncache.kernels.jit import Callback, kernel
-from mooncache.kernels.layout import WORD, Access, Opcode, aligned, power_of_two
 from mooncache.kernels.publication import publish, withdraw_key
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
+from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import (
     CONTEXT_BYTES,
     CONTEXT_POLL_CQ,

@@ -36,11 +36,11 @@ from mooncache.errors import (
     UsageError,
     came,
 )
+from mooncache.kernels.arrays import WORD, Row, address_of, put, rows_of
 from mooncache.kernels.atomics import load, peek, poke, store, u32
 from mooncache.kernels.jit import Callback, kernel
-from mooncache.kernels.layout import WORD, rows_of
 from mooncache.kernels.records.table import TABLE
-from mooncache.kernels.state import CompletionQueue, QueuePair, Row, address_of, put
+from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import (
     EAGAIN,
     ENOMEM,

@@ -8,7 +8,7 @@ from mooncache import cli
 from mooncache.bench import post
 from mooncache.bench.harness import measure
 from mooncache.errors import TransportError
-from mooncache.kernels import layout
+from mooncache.kernels import enums
 from mooncache.providers.rdma import library, objects
 
 ROW = {"signal", "ns_per_work_request", "ns_per_completion", "pyverbs_ns_per_slice", "ratio", "fingerprint"}
@@ -106,7 +106,7 @@ def test_slices_that_nobody_answers_are_an_error():
     silent.stub.words[post.STUB_TAIL] = 1000  # nothing seems to be left to report
     with pytest.raises(measure.FingerprintError, match="status of the batch"):
         silent.live(counted=True)
-    assert np.count_nonzero(silent.states == layout.Slice.POSTED) == 300
+    assert np.count_nonzero(silent.states == enums.Slice.POSTED) == 300
 
 
 @pytest.mark.parametrize("options", [("--slices", 0), ("--slices", 1_000_001), ("--repeat", 0)])

@@ -17,7 +17,7 @@ from mooncache.bench.harness import against, blocks, sockets, trial, wires
 from mooncache.bench.harness.measure import FingerprintError
 from mooncache.bench.harness.process import Process, ProcessError
 from mooncache.errors import UsageError
-from mooncache.kernels.state import address_of
+from mooncache.kernels.arrays import address_of
 
 ROW = {
     "provider", "transport", "op", "ranks", "workers", "slices", "block_bytes", "layers", "seconds_p50", "seconds_min",

@@ -9,9 +9,9 @@ import numpy as np
 
 from mooncache.kernels import account as accounts
 from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, spread, worker
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import i64, pause, peek, poke, u32
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD
 from mooncache.kernels.records import base as records
 from mooncache.kernels.records.batch import batch_at
 from mooncache.kernels.records.control import control_at

@@ -9,8 +9,9 @@ import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Order, QueueState
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.enums import Order, QueueState
+from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
 from mooncache.providers.base import Keys
 from mooncache.providers.software import Q_HEAD, InProcessProvider

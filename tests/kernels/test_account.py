@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncache.kernels import calls, layout
-from mooncache.kernels.layout import Kind
-from mooncache.kernels.state import Block, Settings, State, address_of
+from mooncache.kernels import calls, enums
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.enums import Kind
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
 from tests.helpers import Rig, Task
 from tests.kernels import entries
 
@@ -56,8 +58,8 @@ def test_actors_count_apart():
     assert rig.worker.counters.sum() == 0
 
 
-@pytest.mark.parametrize("policy", list(layout.Policy), ids=lambda p: p.name.lower())
-@pytest.mark.parametrize("store", list(layout.Store), ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("policy", list(enums.Policy), ids=lambda p: p.name.lower())
+@pytest.mark.parametrize("store", list(enums.Store), ids=lambda s: s.name.lower())
 def test_the_same_batches_are_counted_the_same_twice(store, policy):
     """Counts that do not depend on timing are a function of the batches alone."""
 

@@ -5,7 +5,7 @@ import pytest
 from mooncache.errors import Status
 from mooncache.kernels import calls
 from mooncache.kernels.batch import NEXT, REFUSED, Event
-from mooncache.kernels.layout import BatchState
+from mooncache.kernels.enums import BatchState
 from tests.helpers import Rig, Task
 from tests.kernels import entries
 from tests.oracles import BATCH_TABLE

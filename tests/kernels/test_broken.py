@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mooncache.errors import Status
 from mooncache.kernels import calls, submit
-from mooncache.kernels.layout import Opcode, Order, Policy, QueueState, Slice
+from mooncache.kernels.enums import Opcode, Order, Policy, QueueState, Slice
 from mooncache.kernels.verbs import WcStatus
 from tests.helpers import assert_at_rest, assert_free_list_whole
 from tests.kernels.slate import FLUSHED, OK, SlateRig

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
-from mooncache.kernels.layout import Slice
+from mooncache.kernels import calls, enums
+from mooncache.kernels.enums import Slice
 from mooncache.kernels.verbs import WcStatus
 from tests.helpers import Rig
 
@@ -134,7 +134,7 @@ def test_duplicates_in_the_same_lot_are_counted_not_applied(rig):
     assert calls.status(rig.ctl, handle) == Status.OK
 
 
-@pytest.mark.parametrize("policy", list(layout.Policy), ids=lambda p: p.name.lower())
+@pytest.mark.parametrize("policy", list(enums.Policy), ids=lambda p: p.name.lower())
 def test_completions_of_several_batches_in_any_order_reach_their_batch(policy):
     rig = Rig(queue_depth=64, policy=policy)
     handles = [rig.submit(8) for _ in range(4)]

@@ -9,7 +9,8 @@ from tests.helpers import run_python
 STEP = """
 import ctypes
 import tests.fence
-from mooncache.kernels.state import RegionTable, address_of
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.tables import RegionTable
 from mooncache.limits import REGIONS
 
 table = RegionTable("a peer")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mooncache.errors import Status
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Access, Opcode
+from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.verbs import SEND_INLINE, WcStatus
 from mooncache.limits import CHUNK_SLICES, SLICES_GATHERED
 from mooncache.providers.emulated import Emulated, Nic

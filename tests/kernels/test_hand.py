@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mooncache.kernels import hand, layout
-from mooncache.kernels.layout import Opcode
+from mooncache.kernels import enums, hand
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.submit import AT_ONCE_BYTES, submit
 from mooncache.limits import CHUNK_SLICES
 from tests.helpers import Rig
@@ -100,7 +100,7 @@ def test_where_the_wire_can_push_the_batch_is_done_when_the_call_comes_back(rig)
     rig.provider.open_gate()
     rig.rows[0].row["push"] = entries.push_now.address
     handle = rig.submit(3)
-    assert rig.batch(handle)["state"] == layout.BatchState.RECLAIMABLE
+    assert rig.batch(handle)["state"] == enums.BatchState.RECLAIMABLE
     assert rig.counts["completed"] == 3
     assert rig.counts["polls"] == 0
 

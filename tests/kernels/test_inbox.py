@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from mooncache.inbox import Inbox, unpack
 from mooncache.kernels import inbox as kernels
+from mooncache.kernels.arrays import address_of
 from mooncache.kernels.records.inbox import INBOX
 from mooncache.kernels.records.inbox import SENDERS as COUNTS
-from mooncache.kernels.state import Settings, address_of
+from mooncache.kernels.settings import Settings
 from mooncache.limits import SENDER_BYTES
 from tests.helpers import in_threads, until
 from tests.kernels import entries

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mooncache.errors import Status
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Order, QueueState, Slice
+from mooncache.kernels.enums import Order, QueueState, Slice
 from mooncache.kernels.verbs import EINVAL, ENOMEM, WcStatus
 from tests.helpers import assert_at_rest
 from tests.kernels.slate import FLUSHED, OK, SlateRig

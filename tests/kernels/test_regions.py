@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache import CapacityError, UsageError
-from mooncache.kernels.state import RegionTable
+from mooncache.kernels.tables import RegionTable
 from mooncache.limits import REGIONS
 from tests.kernels import entries
 from tests.oracles import Range, region_of

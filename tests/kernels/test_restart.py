@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mooncache.kernels import restart
+from mooncache.kernels.arrays import address_of, function_address
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import IOVEC_BYTES
 from mooncache.kernels.restart import CHANGED, PIECE_BYTES, R_OFFSET, R_RESTARTS, copy_while, writev_while
-from mooncache.kernels.state import address_of, function_address
 from tests.helpers import until
 
 EXPECTED, OTHER = 7, 9

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout
-from mooncache.kernels.layout import Access, Opcode
-from mooncache.kernels.state import Block, RegionTable, Settings, State
+from mooncache.kernels import calls, enums
+from mooncache.kernels.enums import Access, Opcode
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
 from mooncache.kernels.submit import prepare
+from mooncache.kernels.tables import RegionTable
 from mooncache.limits import CHUNK_SLICES, KiB
 from tests.helpers import Rig, assert_same
 from tests.kernels import entries
@@ -45,7 +47,7 @@ def slices_of(rig, handle):
     while chunk >= 0:
         for slot in range(chunk * CHUNK_SLICES, chunk * CHUNK_SLICES + int(used[chunk])):
             found.append(Cut(*[int(column[slot]) for column in columns]))
-            assert state[slot] == layout.Slice.WAITING
+            assert state[slot] == enums.Slice.WAITING
             assert attempts[slot] == 0
         chunk = int(rig.state.chunk_next[chunk])
     return found

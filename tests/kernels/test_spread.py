@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mooncache.errors import Status
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.records.queue import WEIGHT_ONE
-from mooncache.kernels.state import address_of
 from tests.kernels import entries
 from tests.kernels.slate import SlateRig
 from tests.oracles import Lane, chosen

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from mooncache.kernels.state import Block, Settings, State, address_of
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
 from tests.helpers import LIMIT, Pair, in_threads
 from tests.kernels import entries
 

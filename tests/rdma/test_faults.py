@@ -12,7 +12,7 @@ import pytest
 from mooncache import Engine, MooncacheError, TransferFailed, TransportError, UsageError
 from mooncache.deadline import Deadline
 from mooncache.errors import Status
-from mooncache.kernels.layout import QueueState
+from mooncache.kernels.enums import QueueState
 from mooncache.providers.rdma import notes
 from tests.helpers import SMALL, Pair, until
 

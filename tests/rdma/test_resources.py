@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.layout import Access
+from mooncache.kernels.enums import Access
 from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, WcStatus
 from mooncache.providers.rdma import gids
 from mooncache.providers.rdma.nic import Event, Nic

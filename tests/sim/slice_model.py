@@ -29,7 +29,7 @@ from typing import Any
 
 import simpy
 
-from mooncache.kernels.layout import Kind, Policy, Store
+from mooncache.kernels.enums import Kind, Policy, Store
 from mooncache.limits import CHUNK_SLICES
 
 CHUNK = 256  # slots that are taken and given back together

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mooncache.errors import UsageError
-from mooncache.kernels.layout import Kind, Policy
+from mooncache.kernels.enums import Kind, Policy
 from sim.clock import Environment
 from sim.cluster import Cluster
 from sim.config import PAIRS, Scenario

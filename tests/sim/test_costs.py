@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mooncache.errors import UsageError
-from mooncache.kernels.layout import KINDS, Kind
+from mooncache.kernels.enums import KINDS, Kind
 from sim.config import POLICIES, Scenario
 from sim.costs import PS_PER_NS, TABLES, Calibration, Point, Prices, digest, load_calibration, prices
 from sim.errors import ConfigError

@@ -16,18 +16,18 @@ import pytest
 
 from mooncache import Engine
 from mooncache.errors import Status
-from mooncache.kernels import calls, layout, submit
-from mooncache.kernels.layout import Kind, Opcode, Policy, Store
+from mooncache.kernels import calls, enums, submit
+from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim.dispatch import reap
-from mooncache.kernels.state import Settings
+from mooncache.kernels.settings import Settings
 from mooncache.providers.emulated import Emulated, Nic
 from sim.config import PAIRS
 from sim.costs import Prices
 from sim.rank import BASE, PEER, VirtualEngine
 
 ONE = (Nic(),)
-UNTIMED = [kind for kind in Kind if kind not in layout.TIMING_KINDS]
+UNTIMED = [kind for kind in Kind if kind not in enums.TIMING_KINDS]
 ARENA = 1 << 20
 SETTINGS = {"slices": 8192, "batches": 32, "peers": 1, "cache_slices": 1000, "reaper_lot": 700, "slice_bytes": 4096}
 SIZES = (1, 255, 256, 257, 3000, 257, 1)

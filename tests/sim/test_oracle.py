@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mooncache.kernels import layout
-from mooncache.kernels.layout import Kind, Policy, Store
+from mooncache.kernels import enums
+from mooncache.kernels.enums import Kind, Policy, Store
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
@@ -116,7 +116,7 @@ def by_kernels(case: Case, horizon: Callable[[int, int], int] = lambda now, read
         ends=[layer.done_ps for layer in layers],
         closes=[layer.done_ps + case.wake_ps + layer.close_ps for layer in layers],
         spent=[int(block.spent.sum()) for block in (*engine.callers, engine.worker, engine.reaper)],
-        counts=layout.words_of(Kind, engine.counts),
+        counts=enums.words_of(Kind, engine.counts),
         most_chunks=None if case.policy in NEVER_STARVED else engine.state.high_water_slices // CHUNK,
     )
 

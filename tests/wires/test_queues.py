@@ -7,8 +7,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from mooncache.kernels.layout import aligned
-from mooncache.kernels.state import RegionTable, address_of
+from mooncache.kernels.arrays import address_of, aligned
+from mooncache.kernels.tables import RegionTable
 from mooncache.kernels.verbs import SEND_WR
 from mooncache.providers import copying, lanes
 from mooncache.providers.shm import Shm

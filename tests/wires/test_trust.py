@@ -17,8 +17,7 @@ from mooncache import Engine, Notification, TransportError
 from mooncache.discovery.credentials import has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer, dial
 from mooncache.discovery.listener import Reply, Request
-from mooncache.kernels.layout import WORD
-from mooncache.kernels.state import address_of
+from mooncache.kernels.arrays import WORD, address_of
 from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
 from mooncache.providers.frames import Frame

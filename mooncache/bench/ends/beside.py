@@ -16,7 +16,7 @@ from mooncache import Batch, Engine
 from mooncache.bench.harness import blocks
 from mooncache.bench.harness.measure import expect_counts, slots_of, wait_until_quiet
 from mooncache.bench.harness.process import serve
-from mooncache.kernels.state import address_of
+from mooncache.kernels.arrays import address_of
 from mooncache.memory import allocate
 
 BLOCK = 4096

@@ -20,7 +20,7 @@ from mooncache import Engine
 from mooncache.bench.harness import blocks
 from mooncache.bench.harness.measure import slots_of
 from mooncache.bench.harness.process import serve
-from mooncache.kernels.state import address_of
+from mooncache.kernels.arrays import address_of
 from mooncache.memory import allocate
 
 PLACES = 64

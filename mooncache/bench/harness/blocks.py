@@ -14,9 +14,9 @@ import os
 import numpy as np
 
 from mooncache.bench.harness.measure import scattered
+from mooncache.kernels.arrays import address_of
 from mooncache.kernels.atomics import copy, i8, i64
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.state import address_of
 from mooncache.memory import segment_of
 
 # Odd, so that any two seeds, blocks and words differ; without structure, so that no two sums of them agree.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from mooncache.errors import UsageError
-from mooncache.kernels.layout import Policy, Store
+from mooncache.kernels.enums import Policy, Store
 
 STORES = tuple(store.name.lower() for store in Store)
 POLICIES = tuple(policy.name.lower() for policy in Policy)

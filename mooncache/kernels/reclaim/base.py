@@ -13,8 +13,8 @@ policy, slices that failed stay until then, because the caller may still ask whi
 from mooncache.kernels import heap
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import i16, i64
+from mooncache.kernels.enums import Kind, Slice, Store
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Slice, Store
 from mooncache.kernels.pool import mark_free, release_chunk, release_chunks
 from mooncache.limits import CHUNK_SLICES as SLOTS
 

@@ -3,8 +3,8 @@
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import fence, futex_wake
 from mooncache.kernels.batch import release_row, slot_of
+from mooncache.kernels.enums import Kind, Policy
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Policy
 from mooncache.kernels.reclaim import bulk, deferred, epoch, inline, leak, on_close, thread_cache
 from mooncache.kernels.reclaim.base import charge_freeing
 from mooncache.kernels.records.base import acquire, fetch_add, where

@@ -2,8 +2,8 @@
 
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import i64
+from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind
 from mooncache.kernels.pool import INDEX_MASK, push_chain
 from mooncache.kernels.records.base import acquire, fetch_add, swap, where
 from mooncache.kernels.records.control import control_at

@@ -7,8 +7,8 @@ fits is used again only by a submit of the same thread: both are the fix's weak 
 from mooncache.kernels import heap
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import i16, i64
+from mooncache.kernels.enums import Kind, Slice, Store
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.layout import Kind, Slice, Store
 from mooncache.kernels.pool import give_back, mark_free, release_chunk, unlink
 from mooncache.kernels.reclaim.base import free_chunk, free_each
 from mooncache.kernels.records.control import control_at

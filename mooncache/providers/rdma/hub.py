@@ -11,9 +11,10 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
+from mooncache.kernels.arrays import WORD, address_of, aligned, put
+from mooncache.kernels.enums import Access
 from mooncache.kernels.inbox import header, sender
-from mooncache.kernels.layout import WORD, Access, aligned
-from mooncache.kernels.state import CompletionQueue, QueuePair, address_of, put
+from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.state import address_of
+from mooncache.kernels.arrays import address_of
 from mooncache.providers.rdma.gids import parse, text_of
 from mooncache.providers.rdma.hub import Rail
 from mooncache.providers.rdma.notes import RECEIVES

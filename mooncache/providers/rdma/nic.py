@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 from mooncache import forks
-from mooncache.kernels.layout import Access
+from mooncache.kernels.enums import Access
 from mooncache.providers.rdma.failure import asking, refused
 from mooncache.providers.rdma.gids import text_of
 from mooncache.providers.rdma.library import ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, load
@@ -208,7 +208,7 @@ class Nic:
         Pins every page; other Python threads run meanwhile.
 
         Args:
-            access: bits of `layout.Access`; without LOCAL, for read-only memory, the device itself cannot write to it.
+            access: bits of `enums.Access`; without LOCAL, for read-only memory, the device itself cannot write to it.
 
         Raises:
             TransportError: the memory cannot be locked, is not mapped, or does not permit such access.
@@ -224,7 +224,7 @@ class Nic:
             offset: bytes into the dma-buf where the memory begins.
             length: bytes.
             address: by which work requests, here and at peers, will name the first of these bytes.
-            access: bits of `layout.Access`.
+            access: bits of `enums.Access`.
 
         Raises:
             TransportError: the device, its driver or the kernel cannot register dma-bufs, or refused this one.
@@ -282,7 +282,7 @@ class Nic:
 
 
 def _flags(access: int) -> int:
-    """`ibv_access_flags` for bits of `layout.Access`."""
+    """`ibv_access_flags` for bits of `enums.Access`."""
     pairs = (
         (Access.LOCAL, ACCESS_LOCAL_WRITE),
         (Access.READ, ACCESS_REMOTE_READ),

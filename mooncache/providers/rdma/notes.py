@@ -24,10 +24,10 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.kernels.account import raise_word
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import call_poll_cq, call_post_send, copy, exchange, load, pause, peek, poke, store, u32
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.layout import WORD
 from mooncache.kernels.verbs import (
     CONTEXT_POST_RECV,
     CONTEXT_REQ_NOTIFY_CQ,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mooncache.kernels.layout import Opcode
+from mooncache.kernels.enums import Opcode
 from mooncache.kernels.verbs import SEND_SIGNALED
 from mooncache.providers.rdma.library import load
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mooncache.background import Background
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError
-from mooncache.kernels.layout import Order, QueueState
+from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import QueuePair, QueueRow
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import SLICES_GATHERED

@@ -25,7 +25,7 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
 from mooncache.kernels import calls
-from mooncache.kernels.layout import Access, Order
+from mooncache.kernels.enums import Access, Order
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 from mooncache.providers.base import Descriptor, Keys, Link, Provider
 from mooncache.providers.rdma import gpu

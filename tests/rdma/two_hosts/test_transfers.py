@@ -15,7 +15,7 @@ import pytest
 
 from mooncache import Engine, MooncacheError, TransferFailed
 from mooncache.errors import Status
-from mooncache.kernels.layout import QueueState
+from mooncache.kernels.enums import QueueState
 from tests import helpers
 from tests.helpers import assert_balanced, until
 from tests.testbed.network import CONTROL

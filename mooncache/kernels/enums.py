@@ -1,19 +1,11 @@
-"""States, kinds and policies as numbers, and how the arrays of an engine's memory are allocated."""
+"""States, kinds, policies and operations, as kernels and Python number them."""
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
-from contextlib import suppress
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import DTypeLike
-
-WORD = 8  # bytes
-LINE = 64  # bytes of a cache line
-MAP_NORESERVE = 0x4000  # Python has no name for it
-MAPPED_BYTES = 1 << 20  # from here on a system call more, and up to a page, are nothing beside the array
 
 
 class Store(IntEnum):
@@ -142,40 +134,6 @@ class Access(IntEnum):
     WRITE = 2
     LOCAL = 4  # not for peers: the owner's own reads may write here, since the memory is not read-only
     HELD = 8  # not for peers: the engine holds the object that keeps the memory mapped
-
-
-def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
-    """dtype[n] of zeros; pages of its own for a large array, which the system gives when they are first written to.
-
-    They go back to the system with the array. glibc keeps what was freed, up to 32 MiB each, and writes the zeros of
-    the next array itself. `sparse`: little of a large one is written to: it gets small pages, and the system need not
-    have room for all of it.
-    """
-    nbytes = n * np.dtype(dtype).itemsize
-    if nbytes < MAPPED_BYTES:
-        return np.zeros(n, dtype)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
-    pages = mmap.mmap(-1, nbytes, flags)
-    with suppress(OSError):  # this kernel has no huge pages to give; numpy asks for them, too
-        pages.madvise(mmap.MADV_NOHUGEPAGE if sparse else mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype, n)
-
-
-def aligned(words: int, *, sparse: bool = False) -> np.ndarray:
-    """int64[words] of zeros on a cache line of its own; see `zeros`."""
-    raw = zeros(words + LINE // WORD, np.int64, sparse=sparse)
-    skip = (-raw.ctypes.data % LINE) // WORD
-    return raw[skip : skip + words]
-
-
-def rows_of(dtype: np.dtype, n: int = 1, *, sparse: bool = False) -> np.ndarray:
-    """dtype[n] of zeros, for a dtype of whole cache lines: on cache lines of their own; see `zeros`."""
-    return aligned(n * dtype.itemsize // WORD, sparse=sparse).view(dtype)
-
-
-def power_of_two(least: int) -> int:
-    """The smallest power of two that is `least` or more."""
-    return 1 << max(0, least - 1).bit_length()
 
 
 def words_of(names: Iterable[IntEnum], values: np.ndarray) -> dict[str, int]:

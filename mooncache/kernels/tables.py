@@ -1,0 +1,107 @@
+"""The region table of one engine, as Python changes it: kernels look ranges up in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mooncache import limits
+from mooncache.errors import CapacityError, UsageError
+from mooncache.kernels import regions
+from mooncache.kernels.arrays import Row, address_of, put, rows_of, zeros
+from mooncache.kernels.records.table import TABLE
+
+
+class RegionTable:
+    """Registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a time.
+
+    `rows`: most ranges; a `State` takes tables of as many as its setting regions.
+    """
+
+    def __init__(self, owner: str, rows: int = limits.REGIONS) -> None:
+        self.owner, self.rows = owner, rows
+        self.header = Row(rows_of(TABLE))
+        columns = [zeros(rows, np.int64) for _ in range(5)]
+        self.bases, self.ends, self.slots, self.access, self.refused = columns
+        self.keys = np.zeros((limits.NICS, rows), np.int64)
+        self.header.set(
+            bases=address_of(self.bases), ends=address_of(self.ends), slots=address_of(self.slots),
+            keys=address_of(self.keys), access=address_of(self.access), refused=address_of(self.refused),
+        )  # fmt: skip
+        self._free = list(range(rows - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return self.header["count"]
+
+    def forgive(self) -> None:
+        """The owner has said again what is registered: whatever it refused may be tried again."""
+        self.refused[:] = 0
+        self.header.put("refusals", 0)
+
+    def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
+        """The first registered (address, length) that overlaps the range, if any."""
+        n = len(self)
+        at = int(np.searchsorted(self.ends[:n], address, side="right"))
+        if at < n and self.bases[at] < address + length:
+            return int(self.bases[at]), int(self.ends[at] - self.bases[at])
+        return None
+
+    def add(self, address: int, length: int, keys: Sequence[int], access: int, slot: int | None = None) -> int:
+        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`.
+
+        `slot`: that of a range that was taken out, whose place this one takes; by default a free one.
+        """
+        taken, renewed = self.overlapping(address, length), slot is not None
+        if taken is not None:
+            raise UsageError(
+                f"{self.owner}: the range [{address:#x}, +{length}) overlaps the registered region "
+                f"[{taken[0]:#x}, +{taken[1]}); register each byte once"
+            )
+        if slot is None:
+            if not self._free:
+                raise CapacityError(
+                    f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
+                    "more `regions`"
+                )
+            slot = self._free.pop()
+        n = len(self)
+        self.keys[: len(keys), slot], self.access[slot] = keys, access
+        put(self.refused, slot, 0)  # slices that carry the slot already are posted from here on, under these keys
+        if renewed:
+            self.header.put("renewals", self.header["renewals"] + 1)
+        at = int(np.searchsorted(self.bases[:n], address))
+        regions.insert(self.header.address, at, address, address + length, slot)
+        return slot
+
+    def position(self, slot: int) -> int:
+        """Where in the table the range with this slot stands."""
+        return int(np.flatnonzero(self.slots[: len(self)] == slot)[0])
+
+    @property
+    def room(self) -> int:
+        """How many more ranges it can take."""
+        return len(self._free)
+
+    def take_out(self, slot: int) -> None:
+        """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
+        regions.remove(self.header.address, self.position(slot))
+        self.refused[slot] = 1
+        self.header.put("refusals", 1)
+
+    def remove(self, slot: int) -> None:
+        """Forget a range. Its slot may be given to another at once."""
+        self.take_out(slot)
+        self.recycle(slot)
+
+    def recycle(self, slot: int) -> None:
+        """Let another range have the slot of one that is no longer in the table."""
+        self._free.append(slot)
+
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """(address, length, slot) of each region, ascending."""
+        n = len(self)
+        return [
+            (int(base), int(end - base), int(slot))
+            for base, end, slot in zip(self.bases[:n], self.ends[:n], self.slots[:n], strict=True)
+        ]
