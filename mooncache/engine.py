@@ -57,7 +57,7 @@ from mooncache.operands import (
 )
 from mooncache.peer import Peer, directory
 from mooncache.providers.base import HERE, Descriptor, Link, Provider
-from mooncache.providers.software import InProcessProvider
+from mooncache.providers.inprocess.base import InProcessProvider
 from mooncache.registry import Registry
 from mooncache.service import Service
 from mooncache.stats import Stats, collect

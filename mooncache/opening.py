@@ -16,10 +16,10 @@ from mooncache.errors import UsageError, came
 from mooncache.kernels.enums import Policy, Store
 from mooncache.kernels.settings import Settings
 from mooncache.providers.base import Provider
-from mooncache.providers.emulated import Emulated
-from mooncache.providers.loopback import Loopback
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.inprocess.emulated import Emulated
+from mooncache.providers.inprocess.loopback import Loopback
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream.tcp import Tcp
 
 
 def _rdma() -> Provider:

@@ -32,7 +32,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.pump import post, take
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.worker import worker_row
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from sim.costs import TABLES, Calibration, Machine, Point
 
 SIZES = (256, 4096, 30_000, 120_000)  # slices of a batch

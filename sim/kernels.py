@@ -8,7 +8,8 @@ from mooncache.kernels import calls, jit, publication, regions, submit
 from mooncache.kernels.pump import pump
 from mooncache.kernels.reclaim import leak
 from mooncache.kernels.reclaim.dispatch import reap
-from mooncache.providers import careful, emulated
+from mooncache.providers import careful
+from mooncache.providers.inprocess import emulated
 
 KERNELS: tuple[jit.Entry, ...] = (  # those that take longest to compile first
     pump,

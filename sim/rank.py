@@ -33,9 +33,9 @@ from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, State
 from mooncache.kernels.tables import RegionTable
-from mooncache.providers import emulated
 from mooncache.providers.base import HERE, Descriptor
-from mooncache.providers.faults import PS_PER_NS
+from mooncache.providers.inprocess import emulated
+from mooncache.providers.inprocess.faults import PS_PER_NS
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices

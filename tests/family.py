@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from mooncache import Batch, Engine
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import LIMIT, SMALL
 
 PROVIDERS: dict[str, Callable[[], Any]] = {

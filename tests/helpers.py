@@ -27,8 +27,8 @@ from mooncache.kernels.state import Block, CompletionQueue, QueueRow, State
 from mooncache.kernels.submit import prepare, publish, submit
 from mooncache.kernels.tables import RegionTable
 from mooncache.limits import CHUNK_SLICES
-from mooncache.providers import emulated
 from mooncache.providers.base import HERE, Descriptor, Provider
+from mooncache.providers.inprocess import emulated
 from tests.kernels.entries import Gated, never
 
 LIMIT = 60.0  # seconds: far more than anything here takes; only a hang gets there

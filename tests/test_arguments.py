@@ -22,8 +22,8 @@ from mooncache.discovery.address import parse_address
 from mooncache.discovery.base import open_names
 from mooncache.memory import range_of
 from mooncache.peer import directory
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream.tcp import Tcp
 from mooncache.shortage import told
 from tests.helpers import SMALL, unchanged
 

@@ -258,7 +258,7 @@ INTERRUPT = """
 import os, signal, threading
 import numpy as np
 import mooncache, mooncache.engine
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.kernels import calls
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it

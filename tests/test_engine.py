@@ -19,8 +19,8 @@ from mooncache import (
     UsageError,
 )
 from mooncache.kernels import enums
-from mooncache.providers.emulated import Emulated
-from mooncache.providers.loopback import Loopback
+from mooncache.providers.inprocess.emulated import Emulated
+from mooncache.providers.inprocess.loopback import Loopback
 from tests.helpers import SMALL, Pair, Task, assert_balanced, awaited, batch_field, in_threads, run_python, until
 
 

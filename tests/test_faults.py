@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mooncache import Status, TransferFailed, UsageError
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.faults import Action, Fault, random_faults
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.faults import Action, Fault, random_faults
 from tests.helpers import POLICIES, Pair, assert_balanced, until
 from tests.kernels.test_complete import EXPECTED, PASSING
 

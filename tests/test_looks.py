@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mooncache import Status, TransferFailed
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.loopback import Loopback
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.loopback import Loopback
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import POLICIES, Pair, assert_balanced, looks_held, until
 
 WIRES = {

@@ -19,7 +19,7 @@ from mooncache import (
 )
 from mooncache.kernels import calls
 from mooncache.memory import range_of
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import POLICIES, STORES, batch_field, unchanged, until
 from tests.kernels.entries import Gated
 

@@ -21,11 +21,11 @@ from mooncache.inbox import Inbox, pack, unpack
 from mooncache.kernels.inbox import S_BYTES, S_LENGTH, sender
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import INBOX_NOTES, NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.faults import Action, Fault, random_faults
-from mooncache.providers.loopback import Loopback
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.faults import Action, Fault, random_faults
+from mooncache.providers.inprocess.loopback import Loopback
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import POLICIES, STORES, Pair, Task, assert_balanced, awaited, in_threads, looks_held, until
 
 WIRES = {

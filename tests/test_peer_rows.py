@@ -20,7 +20,7 @@ from mooncache.kernels.submit import submit_one
 from mooncache.kernels.tables import RegionTable
 from mooncache.peer import Peer
 from mooncache.providers.base import Descriptor, RemoteRegion
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import SMALL, Task, until
 from tests.kernels.entries import Gated
 

@@ -13,8 +13,8 @@ from mooncache import Status, TransferFailed, UsageError
 from mooncache.kernels.enums import QueueState
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import NICS, SLICES_GATHERED
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.faults import Action, Fault, random_faults
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.faults import Action, Fault, random_faults
 from tests.helpers import POLICIES, Pair, assert_balanced, until
 
 RAIL = {"latency_ns": 1000, "breaks": True, "signal": 16, "gathers": 4}

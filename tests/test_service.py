@@ -20,8 +20,8 @@ from mooncache.discovery.base import LEASE_S, Names, open_names
 from mooncache.discovery.record import decode, encode
 from mooncache.errors import Status
 from mooncache.peer import directory
-from mooncache.providers import stream
 from mooncache.providers.base import Descriptor
+from mooncache.providers.stream import provider as stream
 from tests.helpers import LIMIT, SMALL, in_threads, random_bytes, until
 from tests.servers import Server, free_ports, has_ipv6
 from tests.wires import there

@@ -15,7 +15,7 @@ import pytest
 from mooncache import Engine, Quiesced, Status, TransferFailed, background
 from mooncache.discovery.address import parse_address
 from mooncache.kernels import look
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import LIMIT, Pair, until
 from tests.servers import Server
 from tests.wires.fake import FakeTarget

@@ -33,7 +33,7 @@ from mooncache.bench.harness.options import JSON, POLICIES, STORES
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.errors import UsageError
 from mooncache.limits import CACHE_SLICES
-from mooncache.providers.emulated import Emulated
+from mooncache.providers.inprocess.emulated import Emulated
 
 SLICES = (1, 256, 30_000)
 MILLION = 1_000_000

@@ -33,7 +33,7 @@ from mooncache.bench.harness.options import JSON, POLICIES, STORES
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.errors import UsageError
 from mooncache.limits import CACHE_SLICES
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 
 PAIRS = ("heap+inline", "pool+bulk")
 SLICE_BYTES = 512

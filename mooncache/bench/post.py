@@ -54,8 +54,8 @@ from mooncache.kernels.verbs import (
 )
 from mooncache.kernels.worker import worker_row
 from mooncache.limits import CHAIN, SLICES_GATHERED
+from mooncache.providers.device import Device
 from mooncache.providers.rdma.objects import build_and_drop
-from mooncache.providers.software import Device
 
 SLICES = 30_000
 SIGNALS = (16, 1)  # work requests a completion; what is on top of the report is the first's

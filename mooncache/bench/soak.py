@@ -28,7 +28,7 @@ from mooncache.bench.harness.measure import (
 from mooncache.bench.harness.options import JSON
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.errors import UsageError
-from mooncache.providers.emulated import Emulated
+from mooncache.providers.inprocess.emulated import Emulated
 
 SUBMITTERS = 2
 IN_FLIGHT = 2  # batches of each submitter

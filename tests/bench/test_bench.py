@@ -10,7 +10,7 @@ from mooncache import Engine, cli, cores
 from mooncache.bench import gil, lifecycle, placement, soak, turnover
 from mooncache.bench.harness import measure
 from mooncache.bench.harness.report import figure
-from mooncache.providers.emulated import Emulated
+from mooncache.providers.inprocess.emulated import Emulated
 
 
 def bench(*arguments, status=0):

@@ -34,9 +34,7 @@ from mooncache.kernels.verbs import (
     WR_SG_LIST,
 )
 from mooncache.limits import SLICES_GATHERED
-from mooncache.providers import loopback
-from mooncache.providers.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
-from mooncache.providers.software import (
+from mooncache.providers.device import (
     CQ_COUNT,
     CQ_OWN,
     CQ_QUEUES,
@@ -49,6 +47,8 @@ from mooncache.providers.software import (
     queue_of,
     write_completion,
 )
+from mooncache.providers.inprocess import loopback
+from mooncache.providers.inprocess.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
 
 
 # ------------------------------------------------------------------------------ atomics

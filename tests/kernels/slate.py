@@ -14,7 +14,8 @@ from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
 from mooncache.providers.base import Keys
-from mooncache.providers.software import Q_HEAD, InProcessProvider
+from mooncache.providers.device import Q_HEAD
+from mooncache.providers.inprocess.base import InProcessProvider
 from tests.helpers import Rig
 from tests.kernels import entries
 

@@ -12,8 +12,8 @@ from mooncache.kernels import calls
 from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.verbs import SEND_INLINE, WcStatus
 from mooncache.limits import CHUNK_SLICES, SLICES_GATHERED
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.faults import Action, Fault
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.faults import Action, Fault
 from tests.helpers import Rig, assert_at_rest
 from tests.kernels.slate import OK, SlateRig
 from tests.oracles import gathered

@@ -351,7 +351,13 @@ def test_a_changed_source_has_another_cache(tmp_path, monkeypatch):
     key = cache.source_hash.__wrapped__
     seen = {key()}
     assert key() in seen
-    for name in ("kernels/pool.py", "kernels/reclaim/bulk.py", "providers/loopback.py", "limits.py", "errors.py"):
+    for name in (
+        "kernels/pool.py",
+        "kernels/reclaim/bulk.py",
+        "providers/inprocess/loopback.py",
+        "limits.py",
+        "errors.py",
+    ):
         with (tmp_path / "mooncache" / name).open("a") as file:
             file.write("\n# changed\n")
         changed = key()

@@ -11,8 +11,8 @@ import pytest
 
 from mooncache import CapacityError, Engine
 from mooncache.discovery.dial import Answer, dial
-from mooncache.providers import quotas
-from mooncache.providers.lanes import FRAMES_VERSION
+from mooncache.providers.stream import quotas
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import until
 
 

@@ -8,7 +8,7 @@ import pytest
 from mooncache import Engine, TransferFailed
 from mooncache.errors import Status
 from mooncache.limits import INBOX_NOTES, SLICES_GATHERED
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import POLICIES, STORES, Pair, assert_balanced
 
 WAIT = 120  # seconds; a guest under emulation is slow

@@ -21,7 +21,7 @@ from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.settings import Settings
-from mooncache.providers.emulated import Emulated, Nic
+from mooncache.providers.inprocess.emulated import Emulated, Nic
 from sim.config import PAIRS
 from sim.costs import Prices
 from sim.rank import BASE, PEER, VirtualEngine

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mooncache import Engine
-from mooncache.providers import lanes
+from mooncache.providers.stream import lane as lanes
 from tests.helpers import random_bytes
 from tests.wires import there
 from tests.wires.processes import Far, Nursery

@@ -12,7 +12,7 @@ import numpy as np
 from mooncache.discovery.listener import Listener, Reply, Request
 from mooncache.discovery.record import to_json
 from mooncache.providers.base import Descriptor, RemoteRegion
-from mooncache.providers.lanes import FRAMES_VERSION
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import LIMIT
 
 

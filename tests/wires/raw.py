@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mooncache.discovery.dial import dial
-from mooncache.providers.frames import HEADER_BYTES, MAGIC
-from mooncache.providers.lanes import FRAMES_VERSION
+from mooncache.providers.stream.frames import HEADER_BYTES, MAGIC
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import LIMIT
 
 Entry = tuple[int, int, int]

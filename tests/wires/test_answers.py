@@ -12,10 +12,10 @@ import pytest
 
 from mooncache import DiscoveryError, MooncacheError, Status, TransferFailed, TransportError
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers import connections
-from mooncache.providers.frames import Frame
-from mooncache.providers.lanes import FRAMES_VERSION, LaneState
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.stream import connections
+from mooncache.providers.stream.frames import Frame
+from mooncache.providers.stream.lane import FRAMES_VERSION, LaneState
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import LIMIT, Task, assert_balanced, random_bytes, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget

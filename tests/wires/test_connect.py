@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, DiscoveryError, Engine, MooncacheError, TransportError, UsageError
-from mooncache.providers import connections
-from mooncache.providers.lanes import FRAMES_VERSION
+from mooncache.providers.stream import connections
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import SMALL, Task, until
 from tests.wires import there
 from tests.wires.conftest import over

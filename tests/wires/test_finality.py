@@ -9,7 +9,7 @@ import pytest
 
 from mooncache import Engine, Quiesced, Status, TransferFailed, TransportError, UsageError
 from mooncache.kernels import restart
-from mooncache.providers.connections import Port
+from mooncache.providers.stream.connections import Port
 from tests.helpers import LIMIT, Task, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, Joined, over

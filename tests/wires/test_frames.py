@@ -15,8 +15,8 @@ from mooncache.discovery.dial import dial
 from mooncache.errors import DiscoveryError, UsageError
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import NOTE_BYTES_MOST, NOTE_HEAD_BYTES
-from mooncache.providers.frames import FRAME_SLICES, SLICE_BYTES_MAX, Frame
-from mooncache.providers.lanes import FRAMES_VERSION
+from mooncache.providers.stream.frames import FRAME_SLICES, SLICE_BYTES_MAX, Frame
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import random_bytes, until
 from tests.wires import there
 from tests.wires.processes import Far, Nursery

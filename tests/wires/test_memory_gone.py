@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mooncache import Engine, Status, TransferFailed, TransportError
-from mooncache.providers import careful, lanes
+from mooncache.providers import careful
+from mooncache.providers.stream import lane as lanes
 from tests.helpers import LIMIT, assert_balanced, random_bytes
 
 PAGE = mmap.PAGESIZE

@@ -14,8 +14,9 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Request
 from mooncache.kernels.state import State
 from mooncache.peer import Peer
-from mooncache.providers import connections, shm
-from mooncache.providers.software import CQ_QUEUES
+from mooncache.providers.device import CQ_QUEUES
+from mooncache.providers.shm import provider as shm
+from mooncache.providers.stream import connections
 from tests.helpers import Task, assert_balanced, until
 from tests.wires import there
 from tests.wires.conftest import over

@@ -9,7 +9,7 @@ import pytest
 
 from mooncache import Batch, MooncacheError, Quiesced, Status, TransferFailed, TransportError, UsageError
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.frames import Frame
+from mooncache.providers.stream.frames import Frame
 from tests.helpers import Task, assert_balanced, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, Joined, over

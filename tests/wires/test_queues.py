@@ -10,9 +10,10 @@ import pytest
 from mooncache.kernels.arrays import address_of, aligned
 from mooncache.kernels.tables import RegionTable
 from mooncache.kernels.verbs import SEND_WR
-from mooncache.providers import copying, lanes
-from mooncache.providers.shm import Shm
-from mooncache.providers.software import Q_HEAD, Q_TAIL
+from mooncache.providers.device import Q_HEAD, Q_TAIL
+from mooncache.providers.shm import copy as copying
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream import lane as lanes
 
 
 @pytest.fixture

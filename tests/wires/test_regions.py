@@ -15,13 +15,14 @@ from mooncache.kernels import restart
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
 from mooncache.memory import allocate
-from mooncache.providers import lanes, stream
-from mooncache.providers.emulated import Emulated, Nic
-from mooncache.providers.frames import Frame
-from mooncache.providers.loopback import Loopback
-from mooncache.providers.shm import RESTARTS, Shm
-from mooncache.providers.software import KEY, KEY_WORDS
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.device import KEY, KEY_WORDS
+from mooncache.providers.inprocess.emulated import Emulated, Nic
+from mooncache.providers.inprocess.loopback import Loopback
+from mooncache.providers.shm.provider import RESTARTS, Shm
+from mooncache.providers.stream import lane as lanes
+from mooncache.providers.stream import provider as stream
+from mooncache.providers.stream.frames import Frame
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import Task, assert_balanced, random_bytes, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, WIRES, over

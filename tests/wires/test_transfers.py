@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mooncache import Status, TransferFailed
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import Task, assert_balanced, in_threads, random_bytes, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, over

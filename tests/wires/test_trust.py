@@ -20,10 +20,10 @@ from mooncache.discovery.listener import Reply, Request
 from mooncache.kernels.arrays import WORD, address_of
 from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
-from mooncache.providers.frames import Frame
-from mooncache.providers.lanes import FRAMES_VERSION
-from mooncache.providers.shm import GUARD_BYTES, reachable
-from mooncache.providers.software import KEY_WORDS
+from mooncache.providers.device import KEY_WORDS
+from mooncache.providers.shm.provider import GUARD_BYTES, reachable
+from mooncache.providers.stream.frames import Frame
+from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import LIMIT, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget

@@ -18,9 +18,9 @@ import numpy as np
 
 from mooncache import Engine, MooncacheError, TransferFailed
 from mooncache.memory import Region
-from mooncache.providers import lanes as words
-from mooncache.providers.shm import Shm
-from mooncache.providers.tcp import Tcp
+from mooncache.providers.shm.provider import Shm
+from mooncache.providers.stream import lane as words
+from mooncache.providers.stream.tcp import Tcp
 from tests.helpers import SMALL, assert_balanced, random_bytes
 
 engines: dict[str, Engine] = {}

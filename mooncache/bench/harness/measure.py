@@ -18,7 +18,7 @@ from mooncache.cores import siblings_of
 from mooncache.errors import MooncacheError
 from mooncache.limits import CHUNK_SLICES
 from mooncache.operands import Operand
-from mooncache.providers.emulated import Nic
+from mooncache.providers.inprocess.emulated import Nic
 
 FREE_WIRE = Nic(bits_per_s=10**15, messages_per_s=10**12, latency_ns=0, move_bytes=False)
 """A NIC that answers at once and moves nothing: what remains is the engine's own work."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, check
-from mooncache.providers.connections import BUFFER_BYTES, buffers
+from mooncache.providers.stream.connections import BUFFER_BYTES, buffers
 
 FAR_S = 0.02
 """A round trip between two regions; within one it is a twentieth of that."""

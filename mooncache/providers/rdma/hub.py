@@ -16,10 +16,10 @@ from mooncache.kernels.enums import Access
 from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
+from mooncache.providers.device import Device
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load
 from mooncache.providers.rdma.nic import Nic, Registration
-from mooncache.providers.software import Device
 
 RECORDS = 2 * limits.PEERS
 """An outbox for each peer, and as many peers with an outbox for us."""

@@ -26,13 +26,13 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.limits import WORKERS
-from mooncache.providers import lanes
 from mooncache.providers.careful import C_RESTART, C_SELF, FIRST, move, move_one, set_pair, write_while
-from mooncache.providers.connections import nudge
-from mooncache.providers.lanes import PENDING, Route, entry_of, word_at
-from mooncache.providers.serving import push_lanes, turn_lanes
-from mooncache.providers.software import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
-from mooncache.providers.stream import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
+from mooncache.providers.device import CQ_COUNT, CQ_QUEUES, Q_HEAD, Q_KEYS, Q_TAIL, key_status, queue_of
+from mooncache.providers.stream import lane as lanes
+from mooncache.providers.stream.connections import nudge
+from mooncache.providers.stream.lane import PENDING, Route, entry_of, word_at
+from mooncache.providers.stream.poll import push_lanes, turn_lanes
+from mooncache.providers.stream.provider import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
 
 LOT = 32
 """Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""

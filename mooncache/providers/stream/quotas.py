@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mooncache import limits
 from mooncache.errors import CapacityError
-from mooncache.providers.connections import LANES_MOST
+from mooncache.providers.stream.connections import LANES_MOST
 
 LANES = limits.WORKERS * LANES_MOST
 """Connections of one peer to us: of each of its workers as many as may be."""

@@ -13,8 +13,9 @@ from mooncache.kernels.linux import (
     EPOLLRDHUP,
     epoll_wait,
 )
-from mooncache.providers.frames import H_COUNT, HEADER_BYTES, head_bytes
-from mooncache.providers.lanes import (
+from mooncache.providers.device import Q_HEAD, Q_TAIL
+from mooncache.providers.stream.frames import H_COUNT, HEADER_BYTES, head_bytes
+from mooncache.providers.stream.lane import (
     CALLS,
     E_ROUTE,
     ENDED,
@@ -63,9 +64,8 @@ from mooncache.providers.lanes import (
     has_output,
     word_at,
 )
-from mooncache.providers.receiving import next_frame, receive
-from mooncache.providers.sending import send
-from mooncache.providers.software import Q_HEAD, Q_TAIL
+from mooncache.providers.stream.receive import next_frame, receive
+from mooncache.providers.stream.send import send
 
 
 @kernel

@@ -7,7 +7,8 @@ from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import IOV_BASE, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLOUT, sendmsg
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.frames import (
+from mooncache.providers.device import Q_HEAD, Q_TAIL, key_status
+from mooncache.providers.stream.frames import (
     FRAME_SLICES,
     H_COUNT,
     Frame,
@@ -18,7 +19,7 @@ from mooncache.providers.frames import (
     write_entry,
     write_header,
 )
-from mooncache.providers.lanes import (
+from mooncache.providers.stream.lane import (
     CALLS,
     E_KEY,
     E_LENGTH,
@@ -66,7 +67,6 @@ from mooncache.providers.lanes import (
     slice_of,
     word_at,
 )
-from mooncache.providers.software import Q_HEAD, Q_TAIL, key_status
 
 
 @kernel

@@ -49,9 +49,7 @@ from mooncache.kernels.verbs import (
     WcStatus,
 )
 from mooncache.providers.base import Provider
-from mooncache.providers.faults import PS_PER_NS, Action, Fault
-from mooncache.providers.mender import Mender
-from mooncache.providers.software import (
+from mooncache.providers.device import (
     CQ_COUNT,
     CQ_QUEUES,
     CQ_TURN,
@@ -66,15 +64,14 @@ from mooncache.providers.software import (
     Q_RING,
     Q_SCRATCH,
     Q_TAIL,
-    InProcess,
-    InProcessProvider,
     Queue,
     key_status,
-    move_bytes,
     queue_of,
-    send_note,
     write_completion,
 )
+from mooncache.providers.inprocess.base import InProcess, InProcessProvider, move_bytes, send_note
+from mooncache.providers.inprocess.faults import PS_PER_NS, Action, Fault
+from mooncache.providers.inprocess.repair import Mender
 
 PS_PER_S = 10**12
 FRACTION_BITS = 20  # of the picoseconds a byte takes

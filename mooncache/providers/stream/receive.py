@@ -13,7 +13,8 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLIN, discard, recv, recvmsg
 from mooncache.kernels.records.inbox import inbox_at
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.frames import (
+from mooncache.providers.device import key_status
+from mooncache.providers.stream.frames import (
     DISCARD,
     H_BYTES,
     H_COUNT,
@@ -32,7 +33,7 @@ from mooncache.providers.frames import (
     write_entry,
     write_header,
 )
-from mooncache.providers.lanes import (
+from mooncache.providers.stream.lane import (
     BODY,
     E_LENGTH,
     E_LOCAL,
@@ -92,7 +93,6 @@ from mooncache.providers.lanes import (
     slice_of,
     word_at,
 )
-from mooncache.providers.software import key_status
 
 
 @kernel

@@ -5,10 +5,10 @@ import numpy as np
 from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import callback
 from mooncache.kernels.verbs import CQ_CQ_CONTEXT, WR_NEXT
-from mooncache.providers.lanes import Route
-from mooncache.providers.serving import push_lanes, turn_lanes
-from mooncache.providers.software import queue_of
-from mooncache.providers.stream import (
+from mooncache.providers.device import queue_of
+from mooncache.providers.stream.lane import Route
+from mooncache.providers.stream.poll import push_lanes, turn_lanes
+from mooncache.providers.stream.provider import (
     StreamProvider,
     answer_poll,
     answer_push,

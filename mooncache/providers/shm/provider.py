@@ -47,14 +47,14 @@ from mooncache.kernels.publication import publish, rise, withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.tables import RegionTable
 from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
-from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.careful import Copier
-from mooncache.providers.connections import STALL_S, StreamQueue
-from mooncache.providers.copying import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
-from mooncache.providers.quotas import check_leases
-from mooncache.providers.software import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
-from mooncache.providers.stream import StreamProvider, wait_while_odd
+from mooncache.providers.device import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
+from mooncache.providers.shm.copy import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
+from mooncache.providers.stream import lane as lanes
+from mooncache.providers.stream.connections import STALL_S, StreamQueue
+from mooncache.providers.stream.provider import StreamProvider, wait_while_odd
+from mooncache.providers.stream.quotas import check_leases
 
 log = logging.getLogger("mooncache")
 

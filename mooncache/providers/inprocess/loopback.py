@@ -19,7 +19,7 @@ from mooncache.kernels.verbs import (
     WR_RKEY,
     WR_SG_LIST,
 )
-from mooncache.providers.software import (
+from mooncache.providers.device import (
     CQ_COUNT,
     CQ_QUEUES,
     Q_HEAD,
@@ -28,13 +28,11 @@ from mooncache.providers.software import (
     Q_MASK,
     Q_RING,
     Q_TAIL,
-    InProcessProvider,
     Queue,
-    move_bytes,
     queue_of,
-    send_note,
     write_completion,
 )
+from mooncache.providers.inprocess.base import InProcessProvider, move_bytes, send_note
 
 ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS = 0, 1, 2
 

@@ -36,10 +36,10 @@ from mooncache.kernels.linux import (
     MSGHDR_BYTES,
     epoll_add,
 )
-from mooncache.providers import lanes
-from mooncache.providers.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
-from mooncache.providers.lanes import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at
-from mooncache.providers.software import Q_HEAD, Device, KeyTable, Queue
+from mooncache.providers.device import Q_HEAD, Device, KeyTable, Queue
+from mooncache.providers.stream import lane as lanes
+from mooncache.providers.stream.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
+from mooncache.providers.stream.lane import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at
 
 STALL_S = 10.0
 """Seconds without a byte, with something under way, after which a lane counts as broken: a stopped or hung peer."""

@@ -10,8 +10,8 @@ go one by one until the one at fault is known: its slice fails, zeros or nothing
 Descriptors are watched edge-triggered, so a lane is *listed* from the edge until nothing is left to do: a read or write
 was short, and not because memory is gone, which poll tells.
 
-Here are the words of lanes, ports and queue pairs, and how a lane begins and ends. `sending` and `receiving` move its
-bytes, `serving` says when.
+Here are the words of lanes, ports and queue pairs, and how a lane begins and ends. `send` and `receive` move its
+bytes, `poll` says when.
 """
 
 from enum import IntEnum
@@ -41,7 +41,7 @@ from mooncache.kernels.linux import (
 from mooncache.kernels.records.base import fetch_add, release
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.software import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
+from mooncache.providers.device import CQ_OWN, Q_CUT, Q_HEAD, Q_MASK, Q_OWN, Q_RING, Q_TAIL
 
 # Port words, one set a worker, in front of its completion queue's list of queues
 (

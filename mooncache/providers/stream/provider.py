@@ -5,7 +5,7 @@
     a lane of some worker of A    <==lane==  queue pair of B's worker 0 for A
 
 Each side's queue pairs send requests over lanes of their own; a peer's requests come in over the peer's lanes. Python
-opens and closes (see `connections`), the workers' kernels do the rest (see `lanes`).
+opens and closes (see `connections`), the workers' kernels do the rest (see `lane`).
 """
 
 from __future__ import annotations
@@ -55,24 +55,8 @@ from mooncache.kernels.verbs import (
     WR_SG_LIST,
     WcStatus,
 )
-from mooncache.providers import lanes
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.connections import (
-    LANES_MOST,
-    STALL_S,
-    Arrival,
-    Lane,
-    Port,
-    StreamQueue,
-    Ticket,
-    cut,
-    give_up,
-    set_lane_options,
-)
-from mooncache.providers.lanes import ENTRY_WORDS, PENDING, Broken, LaneState, Reason, enlist, entry_of, word_at
-from mooncache.providers.quotas import check_lanes
-from mooncache.providers.settling import Settler
-from mooncache.providers.software import (
+from mooncache.providers.device import (
     CQ_COUNT,
     CQ_QUEUES,
     CQ_TURN,
@@ -84,6 +68,22 @@ from mooncache.providers.software import (
     SoftwareProvider,
     write_completion,
 )
+from mooncache.providers.settling import Settler
+from mooncache.providers.stream import lane as lanes
+from mooncache.providers.stream.connections import (
+    LANES_MOST,
+    STALL_S,
+    Arrival,
+    Lane,
+    Port,
+    StreamQueue,
+    Ticket,
+    cut,
+    give_up,
+    set_lane_options,
+)
+from mooncache.providers.stream.lane import ENTRY_WORDS, PENDING, Broken, LaneState, Reason, enlist, entry_of, word_at
+from mooncache.providers.stream.quotas import check_lanes
 
 log = logging.getLogger("mooncache")
 

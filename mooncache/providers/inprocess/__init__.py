@@ -1,0 +1,1 @@
+"""Wires within a process: loopback copies, emulated models a NIC."""

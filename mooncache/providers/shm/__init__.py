@@ -1,0 +1,1 @@
+"""Shared memory: the peer's pages are mapped and copied."""

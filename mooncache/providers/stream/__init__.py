@@ -1,0 +1,1 @@
+"""Frames over connected sockets: TCP, and the connections beside shared memory."""
