@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mooncache import plugins
 from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import UsageError, came
 from mooncache.kernels.enums import Policy, Store
@@ -52,9 +53,18 @@ def provider(provider: Any) -> Provider:
     """The provider of that name, or the one given. Raises UsageError if there is none."""
     if isinstance(provider, Provider):
         return provider
-    if not isinstance(provider, str) or provider not in PROVIDERS:
-        raise UsageError(f"expected a Provider or one of {', '.join(map(repr, PROVIDERS))}, got {came(provider)}")
-    return PROVIDERS[provider]()
+    if isinstance(provider, str) and provider in PROVIDERS:
+        return PROVIDERS[provider]()
+    others = plugins.offered(plugins.PROVIDERS)
+    if not isinstance(provider, str) or provider not in others:
+        known = ", ".join(map(repr, [*PROVIDERS, *others]))
+        raise UsageError(f"expected a Provider or one of {known}, got {came(provider)}")
+    made = others[provider].load()()
+    if not isinstance(made, Provider):
+        raise UsageError(
+            f"expected the entry point {provider!r} of {plugins.PROVIDERS} to make a Provider, got {came(made)}"
+        )
+    return made
 
 
 def check_texts(**texts: object) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, version
 from typing import Any
 
 import typer
 
+from mooncache import plugins
 from mooncache.cli.bench import bench
 from mooncache.cli.doctor import doctor
 from mooncache.cli.found import Found, Place
 from mooncache.cli.serve import serve
 from mooncache.errors import MooncacheError
-
-COMMANDS = "mooncache.commands"
-"""Entry point group: name -> function. That is how `sim` adds commands which this package never imports."""
 
 FAULT, INTERRUPTED = 2, 130  # exit statuses: the caller's or the machine's fault; Ctrl-C
 
@@ -25,7 +23,7 @@ class Commands(Found):
 
     def found(self) -> dict[str, Place]:
         """The commands that entry points add."""
-        return {name: Place(point.load, needs(point)) for name, point in added().items()}
+        return {name: Place(point.load, needs(point)) for name, point in plugins.offered(plugins.COMMANDS).items()}
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what it refuses becomes one line on stderr."""
@@ -36,11 +34,6 @@ class Commands(Found):
             raise typer.Exit(FAULT) from error
         except KeyboardInterrupt as stop:
             raise typer.Exit(INTERRUPTED) from stop
-
-
-def added() -> dict[str, EntryPoint]:
-    """The commands that entry points add, by name."""
-    return {point.name: point for point in entry_points(group=COMMANDS)}
 
 
 def needs(point: EntryPoint) -> str:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
+from mooncache import plugins
 from mooncache.background import Background
 from mooncache.discovery.fields import WORD, is_name
 from mooncache.discovery.record import decode, encode
@@ -295,8 +296,13 @@ class _Watcher:
 
 
 # ------------------------------------------------------------------------------ opening one
+SCHEMES = ("redis", "rediss", "etcd")
+
+
 def open_names(url: str, *, lease: float = LEASE_S, timeout: float = TIMEOUT_S) -> Names:
-    """The store at "redis://host:port/db", "rediss://..." (TLS) or "etcd://host:port". It is not asked yet.
+    """The store at "redis://host:port/db", "rediss://..." (TLS) or "etcd://host:port", or one of `plugins.NAMES`.
+
+    It is not asked yet.
 
     Args:
         lease: seconds, see `Names`. timeout: seconds, for one request.
@@ -310,25 +316,34 @@ def open_names(url: str, *, lease: float = LEASE_S, timeout: float = TIMEOUT_S) 
             from mooncache.discovery.etcd import Etcd
 
             return Etcd(parts, lease, timeout)
-        from mooncache.discovery.redis import Redis
+        if parts.scheme in ("redis", "rediss"):
+            from mooncache.discovery.redis import Redis
 
-        return Redis(parts, lease, timeout)
+            return Redis(parts, lease, timeout)
+        made = plugins.offered(plugins.NAMES)[parts.scheme].load()(parts, lease, timeout)
     except ImportError as error:
         extra = parts.scheme.removesuffix("s") if parts.scheme == "rediss" else parts.scheme
         raise DiscoveryError(
             f"names at {parts.scheme}:// need a library: {error}; pip install 'mooncache[{extra}]'"
         ) from error
+    if not isinstance(made, Names):
+        raise UsageError(
+            f"expected the entry point {parts.scheme!r} of {plugins.NAMES} to make Names, got {came(made)}"
+        )
+    return made
 
 
 def _split(url: Any) -> SplitResult:
+    others = plugins.offered(plugins.NAMES)
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
-        valid = parts.scheme in ("redis", "rediss", "etcd") and parts.hostname and (parts.port is None or parts.port)
+        valid = parts.scheme in (*SCHEMES, *others) and parts.hostname and (parts.port is None or parts.port)
     except ValueError:  # a port that is no number, brackets that do not match
         valid = False
     if not valid:
         raise UsageError(
-            "expected the URL of a store of names, redis://host:port/db, rediss://host:port/db or etcd://host:port; "
+            "expected the URL of a store of names, redis://host:port/db, rediss://host:port/db"
+            f"{''.join(f', {scheme}://...' for scheme in others)} or etcd://host:port; "
             f"got {came(url.rpartition('@')[2] if isinstance(url, str) else url)}"
         )
     return parts

@@ -6,7 +6,7 @@ from textwrap import dedent
 import pytest
 from typer.testing import CliRunner
 
-from mooncache import cli
+from mooncache import cli, plugins
 from mooncache.bench import lifecycle
 from tests.helpers import ROOT
 
@@ -30,10 +30,10 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "greetings_plugin", raising=False)
     points = {
-        "greet": EntryPoint("greet", "greetings_plugin:greet", cli.COMMANDS),
-        "gone": EntryPoint("gone", "no_such_plugin:gone", cli.COMMANDS),
+        "greet": EntryPoint("greet", "greetings_plugin:greet", plugins.COMMANDS),
+        "gone": EntryPoint("gone", "no_such_plugin:gone", plugins.COMMANDS),
     }
-    monkeypatch.setattr(cli, "added", lambda: points)
+    monkeypatch.setattr(plugins, "offered", lambda group: points)
     return points
 
 
@@ -45,7 +45,7 @@ def test_help_lists_own_and_added_commands(plugin):
 
 
 def test_the_simulators_commands_are_declared():
-    assert {"calibrate", "compare"} <= cli.added().keys()
+    assert {"calibrate", "compare"} <= plugins.offered(plugins.COMMANDS).keys()
 
 
 def test_version():
@@ -69,7 +69,7 @@ def test_a_command_that_cannot_be_imported_is_listed_and_says_why(plugin):
 
 
 def test_a_command_whose_extra_is_missing_says_which_to_install(monkeypatch):
-    (compare,) = (point for point in entry_points(group=cli.COMMANDS) if point.name == "compare")
+    (compare,) = (point for point in entry_points(group=plugins.COMMANDS) if point.name == "compare")
     monkeypatch.setitem(sys.modules, "simpy", None)  # as if it were not installed
     for module in [name for name in sys.modules if name.partition(".")[0] == "sim"]:
         monkeypatch.delitem(sys.modules, module)

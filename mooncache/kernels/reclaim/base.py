@@ -2,9 +2,9 @@
 
 A policy acts at one of three moments and leaves the others empty:
 
-    on_complete(ctl, row, slot, n)  in the worker, as slices complete: `n` of one chunk, from `slot` on
-    on_close(ctl, row)              in whoever closes: the caller, or the worker for a batch closed before its end
-    on_idle(ctl)                    in the worker when it has nothing else to do, or in the reaper
+    on_complete(ctl, batch, slot, n)  in the worker, as slices complete: `n` of one chunk, from `slot` on
+    on_close(ctl, batch)              in whoever closes: the caller, or the worker for a batch closed before its end
+    on_idle(ctl)                      in the worker when it has nothing else to do, or in the reaper
 
 A batch that reaches `retire` is draining: all its slices are answered and nobody can name it any more. Whatever the
 policy, slices that failed stay until then, because the caller may still ask which they were.
