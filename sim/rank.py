@@ -221,7 +221,7 @@ class Rank:
                 if handle >= 0:
                     break
                 yield from self._wait_for_slots(index, caller, -handle)
-            self.submit_ps += int(caller.words[layout.NOW]) - env.now
+            self.submit_ps += caller.row["now"] - env.now
             yield self._spend(index, caller)
             self.ends[index] = FOREVER
             task.published_ps = env.now

@@ -18,7 +18,8 @@ from mooncache import EngineClosed, Failure, Notification, Status, TransferFaile
 from mooncache.discovery.fields import is_name
 from mooncache.errors import REASON
 from mooncache.inbox import Inbox, pack, unpack
-from mooncache.kernels.inbox import S_BYTES, S_LENGTH, sender
+from mooncache.kernels.inbox import sender
+from mooncache.kernels.records.inbox import SENDER
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import INBOX_NOTES, NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS
 from mooncache.providers.inprocess.emulated import Emulated, Nic
@@ -429,7 +430,8 @@ def test_packing_and_unpacking_give_the_same(name, message):
     packed = pack(message)
     assert 1 <= packed.size <= NOTE_HEAD_BYTES + len(message)
     words = sender(name)
-    who = words[S_BYTES:].view(np.uint8)[: words[S_LENGTH]].tobytes()
+    header = SENDER.itemsize // 8
+    who = words[header:].view(np.uint8)[: words[:header].view(SENDER)["length"][0]].tobytes()
     note = unpack(who + packed.tobytes())
     assert note.message == message
     if is_name(name):

@@ -90,7 +90,7 @@ def test_rows_that_were_taken_are_given_again_and_the_table_grows_no_further(sta
         for index, row in zip(indices, rows, strict=True):
             assert state.queue_tables[0][index] == row.address
         state.disconnect(turn % 3)
-        assert set(state.queue_tables[0][:2]) <= {state._vacant.ctypes.data, 0}
+        assert set(state.queue_tables[0][:2]) <= {state._vacant.address, 0}
     assert state.worker_rows[0]["queue_count"] == 2
 
 

@@ -47,7 +47,7 @@ NS_PER_MS = 1_000_000
 GRACE_NS = 20 * NS_PER_MS  # past its deadline a batch waits so long for the answers of what it has posted
 LOOK_AGAIN_NS = NS_PER_MS  # at a batch that changed while its deadline was looked at
 HEARTBEAT_NS = 500_000_000  # a sleeper looks around this often even if nobody rings
-ABANDONED = 2  # SHARED_STOP: leave although the NIC has not answered
+ABANDONED = 2  # of `shared.stop`: leave although the NIC has not answered
 PAUSES = 64  # between two looks at the clock while spinning
 
 

@@ -73,7 +73,7 @@ def test_a_command_whose_extra_is_missing_says_which_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "simpy", None)  # as if it were not installed
     for module in [name for name in sys.modules if name.partition(".")[0] == "sim"]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(cli, "added", lambda: {"compare": compare})
+    monkeypatch.setattr(plugins, "offered", lambda group: {"compare": compare})
     refused = run("compare", "configs/tp4_layerwise.yaml", "--set", "nic.rails=4")
     assert (refused.exit_code, refused.stdout) == (cli.FAULT, "")
     assert refused.stderr.startswith(

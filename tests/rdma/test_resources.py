@@ -19,7 +19,8 @@ import pytest
 
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.enums import Access
-from mooncache.kernels.verbs import SEND_SIGNALED, SEND_WR, WcStatus
+from mooncache.kernels.records.verbs import SEND_WR
+from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
 from mooncache.providers.rdma import gids
 from mooncache.providers.rdma.nic import Event, Nic
 from mooncache.providers.rdma.ports import Choice, choose

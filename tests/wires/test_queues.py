@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mooncache.kernels.arrays import address_of, aligned
+from mooncache.kernels.records.verbs import SEND_WR
 from mooncache.kernels.tables import RegionTable
-from mooncache.kernels.verbs import SEND_WR
 from mooncache.providers.device import Q_HEAD, Q_TAIL
 from mooncache.providers.shm import copy as copying
 from mooncache.providers.shm.provider import Shm
