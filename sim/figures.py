@@ -5,14 +5,16 @@ from __future__ import annotations
 
 def count(n: int) -> str:
     """A count in four characters or so."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
-            return f"{n / size:.3g}{unit}"
+            return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n / size:,.0f}{unit}"
     return str(n)
 
 
 def figure(value: float, decimals: int = 2) -> str:
-    """A figure in three digits, and at most so many decimals: "0.73", "22.1", "571", "1,234"."""
+    """A figure in three digits or four, and at most so many decimals: "0.73", "22.1", "571", "1,234", "3.09M"."""
+    if abs(value) >= 9999.5:
+        return ("-" if value < 0 else "") + count(round(abs(value)))
     fits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     decimals = min(fits, decimals)
     return f"{round(value, decimals) + 0.0:,.{decimals}f}"
@@ -22,4 +24,6 @@ def interval(mean: float, half_width: float | None) -> str:
     """A mean with its interval, in the mean's precision: "378 ±50"."""
     decimals = 0 if abs(mean) >= 99.95 else 1
     text = figure(mean, decimals)
-    return text if half_width is None else f"{text} ±{half_width:,.{decimals}f}"
+    if half_width is None:
+        return text
+    return f"{text} ±{figure(half_width) if half_width >= 9999.5 else f'{half_width:,.{decimals}f}'}"

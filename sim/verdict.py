@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PS_PER_MS = 10**9
 TIE = 0.001  # response times this close are equal; the least CPU time for freeing decides, then the simplest policy
 NOTHING_MS = 1  # what nobody notices in a response
+IN_SECONDS_MS = 10_000  # from here on times are told in seconds
 FULL = 0.9  # of a stage's time, or of the pool
 
 
@@ -85,7 +86,10 @@ def verdict(scenario: Scenario, workload: Workload, policies: Sequence[PolicyRes
 
 
 def _interval(policy: PolicyResult) -> str:
-    return f"{interval(policy.added_ms_mean, policy.added_ms_ci95)} ms"
+    mean, half_width = policy.added_ms_mean, policy.added_ms_ci95
+    if abs(mean) < IN_SECONDS_MS:
+        return f"{interval(mean, half_width)} ms"
+    return f"{interval(mean / 1000, None if half_width is None else half_width / 1000)} s"
 
 
 def mechanism(scenario: Scenario, worst: Stages, best: Stages) -> str:
