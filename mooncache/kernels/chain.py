@@ -56,7 +56,8 @@ def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
     signal, gathers = queue.signal, queue.gathers
     inline = queue.inline if opcode == Opcode.WRITE else np.int64(0)
     loose = queue.loose
-    wr, entry, ranges = send_wr_at(ctl.work_requests), cell_at(queue.entries), np.int64(0)
+    wr_rows, sge_rows = ctl.work_requests, ctl.gathers  # a store through one record may change what another holds
+    wr, entry, ranges = send_wr_at(wr_rows), cell_at(entries), np.int64(0)
     built, taken, gathered = np.int64(0), np.int64(0), np.int64(0)
     end, there, flags = np.int64(-1), np.int64(-1), np.int64(0)
     while taken < slices:
@@ -74,30 +75,29 @@ def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
             else:
                 if built == wrs:
                     break
-                wr = send_wr_at(ctl.work_requests, built)
+                wr = send_wr_at(wr_rows, built)
                 loose += 1
                 flags = np.int64(0)
                 entry = cell_at(entries, (head + built) & mask)
-                entry.value = slot | 1 << SLICES_SHIFT
                 if loose == signal:
                     loose, flags = np.int64(0), np.int64(SEND_SIGNALED)
-                    entry.value |= SIGNALED
+                    entry.value = slot | 1 << SLICES_SHIFT | SIGNALED
+                else:
+                    entry.value = slot | 1 << SLICES_SHIFT
                 if bytes_ <= inline:
                     flags |= SEND_INLINE
                 there = np.int64(remote[slot])
                 wr.wr_id = tag | ((head + built) & SEQUENCE_MASK)
-                wr.sg_list = address(sge_at(ctl.gathers, ranges))
-                wr.num_sge = 1
-                wr.opcode = opcode
+                wr.sg_list = address(sge_at(sge_rows, ranges))
+                wr.num_sge_opcode = opcode << 32 | 1
                 wr.send_flags = flags
                 wr.remote_addr = target[slot]
                 wr.rkey = rkey[there]
                 built += 1
                 gathered = np.int64(1)
-            sge = sge_at(ctl.gathers, ranges)
+            sge = sge_at(sge_rows, ranges)
             sge.addr = source[slot]
-            sge.length = bytes_
-            sge.lkey = lkey[local[slot]]
+            sge.length_lkey = bytes_ | lkey[local[slot]] << 32
             ranges += 1
             state[slot] = POSTED
             end = target[slot] + bytes_

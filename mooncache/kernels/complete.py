@@ -33,7 +33,7 @@ from mooncache.kernels.queue import (
     tell,
 )
 from mooncache.kernels.reclaim.dispatch import on_complete, retire
-from mooncache.kernels.records.base import fetch_add, missing, release
+from mooncache.kernels.records.base import behind, fetch_add, missing, release
 from mooncache.kernels.records.queue import cq_at, queue_at
 from mooncache.kernels.records.verbs import wc_at
 from mooncache.kernels.verbs import POLL_AGAIN, WcStatus, poll_cq
@@ -314,9 +314,10 @@ def apply_lot(ctl, worker, cq, taken):
     """
     account(ctl, Kind.COMPLETIONS, taken)
     queue, tag, tail, head = queue_at(0), np.int64(-1), np.int64(0), np.int64(0)  # of the last completion
-    answered = np.int64(0)
-    for i in range(taken):
-        wc = wc_at(ctl.completions, i)
+    next_wc, answered = ctl.completions, np.int64(0)
+    for _ in range(taken):
+        wc = wc_at(next_wc)
+        next_wc = behind(wc)
         wr_id, success = wc.wr_id, wc.status == WcStatus.SUCCESS
         if wr_id & ~SEQUENCE_MASK != tag:
             if not missing(queue):
