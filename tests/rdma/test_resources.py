@@ -75,7 +75,9 @@ class Wire(NamedTuple):
         """Post one RDMA write, as a kernel does; what the driver answers."""
         sge = np.array([(source.ctypes.data, source.nbytes, lkey)], SGE)
         wr, bad = np.zeros(1, SEND_WR), np.zeros(1, np.uint64)
-        wr[0] = (7, 0, sge.ctypes.data, 1, RDMA_WRITE, SEND_SIGNALED, target.ctypes.data, rkey)
+        wr["wr_id"], wr["sg_list"], wr["num_sge"] = 7, sge.ctypes.data, 1
+        wr["opcode"], wr["send_flags"] = RDMA_WRITE, SEND_SIGNALED
+        wr["remote_addr"], wr["rkey"] = target.ctypes.data, rkey
         call = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 3)(self.nic.operations.post_send)
         return int(call(self.a.address, wr.ctypes.data, bad.ctypes.data))
 
