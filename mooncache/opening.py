@@ -59,12 +59,7 @@ def provider(provider: Any) -> Provider:
     if not isinstance(provider, str) or provider not in others:
         known = ", ".join(map(repr, [*PROVIDERS, *others]))
         raise UsageError(f"expected a Provider or one of {known}, got {came(provider)}")
-    made = others[provider].load()()
-    if not isinstance(made, Provider):
-        raise UsageError(
-            f"expected the entry point {provider!r} of {plugins.PROVIDERS} to make a Provider, got {came(made)}"
-        )
-    return made
+    return plugins.make(plugins.PROVIDERS, provider, Provider)  # type: ignore[type-abstract]
 
 
 def check_texts(**texts: object) -> None:

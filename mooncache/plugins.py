@@ -7,6 +7,11 @@ A package says in its pyproject.toml, for instance, `[project.entry-points."moon
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from mooncache.errors import UsageError, came
+
+T = TypeVar("T")
 
 PROVIDERS = "mooncache.providers"
 """Name -> function without arguments that makes a `Provider`."""
@@ -21,3 +26,18 @@ COMMANDS = "mooncache.commands"
 def offered(group: str) -> dict[str, EntryPoint]:
     """What installed packages offer in a group, by name; nothing is imported yet."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+def make(group: str, name: str, kind: type[T], *arguments: Any) -> T:
+    """What the function offered under a name makes of these arguments.
+
+    Raises UsageError: its module cannot be imported, or what it makes is not of this kind.
+    """
+    try:
+        function = offered(group)[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"the entry point {name!r} of {group} cannot be imported: {error}; install it anew") from error
+    made = function(*arguments)
+    if not isinstance(made, kind):
+        raise UsageError(f"expected the entry point {name!r} of {group} to make a {kind.__name__}, got {came(made)}")
+    return made

@@ -40,8 +40,8 @@ def installed(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeons\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[mooncache.providers]\npigeon = pigeons:Pigeon\nstone = pigeons:stone\n"
-        "[mooncache.names]\nloft = pigeons:Loft\nstone = pigeons:stone\n"
+        "[mooncache.providers]\npigeon = pigeons:Pigeon\nstone = pigeons:stone\nlost = ravens:Raven\n"
+        "[mooncache.names]\nloft = pigeons:Loft\nstone = pigeons:stone\nlost = pigeons:Raven\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -65,10 +65,18 @@ def test_a_store_of_names_of_another_package_is_opened_by_its_scheme():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mooncache.Engine(provider="dove"), "'auto', 'pigeon', 'stone', got 'dove'"),
+        (lambda: mooncache.Engine(provider="dove"), "'auto', 'pigeon', 'stone', 'lost', got 'dove'"),
         (lambda: mooncache.Engine(provider="stone"), "'stone' of mooncache.providers to make a Provider, got 5"),
-        (lambda: open_names("dove://tower"), "rediss://host:port/db, loft://..., stone://... or etcd://host:port"),
-        (lambda: open_names("stone://tower"), "'stone' of mooncache.names to make Names, got 5"),
+        (
+            lambda: open_names("dove://tower"),
+            "rediss://host:port/db, loft://..., stone://..., lost://... or etcd://host:port",
+        ),
+        (lambda: open_names("stone://tower"), "'stone' of mooncache.names to make a Names, got 5"),
+        (
+            lambda: mooncache.Engine(provider="lost"),
+            "'lost' of mooncache.providers cannot be imported: No module named",
+        ),
+        (lambda: open_names("lost://tower"), "'lost' of mooncache.names cannot be imported: "),
     ],
 )
 def test_what_no_package_offers_and_what_is_none_is_refused(call, message):

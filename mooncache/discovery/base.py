@@ -311,39 +311,34 @@ def open_names(url: str, *, lease: float = LEASE_S, timeout: float = TIMEOUT_S) 
         UsageError: not such a URL. DiscoveryError: the store's library is not installed.
     """
     parts = _split(url)
+    if parts.scheme not in SCHEMES:
+        return plugins.make(plugins.NAMES, parts.scheme, Names, parts, lease, timeout)  # type: ignore[type-abstract]
     try:
         if parts.scheme == "etcd":
             from mooncache.discovery.etcd import Etcd
 
             return Etcd(parts, lease, timeout)
-        if parts.scheme in ("redis", "rediss"):
-            from mooncache.discovery.redis import Redis
+        from mooncache.discovery.redis import Redis
 
-            return Redis(parts, lease, timeout)
-        made = plugins.offered(plugins.NAMES)[parts.scheme].load()(parts, lease, timeout)
+        return Redis(parts, lease, timeout)
     except ImportError as error:
         extra = parts.scheme.removesuffix("s") if parts.scheme == "rediss" else parts.scheme
         raise DiscoveryError(
             f"names at {parts.scheme}:// need a library: {error}; pip install 'mooncache[{extra}]'"
         ) from error
-    if not isinstance(made, Names):
-        raise UsageError(
-            f"expected the entry point {parts.scheme!r} of {plugins.NAMES} to make Names, got {came(made)}"
-        )
-    return made
 
 
 def _split(url: Any) -> SplitResult:
-    others = plugins.offered(plugins.NAMES)
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
-        valid = parts.scheme in (*SCHEMES, *others) and parts.hostname and (parts.port is None or parts.port)
+        known = parts.scheme in SCHEMES or parts.scheme in plugins.offered(plugins.NAMES)
+        valid = known and parts.hostname and (parts.port is None or parts.port)
     except ValueError:  # a port that is no number, brackets that do not match
         valid = False
     if not valid:
         raise UsageError(
             "expected the URL of a store of names, redis://host:port/db, rediss://host:port/db"
-            f"{''.join(f', {scheme}://...' for scheme in others)} or etcd://host:port; "
+            f"{''.join(f', {scheme}://...' for scheme in plugins.offered(plugins.NAMES))} or etcd://host:port; "
             f"got {came(url.rpartition('@')[2] if isinstance(url, str) else url)}"
         )
     return parts

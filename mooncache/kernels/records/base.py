@@ -208,4 +208,4 @@ IDLE = np.dtype(
         ("penalty", np.int64),  # how many the last bad one brought
     ]
 )  # of a thread that yields its core for a moment before it sleeps, see kernels/linger.py
-cell_at, timespec_at = record_at(CELL), record_at(TIMESPEC)
+cell_at = record_at(CELL)
