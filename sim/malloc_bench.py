@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from mooncache.kernels.account import clock
-from mooncache.kernels.arrays import WORD, address_of
-from mooncache.kernels.atomics import i64, load, pause, store
+from mooncache.kernels.arrays import address_of
+from mooncache.kernels.atomics import i64, pause
 from mooncache.kernels.enums import Store
 from mooncache.kernels.heap import delete_object, new_object
 from mooncache.kernels.jit import kernel
+from mooncache.kernels.records.base import acquire, address, cell_at, release
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, State
@@ -55,10 +56,10 @@ def allocate_ahead(ctl, board, objects, n, times, layers):
     """Allocate layer after layer into two buffers in turn, at most one ahead of the partner."""
     ctl = control_at(ctl)
     for k in range(layers):
-        while load(board + FREED * WORD) < k - 1:
+        while acquire(cell_at(board, FREED), "value") < k - 1:
             pause()
-        i64(times)[k] = allocate_layer(ctl, i64(objects + (k % 2) * n * WORD), n)
-        store(board + ALLOCATED * WORD, k + 1)
+        i64(times)[k] = allocate_layer(ctl, i64(address(cell_at(objects, k % 2 * n))), n)
+        release(cell_at(board, ALLOCATED), "value", k + 1)
     return 0
 
 
@@ -67,10 +68,10 @@ def free_behind(ctl, board, objects, n, times, layers):
     """Free each layer as soon as it is allocated."""
     ctl = control_at(ctl)
     for k in range(layers):
-        while load(board + ALLOCATED * WORD) < k + 1:
+        while acquire(cell_at(board, ALLOCATED), "value") < k + 1:
             pause()
-        i64(times)[k] = free_layer(ctl, i64(objects + (k % 2) * n * WORD), n)
-        store(board + FREED * WORD, k + 1)
+        i64(times)[k] = free_layer(ctl, i64(address(cell_at(objects, k % 2 * n))), n)
+        release(cell_at(board, FREED), "value", k + 1)
     return 0
 
 
@@ -83,7 +84,7 @@ def alternate(ctl, freeing, objects, n, times, layers):
         if freeing != 0:
             i64(times)[layers + k] = free_layer(ctl, i64(objects), n)
         else:
-            objects += n * WORD
+            objects = address(cell_at(objects, n))
     return 0
 
 

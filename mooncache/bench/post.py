@@ -29,29 +29,20 @@ from mooncache.bench.harness.report import answer, progress, provenance, show_ta
 from mooncache.errors import Status, TransportError
 from mooncache.kernels import calls
 from mooncache.kernels.account import clock
-from mooncache.kernels.arrays import WORD, address_of, aligned, power_of_two
-from mooncache.kernels.atomics import i64, peek, poke, u32
+from mooncache.kernels.arrays import WORD, Row, address_of, aligned, power_of_two
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.complete import poll
 from mooncache.kernels.enums import Access, Kind, Opcode, Slice, words_of
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.pump import post, take
+from mooncache.kernels.records.base import behind, missing, record_at, row
 from mooncache.kernels.records.control import control_at
+from mooncache.kernels.records.verbs import ibv_cq_at, ibv_qp_at, send_wr_at, wc_at
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, CompletionQueue, QueuePair, State
 from mooncache.kernels.submit import submit
 from mooncache.kernels.tables import RegionTable
-from mooncache.kernels.verbs import (
-    CQ_CQ_CONTEXT,
-    QP_QP_CONTEXT,
-    SEND_SIGNALED,
-    WC_BYTES,
-    WC_STATUS,
-    WC_WR_ID,
-    WR_ID,
-    WR_NEXT,
-    WR_SEND_FLAGS,
-    WcStatus,
-)
+from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
 from mooncache.kernels.worker import worker_row
 from mooncache.limits import CHAIN, SLICES_GATHERED
 from mooncache.providers.device import Device
@@ -66,38 +57,47 @@ OBJECTS = CHAIN  # slices that pyverbs makes objects of in each repeat: as long 
 # so that other processes get into as many of one's samples as of the other's
 LKEYS, RKEYS = (11, 12), (21, 22)  # of the lower and the upper half of each buffer
 POST, POLL = 0, 1
-# the stub's words; its ring of ids comes behind them
-STUB_HEAD, STUB_TAIL, STUB_MASK, STUB_REQUESTS, STUB_CHAINS, STUB_RING = 0, 1, 2, 3, 4, 8
+STUB = row(
+    [
+        ("head", np.int64),  # ids remembered
+        ("tail", np.int64),  # ids reported
+        ("mask", np.int64),
+        ("requests", np.int64),  # posted
+        ("chains", np.int64),  # likewise
+    ]
+)  # behind it int64[mask + 1], the ids
+stub_at = record_at(STUB)
 
 
 # ------------------------------------------------------------------------------ kernels
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
     """Remember the ids in this chain that a completion is asked for."""
-    stub = peek(qp + QP_QP_CONTEXT)
-    head, mask, requests = peek(stub + STUB_HEAD * WORD), peek(stub + STUB_MASK * WORD), np.int64(0)
-    while wr != 0:
-        if u32(wr + WR_SEND_FLAGS)[0] & SEND_SIGNALED != 0:
-            poke(stub + (STUB_RING + (head & mask)) * WORD, peek(wr + WR_ID))
+    stub, wr = stub_at(ibv_qp_at(qp).qp_context), send_wr_at(wr)
+    ids, head, mask, requests = i64(behind(stub)), stub.head, stub.mask, np.int64(0)
+    while not missing(wr):
+        if wr.send_flags & SEND_SIGNALED != 0:
+            ids[head & mask] = wr.wr_id
             head += 1
         requests += 1
-        wr = peek(wr + WR_NEXT)
-    poke(stub + STUB_HEAD * WORD, head)
-    i64(stub)[STUB_REQUESTS] += requests
-    i64(stub)[STUB_CHAINS] += 1
+        wr = send_wr_at(wr.next)
+    stub.head = head
+    stub.requests += requests
+    stub.chains += 1
     return np.int32(0)
 
 
 @callback("int32(int64, int32, int64)")
 def poll_cq(cq, entries, wc):
     """Report them, in order."""
-    stub = peek(cq + CQ_CQ_CONTEXT)
-    tail, mask = peek(stub + STUB_TAIL * WORD), peek(stub + STUB_MASK * WORD)
-    n = min(np.int64(entries), peek(stub + STUB_HEAD * WORD) - tail)
+    stub = stub_at(ibv_cq_at(cq).cq_context)
+    ids, tail, mask = i64(behind(stub)), stub.tail, stub.mask
+    n = min(np.int64(entries), stub.head - tail)
     for i in range(n):
-        poke(wc + i * WC_BYTES + WC_WR_ID, peek(stub + (STUB_RING + ((tail + i) & mask)) * WORD))
-        u32(wc + i * WC_BYTES + WC_STATUS)[0] = WcStatus.SUCCESS
-    poke(stub + STUB_TAIL * WORD, tail + n)
+        one = wc_at(wc, i)
+        one.wr_id = ids[(tail + i) & mask]
+        one.status = WcStatus.SUCCESS
+    stub.tail = tail + n
     return np.int32(n)
 
 
@@ -134,10 +134,12 @@ class Stub:
 
     def __init__(self, depth: int) -> None:
         entries = power_of_two(depth)
-        self.words = aligned(STUB_RING + entries)
-        self.words[STUB_MASK] = entries - 1
+        header = STUB.itemsize // WORD
+        self.row = Row(aligned(header + entries)[:header].view(STUB))
+        self.row["mask"] = entries - 1
         self.device = Device(post_send, poll_cq)
-        self.qp, self.cq = self.device.queue_pair(self.words), self.device.completion_queue(self.words)
+        self.qp = self.device.queue_pair(self.row.address)
+        self.cq = self.device.completion_queue(self.row.address)
 
 
 @dataclass
@@ -216,12 +218,12 @@ class Rig:
         """What was counted of that, by the engine and by the stub, for all batches together."""
         counts = words_of(Kind, self.caller.counters + self.worker.counters)
         stub = {
-            "posted_to_the_stub": STUB_REQUESTS,
-            "chains_at_the_stub": STUB_CHAINS,
-            "reported_by_the_stub": STUB_TAIL,
+            "posted_to_the_stub": "requests",
+            "chains_at_the_stub": "chains",
+            "reported_by_the_stub": "tail",
         }
         return {what: counts[what] for what in ("work_requests", "doorbells", "completions", "completed")} | {
-            what: int(self.stub.words[at]) for what, at in stub.items()
+            what: self.stub.row[at] for what, at in stub.items()
         }
 
     def check_last_chain(self) -> None:

@@ -7,18 +7,12 @@ in both worlds.
 
 import numpy as np
 
-from mooncache.kernels.atomics import call_clock_gettime, i64, peek, poke
+from mooncache.kernels.atomics import call_clock_gettime, i64
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.records.base import where
 
 CLOCK_MONOTONIC = 1
 NS_PER_S = 1_000_000_000
-
-
-@kernel
-def raise_word(address, amount):
-    """Add to a word that only the caller writes."""
-    poke(address, peek(address) + amount)
 
 
 @kernel

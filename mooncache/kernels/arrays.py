@@ -66,7 +66,7 @@ def address_of(array: np.ndarray) -> int:
 
 def put(words: np.ndarray, index: int, value: int) -> None:
     """Publish one word of contiguous int64 words: see `kernels/publication.py`."""
-    publish(address_of(words) + index * WORD, int(value))
+    publish(address_of(words) + index * words.itemsize, int(value))
 
 
 class Row:
@@ -74,7 +74,7 @@ class Row:
 
     def __init__(self, array: np.ndarray, index: int = 0) -> None:
         self.address = address_of(array) + index * array.dtype.itemsize
-        self.array, self._record = array, array.reshape(-1)[index]
+        self.array, self._index, self._record = array, index, array.reshape(-1)[index]
 
     def __getitem__(self, field: str) -> int:
         return int(self._record[field])
@@ -86,6 +86,10 @@ class Row:
         """Write several fields, plainly."""
         for field, value in fields.items():
             self._record[field] = value
+
+    def clear(self) -> None:
+        """Write zeros to all of it, plainly."""
+        self.array.reshape(-1)[self._index] = np.zeros((), self.array.dtype)
 
     def where(self, field: str) -> int:
         """Address of a field."""

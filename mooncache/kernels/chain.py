@@ -17,7 +17,7 @@ from mooncache.kernels.queue import (
     entry_at,
     in_flight,
 )
-from mooncache.kernels.records.base import address, cell_at, where
+from mooncache.kernels.records.base import address, cell_at, index_in, where
 from mooncache.kernels.records.queue import cq_at
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.records.verbs import send_wr_at, sge_at
@@ -26,7 +26,6 @@ from mooncache.kernels.verbs import (
     ENOMEM,
     SEND_INLINE,
     SEND_SIGNALED,
-    WR_BYTES,
     post_send,
 )
 from mooncache.kernels.worker import peer_table
@@ -156,7 +155,7 @@ def ring_doorbell(ctl, worker, queue, n):
     last.next = after
     accepted, hopeless = n, False
     if error != 0:
-        accepted = (ctl.bad_wr - ctl.work_requests) // WR_BYTES
+        accepted = index_in(ctl.work_requests, send_wr_at(ctl.bad_wr))
         i64(ctl.counters)[np.int64(Kind.WORK_REQUESTS)] += accepted - n
         full = error == ENOMEM and (accepted > 0 or in_flight(queue) > 0)
         hopeless = not full and error != EAGAIN

@@ -19,8 +19,8 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import types
 
-from mooncache.kernels.arrays import WORD, aligned
-from mooncache.kernels.atomics import BANK_BYTES, LINE, STREAM_BYTES, X86, intrinsic, load, peek, stream_copy
+from mooncache.kernels.arrays import aligned
+from mooncache.kernels.atomics import BANK_BYTES, LINE, STREAM_BYTES, X86, i64, intrinsic, load, stream_copy
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import SYS_PROCESS_VM_WRITEV, errno, process_writev
 
@@ -202,7 +202,7 @@ def _writev(typing: Any, pid: Any, local: Any, remote: Any, n: Any, word: Any, e
 @kernel
 def copy_while(target, source, length, word, expected, row):
     """`stream_copy` while the int64 at `word` is `expected`. False: it differed, and some bytes may be copied."""
-    restartable, done = X86 and peek(row + R_OFFSET * WORD) != 0, np.int64(0)
+    restartable, done = X86 and i64(row)[R_OFFSET] != 0, np.int64(0)
     while done < length:
         piece = min(length - done, PIECE_BYTES)
         if restartable:
@@ -219,7 +219,7 @@ def copy_while(target, source, length, word, expected, row):
 @kernel
 def writev_while(syscall, errno_location, pid, local, remote, n, word, expected, row):
     """`process_writev` if the int64 at `word` is `expected`. Bytes copied, minus an errno, or CHANGED if it differs."""
-    if X86 and peek(row + R_OFFSET * WORD) != 0:
+    if X86 and i64(row)[R_OFFSET] != 0:
         return _writev(pid, local, remote, n, word, expected, row)
     if load(word) != expected:
         return np.int64(CHANGED)

@@ -68,7 +68,7 @@ class Settings:
     @property
     def note_stride(self) -> int:
         """Bytes of the longest notification as it travels, whole words."""
-        return limits.NOTE_HEAD_BYTES + -(-self.note_bytes // WORD) * WORD
+        return limits.NOTE_HEAD_BYTES + (self.note_bytes + WORD - 1 & -WORD)
 
     @property
     def chain_length(self) -> int:

@@ -9,9 +9,10 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
-from mooncache.kernels.arrays import WORD, Row, address_of, aligned, function_address, power_of_two, put, rows_of, zeros
+from mooncache.kernels.arrays import Row, address_of, aligned, function_address, power_of_two, put, rows_of, zeros
 from mooncache.kernels.enums import Kind, Order, QueueState, Store
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
+from mooncache.kernels.records.base import CELL
 from mooncache.kernels.records.batch import BATCH
 from mooncache.kernels.records.control import CONTROL
 from mooncache.kernels.records.endpoint import ENDPOINT
@@ -82,8 +83,8 @@ class QueueRow:
             depth=pair.depth,
             tag=tag,
             cq=int(state.worker_rows[worker]["cqs"]) + pair.cq * CQ.itemsize,
-            lkeys=pair.lkeys * regions * WORD,
-            rkeys=pair.rkeys * regions * WORD,
+            lkeys=pair.lkeys * regions * CELL.itemsize,
+            rkeys=pair.rkeys * regions * CELL.itemsize,
             signal=state.settings.signal or pair.signal,
             gathers=min(pair.gathers, pair.message_bytes // (2 * state.settings.slice_bytes)),
             inline=pair.inline,

@@ -6,27 +6,11 @@ pair or completion queue by its first word. Offsets were compared with the C com
 
 from enum import IntEnum
 
-from mooncache.kernels.atomics import call_poll_cq, call_post_send, peek
+from mooncache.kernels.atomics import call_poll_cq, call_post_send
 from mooncache.kernels.jit import kernel
+from mooncache.kernels.records.verbs import WC, ibv_context_at, ibv_cq_at, ibv_qp_at
 
-CONTEXT_POLL_CQ = 96  # struct ibv_context, ops.poll_cq
-CONTEXT_REQ_NOTIFY_CQ = 104  # ops.req_notify_cq
-CONTEXT_POST_SEND = 208  # ops.post_send
-CONTEXT_POST_RECV = 216  # ops.post_recv
-CONTEXT_BYTES = 328
-QP_QP_CONTEXT = 8  # struct ibv_qp; its context is the first word
-QP_BYTES = 160
-CQ_CQ_CONTEXT = 16  # struct ibv_cq; its context is the first word
-CQ_BYTES = 128
-
-WR_BYTES = 128  # struct ibv_send_wr; after the 32-bit rkey come four bytes of padding
-WR_ID, WR_NEXT, WR_SG_LIST, WR_NUM_SGE, WR_OPCODE = 0, 8, 16, 24, 28
-WR_SEND_FLAGS, WR_REMOTE_ADDR, WR_RKEY = 32, 40, 48
-SGE_BYTES = 16  # struct ibv_sge
-SGE_ADDR, SGE_LENGTH, SGE_LKEY = 0, 8, 12
-WC_BYTES = 48  # struct ibv_wc
-WC_WR_ID, WC_STATUS = 0, 8
-
+WC_BYTES = WC.itemsize
 SEND_SIGNALED, SEND_INLINE = 2, 8
 EAGAIN = 11  # what post_send answers while its connection is made anew: later, whatever is in flight
 ENOMEM = 12  # what post_send answers when its queue is full
@@ -53,7 +37,7 @@ class WcStatus(IntEnum):
 @kernel
 def post_send(qp, wr, bad_wr):
     """`ibv_post_send`: 0, or an errno with the first refused work request's address written to `bad_wr`."""
-    return call_post_send(peek(peek(qp) + CONTEXT_POST_SEND), qp, wr, bad_wr)
+    return call_post_send(ibv_context_at(ibv_qp_at(qp).context).post_send, qp, wr, bad_wr)
 
 
 @kernel
@@ -69,4 +53,4 @@ def push(function, qp, posted, wc):
 @kernel
 def poll_cq(cq, entries, wc):
     """`ibv_poll_cq`: how many of up to `entries` completions were written to `wc`."""
-    return call_poll_cq(peek(peek(cq) + CONTEXT_POLL_CQ), cq, entries, wc)
+    return call_poll_cq(ibv_context_at(ibv_cq_at(cq).context).poll_cq, cq, entries, wc)

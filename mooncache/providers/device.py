@@ -1,7 +1,7 @@
-"""What software providers share: a device made of numpy words behind the verbs structs.
+"""What software providers share: a device made of records behind the verbs structs.
 
-    ibv_qp.qp_context --> queue words --> ring of completions, key table of the target
-    ibv_cq.cq_context --> list of the queues of one worker on one rail, visited in turn
+    ibv_qp.qp_context --> row of a queue pair --> ring of entries, keys of the target
+    ibv_cq.cq_context --> port: the queue pairs of one worker on one rail, visited in turn
 
 One queue serves one worker and one peer, so only that worker's thread posts to it and polls it. Most wires have one
 rail; where there are several, each has a queue a worker and peer, and a completion queue a worker. Keys are checked at
@@ -11,55 +11,40 @@ the target's table for every work request, as a NIC does: an unregistered range 
 from __future__ import annotations
 
 import secrets
-import time
-import weakref
 from abc import abstractmethod
 from typing import Any
 
 import numpy as np
 
-from mooncache import forks, limits
+from mooncache import limits
 from mooncache.errors import CapacityError, TransportError
-from mooncache.kernels.arrays import WORD, address_of, aligned, power_of_two, put
-from mooncache.kernels.atomics import load, peek, poke, u32
+from mooncache.kernels.arrays import WORD, Row, address_of, aligned, power_of_two, rows_of
 from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.inbox import sender
 from mooncache.kernels.jit import Callback, kernel
 from mooncache.kernels.publication import publish, withdraw_key
+from mooncache.kernels.records.base import acquire, behind
+from mooncache.kernels.records.verbs import IBV_CONTEXT, IBV_CQ, IBV_QP, ibv_cq_at, ibv_qp_at, wc_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
-from mooncache.kernels.verbs import (
-    CONTEXT_BYTES,
-    CONTEXT_POLL_CQ,
-    CONTEXT_POST_SEND,
-    CQ_BYTES,
-    CQ_CQ_CONTEXT,
-    QP_BYTES,
-    QP_QP_CONTEXT,
-    WC_BYTES,
-    WC_STATUS,
-    WC_WR_ID,
-    WcStatus,
-)
+from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.base import Keys, Provider
 from mooncache.providers.careful import Copier
+from mooncache.providers.records import KEY, key_at
 
-# key table: REGIONS_MOST entries of
-KEY, KEY_BASE, KEY_END, KEY_ACCESS, KEY_WORDS = 0, 1, 2, 3, 4
 KEY_SLOT_MASK = limits.REGIONS_MOST - 1
-# queue words
-Q_HEAD, Q_TAIL, Q_MASK, Q_LIMIT, Q_RING, Q_KEYS, Q_MOVING, Q_NIC, Q_NOW = 0, 1, 2, 3, 4, 5, 6, 7, 8
-Q_SCRATCH, Q_INBOX, Q_SENDER, Q_OWN, Q_COPIER, Q_CUT, QUEUE_WORDS = 9, 11, 12, 13, 30, 31, 32
-# Q_SCRATCH: a timespec; from Q_OWN on: the provider's; Q_COPIER: see `careful`, of queues within a process
-# Q_CUT: set to 1 by the kernels to get back what is in flight
-# completion queue words: from CQ_OWN on the provider's own, then the queues, as many as there may be peers
-CQ_COUNT, CQ_TURN, CQ_OWN, CQ_QUEUES = 0, 1, 2, 48
 
 
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def queue_of(qp):
-    """Address of the queue words behind an ibv_qp."""
-    return peek(qp + QP_QP_CONTEXT)
+    """Address of the row behind an ibv_qp."""
+    return ibv_qp_at(qp).qp_context
+
+
+@kernel
+def port_of(cq):
+    """Address of the port behind an ibv_cq."""
+    return ibv_cq_at(cq).cq_context
 
 
 @kernel
@@ -68,10 +53,10 @@ def key_status(keys, rkey, address, length, opcode):
 
     0 is the key of entries that are not in use.
     """
-    entry = keys + (rkey & KEY_SLOT_MASK) * KEY_WORDS * WORD
+    entry = key_at(keys, rkey & KEY_SLOT_MASK)
     needed = Access.READ if opcode == Opcode.READ else Access.WRITE
-    base, end = peek(entry + KEY_BASE * WORD), peek(entry + KEY_END * WORD)
-    if rkey == 0 or load(entry + KEY * WORD) != rkey or peek(entry + KEY_ACCESS * WORD) & needed == 0:
+    base, end = entry.base, entry.end
+    if rkey == 0 or acquire(entry, "key") != rkey or entry.access & needed == 0:
         return np.int64(WcStatus.REM_ACCESS_ERR)
     if address < base or address >= end or length > end - address:
         return np.int64(WcStatus.REM_ACCESS_ERR)
@@ -80,10 +65,11 @@ def key_status(keys, rkey, address, length, opcode):
 
 @kernel
 def write_completion(wc, wr_id, status):
-    """Fill in one ibv_wc."""
-    poke(wc + WC_WR_ID, wr_id)
-    u32(wc + WC_STATUS)[0] = status
-    return wc + WC_BYTES
+    """Fill in the ibv_wc at the address `wc`; returns that of the next."""
+    one = wc_at(wc)
+    one.wr_id = wr_id
+    one.status = status
+    return behind(one)
 
 
 # ------------------------------------------------------------------------------ the device
@@ -91,9 +77,8 @@ class KeyTable:
     """What a device lets peers reach. Keys are drawn at random, so that an old one names nothing by chance."""
 
     def __init__(self, words: np.ndarray | None = None) -> None:
-        """`words`: zeroed int64[REGIONS_MOST * KEY_WORDS] to use, on a cache line of its own."""
-        words = aligned(limits.REGIONS_MOST * KEY_WORDS) if words is None else words
-        self.entries = words.reshape(limits.REGIONS_MOST, KEY_WORDS)
+        """`words`: zeroed int64 of REGIONS_MOST keys to use, on a cache line of its own."""
+        self.entries = rows_of(KEY, limits.REGIONS_MOST) if words is None else words.view(KEY)
         self.closed = False
         self._free = list(range(limits.REGIONS_MOST - 1, -1, -1))
 
@@ -110,12 +95,12 @@ class KeyTable:
             )
         slot = self._free.pop()
         key = secrets.randbelow(1 << 51) * limits.REGIONS_MOST + slot  # 51 random bits above twelve of the slot
-        self.entries[slot, 1:] = address, address + length, access
+        Row(self.entries, slot).set(base=address, end=address + length, access=access)
         publish(self._entry(slot), key)
         return key
 
     def _entry(self, slot: int) -> int:
-        return self.address + slot * KEY_WORDS * WORD
+        return self.address + slot * KEY.itemsize
 
     def remove(self, key: int) -> None:
         """Refuse the key from now on."""
@@ -125,7 +110,7 @@ class KeyTable:
     def clear(self) -> None:
         """Refuse all keys from now on."""
         self.closed = True
-        for slot in np.flatnonzero(self.entries[:, KEY]):
+        for slot in np.flatnonzero(self.entries["key"]):
             withdraw_key(self._entry(int(slot)))
 
     def release(self) -> None:
@@ -134,95 +119,84 @@ class KeyTable:
 
 
 class Device:
-    """An `ibv_context` whose operations are these two functions; its queue pairs and completion queues are words.
+    """An `ibv_context` whose operations are these two functions; its queue pairs and completion queues are records.
 
     Whoever holds one of those holds the device as well.
     """
 
     def __init__(self, post_send: Callback, poll_cq: Callback) -> None:
-        self.context = aligned(-(-CONTEXT_BYTES // WORD))
-        self.context[CONTEXT_POST_SEND // WORD] = post_send.address
-        self.context[CONTEXT_POLL_CQ // WORD] = poll_cq.address
+        self.context = Row(rows_of(IBV_CONTEXT))
+        self.context.set(post_send=post_send.address, poll_cq=poll_cq.address)
 
-    def queue_pair(self, own: np.ndarray) -> np.ndarray:
-        """An `ibv_qp` that leads to words of its owner's."""
-        qp = aligned(QP_BYTES // WORD)
-        qp[[0, QP_QP_CONTEXT // WORD]] = address_of(self.context), address_of(own)
+    def queue_pair(self, row: int) -> np.ndarray:
+        """IBV_QP[1] that leads to its owner's row at this address."""
+        qp = rows_of(IBV_QP)
+        Row(qp).set(context=self.context.address, qp_context=row)
         return qp
 
-    def completion_queue(self, own: np.ndarray) -> np.ndarray:
-        """An `ibv_cq`, likewise."""
-        cq = aligned(CQ_BYTES // WORD)
-        cq[[0, CQ_CQ_CONTEXT // WORD]] = address_of(self.context), address_of(own)
+    def completion_queue(self, port: int) -> np.ndarray:
+        """IBV_CQ[1], likewise."""
+        cq = rows_of(IBV_CQ)
+        Row(cq).set(context=self.context.address, cq_context=port)
         return cq
 
 
-class _Queues:
-    """All queue pairs of this process."""
-
-    def __init__(self) -> None:
-        self.all: weakref.WeakSet[Queue] = weakref.WeakSet()
-
-    def disown(self) -> None:
-        """See `forks.Holder`: a copy that was under way in the parent never ends here."""
-        self.all.clear()
-
-
-_queues = forks.private(_Queues())
-
-
 class Queue:
-    """One queue pair: an ibv_qp, its queue words, its ring of `entry_words` a completion."""
+    """One queue pair: an ibv_qp, its row, its ring of entries."""
 
-    def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
+    def __init__(self, device: Device, keys: KeyTable, depth: int, record: np.dtype, entry: np.dtype) -> None:
         entries = power_of_two(depth)
         self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
-        self.moves = np.zeros(0, np.int64)  # what a provider's queue words point to besides
+        self.moves = np.zeros(0, np.int64)  # what a provider's row points to besides
         self.copier: Copier | None = None  # where it copies within this process
         self.rail = 0
-        self.ring = aligned(entries * entry_words)
-        self.words = aligned(QUEUE_WORDS)
-        self.words[[Q_MASK, Q_LIMIT, Q_RING]] = entries - 1, depth, address_of(self.ring)
+        self.ring = rows_of(entry, entries)
+        self.row = Row(rows_of(record))
+        self.row.set(mask=entries - 1, limit=depth, ring=address_of(self.ring))
         self.lead_to(keys)
-        self.qp = device.queue_pair(self.words)
-        _queues.all.add(self)
+        self.qp = device.queue_pair(self.row.address)
+
+    @property
+    def address(self) -> int:
+        """Of its row, for kernels."""
+        return self.row.address
 
     def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
         """Let what is posted from now on reach the device with this key table, and the inbox, where it comes from
         `caller`."""
-        if self.words[Q_KEYS] != keys.address:
+        if self.row["keys"] != keys.address:
             self.held.append(keys.entries)
-        if inbox is not None and self.words[Q_INBOX] != address_of(inbox):
+        if inbox is not None and self.row["inbox"] != address_of(inbox):
             self.held.append(inbox)
         self._sender = sender(caller)
-        put(self.words, Q_SENDER, address_of(self._sender))
-        put(self.words, Q_INBOX, 0 if inbox is None else address_of(inbox))
-        put(self.words, Q_KEYS, keys.address)
+        self.row.put("sender", address_of(self._sender))
+        self.row.put("inbox", 0 if inbox is None else address_of(inbox))
+        self.row.put("keys", keys.address)
 
     def rest(self, keys: KeyTable) -> None:
         """Lead to no peer, until it is given to another; `keys` of this engine. Nothing is under way on it."""
-        put(self.words, Q_INBOX, 0)
-        put(self.words, Q_KEYS, keys.address)
+        self.row.put("inbox", 0)
+        self.row.put("keys", keys.address)
         self.held.clear()
 
     @property
     def pair(self) -> QueuePair:
         """How kernels know it."""
-        cut = address_of(self.words) + Q_CUT * WORD
-        return QueuePair(address_of(self.qp), int(self.words[Q_LIMIT]), cut=cut)
+        return QueuePair(address_of(self.qp), self.row["limit"], cut=self.row.where("cut"))
 
     @property
     def outstanding(self) -> int:
         """Work requests posted and not yet polled."""
-        return int(self.words[Q_HEAD] - self.words[Q_TAIL])
+        return self.row["head"] - self.row["tail"]
 
 
-def wait_for_moves() -> None:
-    """Return when every copy that was under way when this was called has ended. Copies take microseconds."""
-    moving = [(queue, int(queue.words[Q_MOVING])) for queue in list(_queues.all)]
-    for queue, seen in moving:
-        while seen % 2 == 1 and int(queue.words[Q_MOVING]) == seen:
-            time.sleep(0)
+class PortRow:
+    """A worker's side of a wire: its record, and behind it the addresses of the rows of `peers` queue pairs."""
+
+    def __init__(self, record: np.dtype, peers: int) -> None:
+        header = record.itemsize // WORD
+        words = aligned(header + peers)
+        self.row, self.queues = Row(words[:header].view(record)), words[header:]
 
 
 class SoftwareProvider(Provider):
@@ -230,7 +204,9 @@ class SoftwareProvider(Provider):
 
     post_send: Callback
     poll_cq: Callback
-    entry_words: int
+    queue_record: np.dtype  # of a queue pair's row: QUEUE_FIELDS and its own
+    port_record: np.dtype  # of a port: PORT_FIELDS and its own
+    entry: np.dtype  # of a queue pair's ring
     queue_type: type[Queue] = Queue
     rails: int = 1
 
@@ -248,8 +224,8 @@ class SoftwareProvider(Provider):
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
         self.depth, self._most = queue_depth, peers
         self.device = Device(self.post_send, self.poll_cq)
-        self.lists = [aligned(CQ_QUEUES + peers) for _ in range(workers * self.rails)]
-        self.completion_queues = [self.device.completion_queue(queues) for queues in self.lists]
+        self.lists = [PortRow(self.port_record, peers) for _ in range(workers * self.rails)]
+        self.completion_queues = [self.device.completion_queue(port.row.address) for port in self.lists]
         self.queues = [[] for _ in range(workers)]
         made = [CompletionQueue(address_of(cq)) for cq in self.completion_queues]
         return [made[i : i + self.rails] for i in range(0, len(made), self.rails)]
@@ -275,12 +251,12 @@ class SoftwareProvider(Provider):
             self.queues[worker] += queues
             for queue in queues:
                 polled = self.lists[worker * self.rails + queue.rail]
-                polled[CQ_QUEUES + index] = address_of(queue.words)
-                put(polled, CQ_COUNT, index + 1)
+                polled.queues[index] = queue.address
+                polled.row.put("count", index + 1)
         self.peers[name] = index
 
     def _new_queue(self, worker: int, rail: int, keys: KeyTable) -> Queue:
-        queue = self.queue_type(self.device, keys, self.depth, self.entry_words)
+        queue = self.queue_type(self.device, keys, self.depth, self.queue_record, self.entry)
         queue.rail = rail
         self.prepare(queue, worker)
         return queue

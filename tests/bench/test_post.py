@@ -87,7 +87,7 @@ def test_the_fingerprint_is_that_of_full_chains(slices, signal, doorbells, compl
 def test_work_that_was_not_done_is_an_error():
     lost = rig(300)
     lost.live(counted=True)
-    lost.stub.words[post.STUB_REQUESTS] -= 1
+    lost.stub.row["requests"] -= 1
     with pytest.raises(measure.FingerprintError, match="posted_to_the_stub with a completion every 16: expected 600"):
         lost.live(counted=True)
 
@@ -103,7 +103,7 @@ def test_a_wrong_work_request_is_an_error(field):
 
 def test_slices_that_nobody_answers_are_an_error():
     silent = rig(300)
-    silent.stub.words[post.STUB_TAIL] = 1000  # nothing seems to be left to report
+    silent.stub.row["tail"] = 1000  # nothing seems to be left to report
     with pytest.raises(measure.FingerprintError, match="status of the batch"):
         silent.live(counted=True)
     assert np.count_nonzero(silent.states == enums.Slice.POSTED) == 300

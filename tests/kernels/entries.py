@@ -10,45 +10,28 @@ import numpy as np
 from mooncache.kernels import account as accounts
 from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, spread, worker
 from mooncache.kernels.arrays import WORD
-from mooncache.kernels.atomics import i64, pause, peek, poke, u32
+from mooncache.kernels.atomics import i64, pause, peek, poke
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.records import base as records
+from mooncache.kernels.records.base import record_at, row
 from mooncache.kernels.records.batch import batch_at
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.records.endpoint import endpoint_at
 from mooncache.kernels.records.ring import RING_EMPTY, ring_at
 from mooncache.kernels.records.table import table_at
+from mooncache.kernels.records.verbs import SGE, send_wr_at, sge_at
 from mooncache.kernels.records.worker import worker_at
-from mooncache.kernels.verbs import (
-    CQ_CQ_CONTEXT,
-    POLL_AGAIN,
-    SGE_BYTES,
-    WC_BYTES,
-    WR_ID,
-    WR_NEXT,
-    WR_NUM_SGE,
-    WR_OPCODE,
-    WR_REMOTE_ADDR,
-    WR_RKEY,
-    WR_SEND_FLAGS,
-    WR_SG_LIST,
-)
+from mooncache.kernels.verbs import POLL_AGAIN
 from mooncache.limits import SLICES_GATHERED
-from mooncache.providers.device import (
-    CQ_COUNT,
-    CQ_OWN,
-    CQ_QUEUES,
-    Q_HEAD,
-    Q_MASK,
-    Q_NIC,
-    Q_OWN,
-    Q_RING,
-    Q_TAIL,
-    queue_of,
-    write_completion,
-)
+from mooncache.providers.device import port_of, queue_of, write_completion
 from mooncache.providers.inprocess import loopback
-from mooncache.providers.inprocess.loopback import ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS, Loopback
+from mooncache.providers.inprocess.base import FIELDS
+from mooncache.providers.inprocess.base import port_at as inprocess_port_at
+from mooncache.providers.inprocess.base import queue_at as inprocess_queue_at
+from mooncache.providers.inprocess.loopback import Loopback, entry_at
+from mooncache.providers.records import PORT_FIELDS
+from mooncache.providers.shm import copy as copying
+from mooncache.providers.stream import records as stream
 
 
 # ------------------------------------------------------------------------------ atomics
@@ -296,53 +279,82 @@ def choose(endpoint, n):
     return np.int64(records.address(spread.choose(endpoint_at(endpoint), n)))
 
 
+@kernel("int64(int64, int64[::1])")
+def claim(queue, found):
+    """What a helper takes of a queue pair's entries to copy: the first one's number, and how many."""
+    found[0], found[1] = copying.claim(stream.queue_at(queue), False)
+    return np.int64(0)
+
+
 # ------------------------------------------------------------------------------ a wire that only writes down
-# queue words: refuse the work request at this position, with this errno, so many times
-Q_REFUSE_AT, Q_REFUSE_ERRNO, Q_REFUSE_TIMES = Q_OWN, Q_OWN + 1, Q_OWN + 2
-# one word each, then a pair of words for each range, as the gather list has them
-LOG_ID, LOG_FLAGS, LOG_OPCODE, LOG_COUNT, LOG_REMOTE, LOG_KEY, LOG_RANGES = range(7)
-LOG_WORDS = LOG_RANGES + 2 * SLICES_GATHERED
-# completion queue words: int64[n, 2] of ids and statuses, those taken, those there
-CQ_ANSWERS = CQ_OWN
-CQ_TAKEN, CQ_ANSWERED = CQ_ANSWERS + 1, CQ_ANSWERS + 2
+QUEUE = row(
+    [
+        *FIELDS,
+        ("refuse_at", np.int64),  # refuse the work request at this position
+        ("refuse_errno", np.int64),  # with this errno
+        ("refuse_times", np.int64),  # so many times
+    ]
+)
+LOG = np.dtype(
+    [
+        ("id", np.int64),
+        ("flags", np.int64),
+        ("opcode", np.int64),
+        ("count", np.int64),  # of ranges
+        ("remote", np.int64),
+        ("key", np.int64),
+        ("ranges", SGE, SLICES_GATHERED),
+    ]
+)  # a work request as it was posted
+PORT = row(
+    [
+        *PORT_FIELDS,
+        ("answers", np.int64),  # address of ANSWER[]
+        ("taken", np.int64),
+        ("answered", np.int64),
+    ]
+)
+ANSWER = np.dtype([("id", np.int64), ("status", np.int64)])
+queue_at, log_at, port_at, answer_at = record_at(QUEUE), record_at(LOG), record_at(PORT), record_at(ANSWER)
 
 
 @callback("int32(int64, int64, int64)")
 def slate_post_send(qp, wr, bad_wr):
     """Write down each work request."""
-    queue = queue_of(qp)
-    head, mask = peek(queue + Q_HEAD * WORD), peek(queue + Q_MASK * WORD)
-    while wr != 0:
-        if head == peek(queue + Q_REFUSE_AT * WORD) and peek(queue + Q_REFUSE_TIMES * WORD) > 0:
-            poke(queue + Q_REFUSE_TIMES * WORD, peek(queue + Q_REFUSE_TIMES * WORD) - 1)
-            poke(queue + Q_HEAD * WORD, head)
-            poke(bad_wr, wr)
-            return np.int32(peek(queue + Q_REFUSE_ERRNO * WORD))
-        entry = peek(queue + Q_RING * WORD) + (head & mask) * LOG_WORDS * WORD
-        poke(entry + LOG_ID * WORD, peek(wr + WR_ID))
-        poke(entry + LOG_FLAGS * WORD, np.int64(u32(wr + WR_SEND_FLAGS)[0]))
-        poke(entry + LOG_OPCODE * WORD, np.int64(u32(wr + WR_OPCODE)[0]))
-        poke(entry + LOG_COUNT * WORD, np.int64(u32(wr + WR_NUM_SGE)[0]))
-        poke(entry + LOG_REMOTE * WORD, peek(wr + WR_REMOTE_ADDR))
-        poke(entry + LOG_KEY * WORD, peek(wr + WR_RKEY))
-        for i in range(2 * np.int64(u32(wr + WR_NUM_SGE)[0])):
-            poke(entry + (LOG_RANGES + i) * WORD, peek(peek(wr + WR_SG_LIST) + i * SGE_BYTES // 2))
+    queue, wr = queue_at(queue_of(qp)), send_wr_at(wr)
+    head, mask = queue.head, queue.mask
+    while not records.missing(wr):
+        if head == queue.refuse_at and queue.refuse_times > 0:
+            queue.refuse_times -= 1
+            queue.head = head
+            poke(bad_wr, records.address(wr))
+            return np.int32(queue.refuse_errno)
+        entry = log_at(queue.ring, head & mask)
+        entry.id = wr.wr_id
+        entry.flags = wr.send_flags
+        entry.opcode = wr.opcode
+        entry.count = wr.num_sge
+        entry.remote = wr.remote_addr
+        entry.key = wr.rkey
+        for i in range(np.int64(wr.num_sge)):
+            one, asked = sge_at(records.where(entry, "ranges"), i), sge_at(wr.sg_list, i)
+            one.addr = asked.addr
+            one.length_lkey = asked.length_lkey
         head += 1
-        wr = peek(wr + WR_NEXT)
-    poke(queue + Q_HEAD * WORD, head)
+        wr = send_wr_at(wr.next)
+    queue.head = head
     return np.int32(0)
 
 
 @callback("int32(int64, int32, int64)")
 def slate_poll_cq(cq, entries, wc):
     """The answers that the test gave."""
-    words = peek(cq + CQ_CQ_CONTEXT)
-    answers, taken = peek(words + CQ_ANSWERS * WORD), peek(words + CQ_TAKEN * WORD)
-    n = min(np.int64(entries), peek(words + CQ_ANSWERED * WORD) - taken)
-    for i in range(taken, taken + n):
-        write_completion(wc, peek(answers + 2 * i * WORD), peek(answers + (2 * i + 1) * WORD))
-        wc += WC_BYTES
-    poke(words + CQ_TAKEN * WORD, taken + n)
+    port = port_at(port_of(cq))
+    n = min(np.int64(entries), port.answered - port.taken)
+    for i in range(n):
+        answer = answer_at(port.answers, port.taken + i)
+        wc = write_completion(wc, answer.id, answer.status)
+    port.taken += n
     return np.int32(n)
 
 
@@ -350,25 +362,24 @@ def slate_poll_cq(cq, entries, wc):
 @callback("int32(int64, int32, int64)")
 def gated_poll_cq(cq, entries, wc):
     """Loopback's poll_cq, as long as the gate's count lasts; a gate below 0 is open for good."""
-    queues = peek(cq + CQ_CQ_CONTEXT)
+    port = inprocess_port_at(port_of(cq))
     taken = np.int64(0)
-    for i in range(peek(queues + CQ_COUNT * WORD)):
-        queue = peek(queues + (CQ_QUEUES + i) * WORD)
-        gate = peek(queue + Q_NIC * WORD)
-        left = atomics.load(gate)
+    for i in range(port.count):
+        queue = inprocess_queue_at(i64(records.behind(port))[i])
+        left = atomics.load(queue.nic)
         if left == 0:
             continue
         most = np.int64(entries) - taken
         if left > 0:
             most = min(most, left)
-        tail, mask = peek(queue + Q_TAIL * WORD), peek(queue + Q_MASK * WORD)
-        n = min(most, peek(queue + Q_HEAD * WORD) - tail)
+        tail, mask = queue.tail, queue.mask
+        n = min(most, queue.head - tail)
         for k in range(n):
-            entry = peek(queue + Q_RING * WORD) + ((tail + k) & mask) * ENTRY_WORDS * WORD
-            wc = write_completion(wc, peek(entry + ENTRY_ID * WORD), peek(entry + ENTRY_STATUS * WORD))
-        poke(queue + Q_TAIL * WORD, tail + n)
+            entry = entry_at(queue.ring, (tail + k) & mask)
+            wc = write_completion(wc, entry.id, entry.status)
+        queue.tail = tail + n
         if left > 0:
-            atomics.cas(gate, left, left - n)
+            atomics.cas(queue.nic, left, left - n)
         taken += n
     return np.int32(taken)
 
@@ -382,8 +393,8 @@ def never(cq):
 @callback("int32(int64, int32, int64)")
 def push_now(qp, n, wc):
     """Report what was posted last, if nothing else is on the queue."""
-    queue = queue_of(qp)
-    if peek(queue + Q_HEAD * WORD) - peek(queue + Q_TAIL * WORD) != n:
+    queue = inprocess_queue_at(queue_of(qp))
+    if queue.head - queue.tail != n:
         return np.int32(0)
     return np.int32(loopback.drain(queue, np.int64(n), wc))
 
@@ -404,7 +415,7 @@ class Gated(Loopback):
         self.gate = np.full(1, -1 if opened else 0, np.int64)
 
     def prepare(self, queue, worker):
-        queue.words[Q_NIC] = self.gate.ctypes.data
+        queue.row["nic"] = self.gate.ctypes.data
 
     def open_gate(self) -> None:
         self.gate[0] = -1
@@ -419,18 +430,16 @@ class Gated(Loopback):
     def entries(self, worker: int = 0, peer: int = 0) -> np.ndarray:
         """(wr_id, status) of the completions that wait; a view, so that a test can forge them."""
         queue = self.queues[worker][peer]
-        head, tail, mask = (int(queue.words[word]) for word in (Q_HEAD, Q_TAIL, Q_MASK))
-        table = queue.ring.reshape(-1, ENTRY_WORDS)
+        head, tail, mask = (queue.row[field] for field in ("head", "tail", "mask"))
         assert head - tail <= mask + 1
         assert (tail & mask) + head - tail <= mask + 1, "the view would wrap; use a deeper queue"
-        return table[tail & mask : (tail & mask) + head - tail]
+        return queue.ring[tail & mask : (tail & mask) + head - tail].view(np.int64).reshape(-1, 2)
 
     def inject(self, wr_id: int, status: int, worker: int = 0, peer: int = 0) -> None:
         """Append a completion that nobody asked for. Only while the worker stands still (a rig)."""
         queue = self.queues[worker][peer]
-        head, mask = int(queue.words[Q_HEAD]), int(queue.words[Q_MASK])
-        queue.ring.reshape(-1, ENTRY_WORDS)[head & mask] = wr_id, status
-        queue.words[Q_HEAD] = head + 1
+        queue.ring[queue.row["head"] & queue.row["mask"]] = wr_id, status
+        queue.row["head"] += 1
 
 
 POST_SEND = loopback.post_send

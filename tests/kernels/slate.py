@@ -14,7 +14,6 @@ from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
 from mooncache.providers.base import Keys
-from mooncache.providers.device import Q_HEAD
 from mooncache.providers.inprocess.base import InProcessProvider
 from tests.helpers import Rig
 from tests.kernels import entries
@@ -49,7 +48,7 @@ class Slate(InProcessProvider):
     name = "slate"
     post_send = entries.slate_post_send
     poll_cq = entries.slate_poll_cq
-    entry_words = entries.LOG_WORDS
+    queue_record, port_record, entry = entries.QUEUE, entries.PORT, entries.LOG
 
     def __init__(self, *rails: Mapping[str, Any], cq_entries: int = 1 << 20) -> None:
         super().__init__()
@@ -62,8 +61,8 @@ class Slate(InProcessProvider):
         made = super().open(workers, LOG, inbox, peers)
         self.queue_depth = queue_depth
         self.answers = np.zeros((self.rails, 4 * LOG, 2), np.int64)
-        for words, answers in zip(self.lists, self.answers, strict=True):
-            words[entries.CQ_ANSWERS] = address_of(answers)
+        for port, answers in zip(self.lists, self.answers, strict=True):
+            port.row["answers"] = address_of(answers)
         used = 1 + max(options.get("cq", rail) for rail, options in enumerate(self.options))
         return [[cq._replace(entries=self.cq_entries) for cq in cqs[:used]] for cqs in made]
 
@@ -86,8 +85,7 @@ class Slate(InProcessProvider):
 
     def refuse(self, rail: int, at: int, errno: int, times: int = 1) -> None:
         """Refuse the work request that would be number `at` of its queue, so many times."""
-        words = self.queues[0][rail].words
-        words[[entries.Q_REFUSE_AT, entries.Q_REFUSE_ERRNO, entries.Q_REFUSE_TIMES]] = at, errno, times
+        self.queues[0][rail].row.set(refuse_at=at, refuse_errno=errno, refuse_times=times)
 
 
 class SlateRig(Rig):
@@ -113,41 +111,33 @@ class SlateRig(Rig):
     def posted(self, rail: int = 0, since: int = 0) -> list[Posted]:
         """All work requests of a queue, from number `since` on."""
         queue = self.provider.queues[0][rail]
-        head = int(queue.words[Q_HEAD])
+        head = queue.row["head"]
         assert head <= LOG, "the slate is full"
         return [
             Posted(
-                int(e[entries.LOG_ID]),
-                int(e[entries.LOG_FLAGS]),
-                int(e[entries.LOG_OPCODE]),
-                int(e[entries.LOG_REMOTE]),
-                int(e[entries.LOG_KEY]),
-                [
-                    (int(a), int(b) & 0xFFFFFFFF, int(b) >> 32)
-                    for a, b in e[entries.LOG_RANGES :].reshape(-1, 2)[: int(e[entries.LOG_COUNT])]
-                ],
+                *(int(e[field]) for field in ("id", "flags", "opcode", "remote", "key")),
+                [(int(r["addr"]), int(r["length"]), int(r["lkey"])) for r in e["ranges"][: e["count"]]],
             )
-            for e in queue.ring.reshape(-1, entries.LOG_WORDS)[since:head]
+            for e in queue.ring[since:head]
         ]
 
     @property
     def totals(self) -> list[int]:
         """How many work requests each queue got."""
-        return [int(queue.words[Q_HEAD]) for queue in self.provider.queues[0]]
+        return [queue.row["head"] for queue in self.provider.queues[0]]
 
     # ------------------------------------------------------------------------------ answers
     def answer(self, wr_id: int, status: int = OK, rail: int = 0) -> None:
         """Append a completion to the queue's completion queue."""
         cq = self.rows[rail].pair.cq
-        words = self.provider.lists[cq]
-        at = int(words[entries.CQ_ANSWERED])
-        self.provider.answers[cq][at] = wr_id, status
-        words[entries.CQ_ANSWERED] = at + 1
+        row = self.provider.lists[cq].row
+        self.provider.answers[cq][row["answered"]] = wr_id, status
+        row["answered"] += 1
 
     def waiting(self, cq: int = 0) -> int:
         """Completions that nobody has taken yet."""
-        words = self.provider.lists[cq]
-        return int(words[entries.CQ_ANSWERED] - words[entries.CQ_TAKEN])
+        row = self.provider.lists[cq].row
+        return row["answered"] - row["taken"]
 
     def serve(self, rail: int | None = None, fail: Callable[[Posted], int] = lambda _: OK, most: int = LOG) -> None:
         """Be an honest NIC for up to `most` work requests of a queue, or of each; `fail` says how each ends."""

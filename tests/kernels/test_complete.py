@@ -87,7 +87,7 @@ def test_a_forged_work_request_id_is_counted_not_applied(rig, wr_id):
     # Let the forged one stand alone in the queue, then bring the honest ones back.
     queue = rig.provider.queues[0][0]
     rig.provider.entries()[:] = 0
-    queue.words[1] = queue.words[0]
+    queue.row["tail"] = queue.row["head"]
     forged = wr_id if wr_id != int(hidden[0, 0]) else wr_id + (1 << 40)
     if forged in hidden[:, 0]:
         pytest.skip("that one is honest")

@@ -13,7 +13,6 @@ from mooncache import Engine, MooncacheError, TransferFailed, TransportError, Us
 from mooncache.deadline import Deadline
 from mooncache.errors import Status
 from mooncache.kernels.enums import QueueState
-from mooncache.providers.rdma import notes
 from tests.helpers import SMALL, Pair, until
 
 WAIT = 120
@@ -287,14 +286,14 @@ def test_the_key_of_one_connection_leads_to_no_others_notifications(rdma):
         memory = target.provider.hub.memory
         before = memory[others.index].copy()
         # The forger writes to the other's mailbox, with the key that it was given for its own.
-        record, place = forger.provider._outgoing["target"]._record, notes.R_OWN + notes.RAIL_ADDRESS
-        record.words[place] = others.mailboxes[0]
+        record = forger.provider._outgoing["target"]._record
+        record._rails[0]["address"] = others.mailboxes[0]
         batch = send(forger, b"forged")
         until(lambda: not record.is_up(0), "the NIC's refusal")
         np.testing.assert_array_equal(memory[others.index], before)
         send(honest, b"second").wait(WAIT).close()
         assert target.notifications().get(WAIT)[:2] == ("honest", b"second")
-        record.words[place] = own.mailboxes[0]
+        record._rails[0]["address"] = own.mailboxes[0]
         batch.wait(WAIT).close()
         assert target.notifications().get(WAIT).peer == "forger"
 

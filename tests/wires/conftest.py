@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mooncache import Engine
-from mooncache.providers.stream import lane as lanes
 from tests.helpers import random_bytes
 from tests.wires import there
 from tests.wires.processes import Far, Nursery
@@ -27,7 +26,7 @@ class Wire(NamedTuple):
         here.connect(address)
         if self.by_lanes:
             for queue in here.provider.queues_of(address):
-                queue.words[lanes.Q_PID] = 0
+                queue.row["pid"] = 0
 
 
 WIRES = {

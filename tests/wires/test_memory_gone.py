@@ -13,7 +13,6 @@ import pytest
 
 from mooncache import Engine, Status, TransferFailed, TransportError
 from mooncache.providers import careful
-from mooncache.providers.stream import lane as lanes
 from tests.helpers import LIMIT, assert_balanced, random_bytes
 
 PAGE = mmap.PAGESIZE
@@ -70,12 +69,12 @@ class Way(NamedTuple):
 
 def _others(here: Engine, peer: str) -> None:
     for queue in here.provider.queues_of(peer):
-        queue.words[lanes.Q_PID] = 0
+        queue.row["pid"] = 0
 
 
 def _itself(here: Engine, peer: str) -> None:
     for copier in here.provider._copiers:
-        copier.words[careful.C_SELF] = 0
+        copier._row["own_pid"] = 0
 
 
 WAYS = {

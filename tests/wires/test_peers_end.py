@@ -14,7 +14,6 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.listener import Request
 from mooncache.kernels.state import State
 from mooncache.peer import Peer
-from mooncache.providers.device import CQ_QUEUES
 from mooncache.providers.shm import provider as shm
 from mooncache.providers.stream import connections
 from tests.helpers import Task, assert_balanced, until
@@ -110,7 +109,7 @@ def test_retired_mappings_live_until_what_was_posted_by_them_is_answered(join, w
     provider = pair.here.provider
     queue = provider.queues_of(pair.peer)[0]
     mapping = provider._shares[pair.peer].segments
-    retired = shm.Retired([(queue, int(queue.words[shm.Q_HEAD]) + 1)], provider._shares[pair.peer].maps, [], None)
+    retired = shm.Retired([(queue, queue.row["head"] + 1)], provider._shares[pair.peer].maps, [], None)
     assert mapping
     assert not retired.over
     pair.write(0, 0, 64).wait(20).close()
@@ -229,7 +228,7 @@ def test_a_peer_that_is_there_never_makes_room(engines):
 @pytest.mark.parametrize("provider", ["tcp", "loopback"])
 def test_how_many_peers_is_a_setting_that_the_wire_follows(engines, provider):
     here = engines(provider=provider, peers=limits.PEERS + 1)
-    assert all(words.size >= CQ_QUEUES + limits.PEERS + 1 for words in here.provider.lists)
+    assert all(port.queues.size >= limits.PEERS + 1 for port in here.provider.lists)
     here._vacant = [limits.PEERS]  # as if all others were had
     other = engines(provider=provider)
     target = np.zeros(KiB, np.uint8)

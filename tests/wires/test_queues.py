@@ -10,10 +10,9 @@ import pytest
 from mooncache.kernels.arrays import address_of, aligned
 from mooncache.kernels.records.verbs import SEND_WR
 from mooncache.kernels.tables import RegionTable
-from mooncache.providers.device import Q_HEAD, Q_TAIL
 from mooncache.providers.shm import copy as copying
 from mooncache.providers.shm.provider import Shm
-from mooncache.providers.stream import lane as lanes
+from tests.kernels import entries
 
 
 @pytest.fixture
@@ -45,10 +44,11 @@ def test_a_helper_takes_no_entry_under_the_number_of_an_older_one(provider):
     there = np.zeros(64, np.uint8)
     table = RegionTable("mapped memory")
     table.add(there.ctypes.data, 64, (there.ctypes.data,), 0)
-    queue.words[[lanes.Q_MAPS, lanes.Q_BROKEN]] = table.header.address, 0
-    queue.words[[Q_HEAD, Q_TAIL, lanes.Q_SENT]] = 100  # answered and reported; nobody had a reason to look at claims
-    queue.words[lanes.Q_CLAIMED] = 36
+    queue.row.set(maps=table.header.address, broken=0)
+    queue.row.set(head=100, tail=100, sent=100)  # answered and reported; nobody had a reason to look at claims
+    queue.row["claimed"] = 36
     post(queue, 10, there.ctypes.data)
-    at, n = copying.claim(address_of(queue.words), False)
-    assert (at, n) == (100, 10)
-    assert queue.words[lanes.Q_CLAIMED] == 110
+    found = np.zeros(2, np.int64)
+    entries.claim(queue.address, found)
+    assert found.tolist() == [100, 10]
+    assert queue.row["claimed"] == 110

@@ -15,11 +15,10 @@ from mooncache.kernels import restart
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
 from mooncache.memory import allocate
-from mooncache.providers.device import KEY, KEY_WORDS
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.providers.inprocess.loopback import Loopback
+from mooncache.providers.records import KEY
 from mooncache.providers.shm.provider import RESTARTS, Shm
-from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream import provider as stream
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.tcp import Tcp
@@ -158,8 +157,8 @@ def test_memory_is_not_given_back_while_a_peer_copies(join, wire, end):
     there.step_guard_of(pair.here, pair.peer)
     pair.far.tell(end)
     keys = pair.here.provider._shares[pair.peer].keys.address
-    table = np.ctypeslib.as_array((ctypes.c_int64 * (REGIONS * KEY_WORDS)).from_address(keys)).reshape(-1, KEY_WORDS)
-    until(lambda: not table[:, KEY].any(), "all keys, gone")
+    table = np.ctypeslib.as_array((ctypes.c_char * (REGIONS * KEY.itemsize)).from_address(keys)).view(KEY)
+    until(lambda: not table["key"].any(), "all keys, gone")
     assert not pair.far.has_answered(0.2)
     there.step_guard_of(pair.here, pair.peer)
     assert pair.far.answer() is None
@@ -183,7 +182,7 @@ class Copying:
     def withdraw(self) -> Task:
         """Begin to unregister; returns when the key is gone."""
         task = Task(self.region.unregister)
-        until(lambda: not self.here.provider.keys.entries[:, KEY].any(), "the key, gone")
+        until(lambda: not self.here.provider.keys.entries["key"].any(), "the key, gone")
         return task
 
 
@@ -391,7 +390,7 @@ def test_slices_that_are_copied_and_slices_for_the_connection_share_a_queue(engi
     here.connect(address)
     queues = here.provider.queues_of(address)
     for queue in queues:
-        queue.words[lanes.Q_PID] = 0
+        queue.row["pid"] = 0
     at = np.arange(470, dtype=np.int64)
     for k in range(12):
         small = [
@@ -404,7 +403,7 @@ def test_slices_that_are_copied_and_slices_for_the_connection_share_a_queue(engi
         for batch in small + large:
             batch.wait(20).close()
     for queue in queues:
-        until(lambda queue=queue: queue.words[lanes.Q_DIRECT] == queue.words[lanes.Q_COPIED], "all, counted once")
+        until(lambda queue=queue: queue.row["direct"] == queue.row["copied"], "all, counted once")
     got = np.frombuffer(far(there.read, "mapped"), np.uint8)
     for i in at.tolist():
         assert (got[i * 65_541 : i * 65_541 + 65_000] == data[i * 65_540 : i * 65_540 + 65_000]).all()

@@ -17,10 +17,10 @@ from mooncache import Engine, Notification, TransportError
 from mooncache.discovery.credentials import has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer, dial
 from mooncache.discovery.listener import Reply, Request
-from mooncache.kernels.arrays import WORD, address_of
+from mooncache.kernels.arrays import address_of
 from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
 from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
-from mooncache.providers.device import KEY_WORDS
+from mooncache.providers.records import KEY
 from mooncache.providers.shm.provider import GUARD_BYTES, reachable
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.lane import FRAMES_VERSION
@@ -30,7 +30,7 @@ from tests.wires.fake import FakeTarget
 from tests.wires.raw import frame, lane_to, receive_head
 
 KiB = 1 << 10
-TABLE_BYTES = REGIONS_MOST * KEY_WORDS * WORD
+TABLE_BYTES = REGIONS_MOST * KEY.itemsize
 
 
 def segment_behind(array: np.ndarray) -> Segment:

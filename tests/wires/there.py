@@ -84,7 +84,7 @@ def open_engine(
 def set_stall(engine: Engine, seconds: float) -> None:
     """Let connections count as stalled sooner."""
     for port in engine.provider.ports:
-        port.words[words.P_STALL] = round(seconds * 1e9)
+        port.row["stall"] = round(seconds * 1e9)
 
 
 def hold(nbytes: int, *, name: str = "it", mapped: bool = False, seed: int | None = None) -> int:
@@ -316,7 +316,7 @@ def through_lanes(engine: Engine, peer: str) -> None:
     """As if the system refused process_vm_writev."""
     engine.connect(peer)
     for queue in engine.provider.queues_of(peer):
-        queue.words[words.Q_PID] = 0
+        queue.row["pid"] = 0
 
 
 class Hammer:

@@ -3,7 +3,7 @@
 What belongs into word w of block b is a function of (seed, b, w), so the process that received blocks can tell by
 itself whether they are the right ones, in the right places, and of this sample:
 
-    word = seed * SEEDS + b * BLOCKS + w * WORDS    (modulo 2**64, little-endian; the last one of a block may be cut)
+    word = seed * SEEDS + b * BLOCKS + w * STEPS    (modulo 2**64, little-endian; the last one of a block may be cut)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.memory import segment_of
 
 # Odd, so that any two seeds, blocks and words differ; without structure, so that no two sums of them agree.
-SEEDS, BLOCKS, WORDS = 0x6C8E944D1F5B2A63, 0x2545F4914F6CDD1D, 0x1B873593CC9E2D51
+SEEDS, BLOCKS, STEPS = 0x6C8E944D1F5B2A63, 0x2545F4914F6CDD1D, 0x1B873593CC9E2D51
 
 
 # ------------------------------------------------------------------------------ where
@@ -48,7 +48,7 @@ def fill(addresses: int, n: int, length: int, seed: int) -> int:
         whole = i64(address)
         for w in range(length >> 3):
             whole[w] = word
-            word += WORDS
+            word += STEPS
         for tail in range(length & ~7, length):
             i8(address)[tail] = word & 255
             word >>= 8
@@ -66,7 +66,7 @@ def count_wrong(addresses: int, n: int, length: int, seed: int) -> int:
         differing = 0
         for w in range(length >> 3):
             differing |= whole[w] ^ word
-            word += WORDS
+            word += STEPS
         for tail in range(length & ~7, length):
             differing |= (i8(address)[tail] ^ word) & 255
             word >>= 8

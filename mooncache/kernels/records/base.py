@@ -20,7 +20,7 @@ intrinsic: Any = extending.intrinsic  # Numba's own annotation counts the typing
 LINE = 64  # bytes of a cache line
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
-Field = tuple[str, Any]
+Field = tuple[Any, ...]  # name, type and, of an array, its length
 
 
 # ------------------------------------------------------------------------------ dtypes
@@ -32,7 +32,7 @@ def row(fields: Sequence[Field]) -> np.dtype:
 def sized(fields: Sequence[Field], size: int) -> np.dtype:
     """The dtype of a record of `size` bytes, of which these fields are the first."""
     plain = np.dtype(list(fields), align=True)
-    return _placed(fields, [int(plain.fields[name][1]) for name, _ in fields], size)  # type: ignore[index]
+    return _placed(fields, [int(plain.fields[field[0]][1]) for field in fields], size)  # type: ignore[index]
 
 
 def spread(fields: Sequence[Field]) -> np.dtype:
@@ -41,7 +41,8 @@ def spread(fields: Sequence[Field]) -> np.dtype:
 
 
 def _placed(fields: Sequence[Field], offsets: Sequence[int], size: int) -> np.dtype:
-    names, formats = zip(*fields, strict=True)
+    names = [field[0] for field in fields]
+    formats = [field[1] if len(field) == 2 else (field[1], field[2]) for field in fields]
     layout = {"names": names, "formats": formats, "offsets": offsets, "itemsize": size}
     return np.dtype(layout, align=True)  # type: ignore[call-overload]
 

@@ -4,71 +4,76 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 
-from mooncache import limits
+from mooncache import forks, limits
 from mooncache.errors import TransportError
-from mooncache.kernels.arrays import WORD, address_of
-from mooncache.kernels.atomics import copy, fence, peek, store
+from mooncache.kernels.atomics import copy, fence
 from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.inbox import deliver
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.publication import publish
+from mooncache.kernels.records.base import TIMESPEC, record_at, release, row
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.careful import C_SELF, FIRST, Copier, move_one, set_pair
+from mooncache.providers.careful import FIRST, Copier, copier_at, move_one, set_pair
 from mooncache.providers.device import (
-    KEY_ACCESS,
     KEY_SLOT_MASK,
-    KEY_WORDS,
-    Q_COPIER,
-    Q_CUT,
-    Q_HEAD,
-    Q_INBOX,
-    Q_MOVING,
-    Q_SENDER,
-    Q_TAIL,
     KeyTable,
     Queue,
     SoftwareProvider,
     key_status,
-    wait_for_moves,
 )
+from mooncache.providers.records import PORT_FIELDS, QUEUE_FIELDS, key_at
+
+FIELDS = [
+    *QUEUE_FIELDS,
+    ("moving", np.int64),  # odd while bytes are moved, for `unregister`
+    ("copier", np.int64),  # address of a COPIER, for memory that may be gone
+    ("nic", np.int64),  # emulated: address of a NIC
+    ("now", np.int64),  # emulated: address of the virtual clock, ps, or 0
+    ("timespec", TIMESPEC),  # emulated: scratch of the real one
+    ("moves", np.int64),  # emulated: address of what each entry moves
+    ("broken", np.int64),  # emulated: 0, or the WcStatus that the next work request ends with; then all are flushed
+]
+QUEUE = row(FIELDS)
+PORT = row(PORT_FIELDS)
+queue_at, port_at = record_at(QUEUE), record_at(PORT)
 
 
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def move_bytes(queue, keys, rkey, opcode, local, remote, length):
-    """Copy one slice if its key still holds; returns a WcStatus. `Q_MOVING` is odd meanwhile, for `unregister`.
+    """Copy one slice if its key still holds; returns a WcStatus. `moving` is odd meanwhile, for `unregister`.
 
     `local` is negated where the engine does not hold what keeps it mapped: then, and where the target does not, either
     may be gone.
     """
-    store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
+    release(queue, "moving", queue.moving + 1)
     fence()
     status = key_status(keys, rkey, remote, length, opcode)
     if status == WcStatus.SUCCESS:
-        held = peek(keys + ((rkey & KEY_SLOT_MASK) * KEY_WORDS + KEY_ACCESS) * WORD) & Access.HELD
+        held = key_at(keys, rkey & KEY_SLOT_MASK).access & Access.HELD
         if local < 0 or held == 0:
-            copier = peek(queue + Q_COPIER * WORD)
+            copier = copier_at(queue.copier)
             set_pair(copier, FIRST, abs(local), remote, length)
-            status = move_one(copier, peek(copier + C_SELF * WORD), opcode, FIRST)
+            status = move_one(copier, copier.own_pid, opcode, FIRST)
         elif opcode == Opcode.READ:
             copy(local, remote, length)
         else:
             copy(remote, local, length)
-    store(queue + Q_MOVING * WORD, peek(queue + Q_MOVING * WORD) + 1)
+    release(queue, "moving", queue.moving + 1)
     return status
 
 
 @kernel
 def send_note(queue, local, length):
     """Put a notification into the inbox of a peer in the same process; returns a WcStatus."""
-    inbox = peek(queue + Q_INBOX * WORD)
-    if inbox != 0 and deliver(inbox, peek(queue + Q_SENDER * WORD), local, length):
+    inbox = queue.inbox
+    if inbox != 0 and deliver(inbox, queue.sender, local, length):
         return np.int64(WcStatus.SUCCESS)
     return np.int64(WcStatus.RNR_RETRY_EXC_ERR)
 
@@ -84,8 +89,32 @@ class InProcess:
     rails: int
 
 
+class _Queues:
+    """All queue pairs of these wires in this process."""
+
+    def __init__(self) -> None:
+        self.all: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+    def disown(self) -> None:
+        """See `forks.Holder`: a copy that was under way in the parent never ends here."""
+        self.all.clear()
+
+
+_queues = forks.private(_Queues())
+
+
+def wait_for_moves() -> None:
+    """Return when every copy that was under way when this was called has ended. Copies take microseconds."""
+    moving = [(queue, queue.row["moving"]) for queue in list(_queues.all)]
+    for queue, seen in moving:
+        while seen % 2 == 1 and queue.row["moving"] == seen:
+            time.sleep(0)
+
+
 class InProcessProvider(SoftwareProvider):
     """A software provider whose peers live in the same process."""
+
+    queue_record, port_record = QUEUE, PORT
 
     def open(
         self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
@@ -111,8 +140,9 @@ class InProcessProvider(SoftwareProvider):
 
     def _new_queue(self, worker: int, rail: int, keys: KeyTable) -> Queue:
         queue = super()._new_queue(worker, rail, keys)
+        _queues.all.add(queue)
         queue.copier = Copier()
-        queue.words[Q_COPIER] = queue.copier.address
+        queue.row["copier"] = queue.copier.address
         return queue
 
     def describe(self, unix: str = "") -> InProcess:
@@ -154,11 +184,11 @@ class InProcessProvider(SoftwareProvider):
         if peer not in self.peers:
             return 0
         ours = self._queues_of(peer)
-        posted = [int(queue.words[Q_HEAD]) for queue in ours]
+        posted = [queue.row["head"] for queue in ours]
         for queue in ours:
-            publish(address_of(queue.words) + Q_CUT * WORD, 1)
+            queue.row.put("cut", 1)
         deadline = time.monotonic() + limit_s
-        while any(int(queue.words[Q_TAIL]) < head for queue, head in zip(ours, posted, strict=True)):
+        while any(queue.row["tail"] < head for queue, head in zip(ours, posted, strict=True)):
             if time.monotonic() > deadline:
                 raise TransportError(f"what is in flight to {peer!r} did not come back within {limit_s} s; try again")
             time.sleep(1e-4)

@@ -13,7 +13,6 @@ queue pair, as on a real one: what is behind it, or posted later, is flushed, in
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,54 +21,30 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import UsageError
-from mooncache.kernels.arrays import WORD, address_of, aligned, put
-from mooncache.kernels.atomics import call_clock_gettime, exchange, load, pause, peek, poke, store, u32
+from mooncache.kernels.account import CLOCK_MONOTONIC, NS_PER_S
+from mooncache.kernels.arrays import WORD, Row, address_of, aligned, function_address, rows_of
+from mooncache.kernels.atomics import call_clock_gettime, i64, pause
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
+from mooncache.kernels.records.base import (
+    acquire,
+    address,
+    behind,
+    cell_at,
+    missing,
+    record_at,
+    release,
+    row,
+    swap,
+    where,
+)
 from mooncache.kernels.records.queue import WEIGHT_ONE
+from mooncache.kernels.records.verbs import send_wr_at, sge_at
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
-from mooncache.kernels.verbs import (
-    CQ_CQ_CONTEXT,
-    EINVAL,
-    ENOMEM,
-    SEND_SIGNALED,
-    SGE_ADDR,
-    SGE_BYTES,
-    SGE_LENGTH,
-    SGE_LKEY,
-    WC_BYTES,
-    WR_ID,
-    WR_NEXT,
-    WR_NUM_SGE,
-    WR_OPCODE,
-    WR_REMOTE_ADDR,
-    WR_RKEY,
-    WR_SEND_FLAGS,
-    WR_SG_LIST,
-    WcStatus,
-)
+from mooncache.kernels.verbs import EINVAL, ENOMEM, SEND_SIGNALED, WC_BYTES, WcStatus
 from mooncache.providers.base import Provider
-from mooncache.providers.device import (
-    CQ_COUNT,
-    CQ_QUEUES,
-    CQ_TURN,
-    Q_CUT,
-    Q_HEAD,
-    Q_KEYS,
-    Q_LIMIT,
-    Q_MASK,
-    Q_NIC,
-    Q_NOW,
-    Q_OWN,
-    Q_RING,
-    Q_SCRATCH,
-    Q_TAIL,
-    Queue,
-    key_status,
-    queue_of,
-    write_completion,
-)
-from mooncache.providers.inprocess.base import InProcess, InProcessProvider, move_bytes, send_note
+from mooncache.providers.device import Queue, key_status, port_of, queue_of, write_completion
+from mooncache.providers.inprocess.base import InProcess, InProcessProvider, move_bytes, port_at, queue_at, send_note
 from mooncache.providers.inprocess.faults import PS_PER_NS, Action, Fault
 from mooncache.providers.inprocess.repair import Mender
 
@@ -77,87 +52,104 @@ PS_PER_S = 10**12
 FRACTION_BITS = 20  # of the picoseconds a byte takes
 NEVER = (1 << 62) - 1
 
-# NIC words, shared by the queues of one engine on one rail
-N_LOCK, N_MESSAGE_FREE, N_BYTE_FREE, N_MESSAGE_PS, N_BYTE_COST, N_LATENCY, N_MOVE = 0, 1, 2, 3, 4, 5, 6
-N_PLAN, N_PLAN_LEFT, N_POSTED, N_CLOCK, N_STARTED, N_GATHERS, N_BREAKS, NIC_WORDS = 7, 8, 9, 10, 11, 12, 13, 16
-# completion ring entries
-E_ID, E_STATUS, E_SIGNALED, E_DUE, ENTRY_WORDS = 0, 1, 2, 3, 4
-# what each moves, in a second ring; behind it address, negated as in `move_bytes`, and length of as many ranges as the
-# NIC gathers
-M_REMOTE, M_OPCODE, M_KEY, M_COUNT, M_RANGES = 0, 1, 2, 3, 4
-Q_MOVES = Q_OWN
-Q_BROKEN = Q_OWN + 1  # 0, or the WcStatus that the next work request ends with; those behind it are flushed
+NIC = row(
+    [
+        ("lock", np.int64),  # 1: taken
+        ("message_free", np.int64),  # when the server of messages is, ps
+        ("byte_free", np.int64),  # when that of bytes is, ps
+        ("message_ps", np.int64),  # a message takes
+        ("byte_cost", np.int64),  # a byte takes, ps << FRACTION_BITS
+        ("latency", np.int64),  # ps
+        ("move", np.int64),  # 1: bytes are moved
+        ("plan", np.int64),  # address of the next FAULT
+        ("plan_left", np.int64),  # how many there are
+        ("posted", np.int64),  # work requests
+        ("clock", np.int64),  # address of libc's clock_gettime
+        ("started", np.int64),  # ns
+        ("gathers", np.int64),  # most ranges of a work request
+        ("breaks", np.int64),  # 1: any error breaks a queue pair
+    ]
+)  # shared by the queue pairs of one engine on one rail
+ENTRY = np.dtype(
+    [
+        ("id", np.int64),  # wr_id
+        ("status", np.int64),  # WcStatus, or SENDING
+        ("signaled", np.int64),  # a completion is asked for
+        ("due", np.int64),  # when it ends, ps
+    ]
+)
+MOVE = np.dtype(
+    [("remote", np.int64), ("opcode", np.int64), ("key", np.int64), ("count", np.int64)]
+)  # what a work request moves; behind it RANGE[gathers], of which `count` are meant
+RANGE = np.dtype([("address", np.int64), ("length", np.int64)])  # the address negated as in `move_bytes`
+FAULT = np.dtype([("at", np.int64), ("action", np.int64), ("value", np.int64)])  # of the plan: at which work request
+MOVE_BYTES, RANGE_BYTES = MOVE.itemsize, RANGE.itemsize
+PLACE_WORDS = 3  # of an entry, what changes places with another's: all but the time
+nic_at, entry_at, move_at = record_at(NIC), record_at(ENTRY), record_at(MOVE)
+range_at, fault_at = record_at(RANGE), record_at(FAULT)
 SENDING = -1  # status of a notification until its time has come
-# plan entries
-P_AT, P_ACTION, P_VALUE, PLAN_WORDS = 0, 1, 2, 3
 
 
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def time_of(queue, nic):
     """Picoseconds: the virtual clock the queue is bound to, or real time since the NIC was opened."""
-    virtual = peek(queue + Q_NOW * WORD)
-    if virtual != 0:
-        return peek(virtual)
-    timespec = queue + Q_SCRATCH * WORD
-    call_clock_gettime(peek(nic + N_CLOCK * WORD), 1, timespec)
-    ns = peek(timespec) * 1_000_000_000 + peek(timespec + WORD) - peek(nic + N_STARTED * WORD)
-    return ns * PS_PER_NS
+    if queue.now != 0:
+        return cell_at(queue.now).value
+    call_clock_gettime(nic.clock, CLOCK_MONOTONIC, where(queue, "timespec"))
+    return (queue.timespec.seconds * NS_PER_S + queue.timespec.ns - nic.started) * PS_PER_NS
 
 
 @kernel
 def flush(queue, nic_time):
     """Break the queue: everything outstanding ends as flushed, now."""
-    mask, ring = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD)
-    for i in range(peek(queue + Q_TAIL * WORD), peek(queue + Q_HEAD * WORD)):
-        entry = ring + (i & mask) * ENTRY_WORDS * WORD
-        poke(entry + E_STATUS * WORD, WcStatus.WR_FLUSH_ERR)
-        poke(entry + E_DUE * WORD, nic_time)
+    mask, ring = queue.mask, queue.ring
+    for i in range(queue.tail, queue.head):
+        entry = entry_at(ring, i & mask)
+        entry.status = WcStatus.WR_FLUSH_ERR
+        entry.due = nic_time
 
 
 @kernel
-def move_words(nic):
-    """Words of an entry of the second ring."""
-    return M_RANGES + 2 * peek(nic + N_GATHERS * WORD)
+def move_of(queue, nic, at):
+    """What work request number `at` moves."""
+    return move_at(queue.moves + (at & queue.mask) * (MOVE_BYTES + nic.gathers * RANGE_BYTES))
 
 
 @kernel
 def swap_words(here, there, words):
-    """Exchange `words` words."""
+    """Exchange `words` words at two addresses."""
+    one, other = i64(here), i64(there)
     for i in range(words):
-        held = peek(here + i * WORD)
-        poke(here + i * WORD, peek(there + i * WORD))
-        poke(there + i * WORD, held)
+        one[i], other[i] = other[i], one[i]
 
 
 @kernel
 def swap_places(queue, nic, head, back):
     """Let the newest completion and the one `back` before it change places; their times stay in order."""
-    mask, back = peek(queue + Q_MASK * WORD), min(back, head - peek(queue + Q_TAIL * WORD))
-    new, old = head & mask, (head - back) & mask
-    ring, moves, words = peek(queue + Q_RING * WORD), peek(queue + Q_MOVES * WORD), move_words(nic)
-    swap_words(ring + new * ENTRY_WORDS * WORD, ring + old * ENTRY_WORDS * WORD, E_DUE)
-    swap_words(moves + new * words * WORD, moves + old * words * WORD, words)
+    ring, mask, other = queue.ring, queue.mask, head - min(back, head - queue.tail)
+    swap_words(address(entry_at(ring, head & mask)), address(entry_at(ring, other & mask)), PLACE_WORDS)
+    words = (MOVE_BYTES + nic.gathers * RANGE_BYTES) // WORD
+    swap_words(address(move_of(queue, nic, head)), address(move_of(queue, nic, other)), words)
 
 
 @kernel
 def suffer(queue, nic, head, nic_time):
     """Apply the fault planned for the work request just queued at `head`, if there is one."""
-    left = peek(nic + N_PLAN_LEFT * WORD)
-    plan = peek(nic + N_PLAN * WORD)
-    entry = peek(queue + Q_RING * WORD) + (head & peek(queue + Q_MASK * WORD)) * ENTRY_WORDS * WORD
-    action, value = peek(plan + P_ACTION * WORD), peek(plan + P_VALUE * WORD)
+    plan = fault_at(nic.plan)
+    entry = entry_at(queue.ring, head & queue.mask)
+    action, value = plan.action, plan.value
     if action == Action.DELAY:
-        poke(entry + E_DUE * WORD, peek(entry + E_DUE * WORD) + value)
+        entry.due += value
     elif action == Action.FAIL:
-        poke(entry + E_STATUS * WORD, value)
+        entry.status = value
     elif action == Action.REORDER:
         swap_places(queue, nic, head, value)
     else:
-        poke(queue + Q_HEAD * WORD, head + 1)
+        queue.head = head + 1
         flush(queue, nic_time)
-    poke(nic + N_PLAN * WORD, plan + PLAN_WORDS * WORD)
-    poke(nic + N_PLAN_LEFT * WORD, left - 1)
+    nic.plan = behind(plan)
+    nic.plan_left -= 1
 
 
 @callback("int32(int64, int64, int64)")
@@ -166,144 +158,144 @@ def post_send(qp, wr, bad_wr):
 
     A work request without ranges moves nothing, whatever its key, as a write of no bytes does.
     """
-    queue = queue_of(qp)
-    nic = peek(queue + Q_NIC * WORD)
-    head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
-    mask, limit = peek(queue + Q_MASK * WORD), peek(queue + Q_LIMIT * WORD)
-    ring, keys, moves = peek(queue + Q_RING * WORD), peek(queue + Q_KEYS * WORD), peek(queue + Q_MOVES * WORD)
-    while exchange(nic + N_LOCK * WORD, 1) != 0:
+    queue, wr = queue_at(queue_of(qp)), send_wr_at(wr)
+    nic = nic_at(queue.nic)
+    head, tail = queue.head, queue.tail
+    mask, limit = queue.mask, queue.limit
+    ring, keys = queue.ring, queue.keys
+    while swap(nic, "lock", 1) != 0:
         pause()
     now = time_of(queue, nic)
-    message_ps, byte_cost = peek(nic + N_MESSAGE_PS * WORD), peek(nic + N_BYTE_COST * WORD)
-    latency, move = peek(nic + N_LATENCY * WORD), peek(nic + N_MOVE * WORD)
-    gathers, words = peek(nic + N_GATHERS * WORD), move_words(nic)
-    message_free = max(now, peek(nic + N_MESSAGE_FREE * WORD))
-    byte_free = peek(nic + N_BYTE_FREE * WORD)
-    posted, planned = peek(nic + N_POSTED * WORD), peek(nic + N_PLAN_LEFT * WORD)
+    message_ps, byte_cost = nic.message_ps, nic.byte_cost
+    latency, move = nic.latency, nic.move
+    gathers = nic.gathers
+    message_free = max(now, nic.message_free)
+    byte_free = nic.byte_free
+    posted, planned = nic.posted, nic.plan_left
     error = np.int32(0)
-    while wr != 0:
-        ranges, opcode = np.int64(u32(wr + WR_NUM_SGE)[0]), np.int64(u32(wr + WR_OPCODE)[0])
+    while not missing(wr):
+        ranges, opcode = np.int64(wr.num_sge), np.int64(wr.opcode)
         if head - tail >= limit or ranges > gathers:
-            poke(bad_wr, wr)
+            cell_at(bad_wr).value = address(wr)
             error = np.int32(EINVAL if ranges > gathers else ENOMEM)
             break
-        sge = peek(wr + WR_SG_LIST)
-        length = np.int64(u32(sge + SGE_LENGTH)[0]) if ranges > 0 else np.int64(0)
-        for i in range(1, ranges):
-            length += np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0])
-        remote, rkey = peek(wr + WR_REMOTE_ADDR), peek(wr + WR_RKEY)
+        sge = wr.sg_list
+        length = np.int64(0)
+        for i in range(ranges):
+            length += np.int64(sge_at(sge, i).length)
+        remote, rkey = wr.remote_addr, wr.rkey
         message_free += message_ps
         byte_free = max(message_free, byte_free) + ((length * byte_cost) >> FRACTION_BITS)
-        entry = ring + (head & mask) * ENTRY_WORDS * WORD
-        poke(entry + E_ID * WORD, peek(wr + WR_ID))
-        poke(entry + E_SIGNALED * WORD, np.int64(u32(wr + WR_SEND_FLAGS)[0]) & SEND_SIGNALED)
+        entry = entry_at(ring, head & mask)
+        entry.id = wr.wr_id
+        entry.signaled = np.int64(wr.send_flags) & SEND_SIGNALED
         if opcode == Opcode.SEND:
-            poke(entry + E_STATUS * WORD, SENDING)
+            entry.status = SENDING
         elif ranges == 0:
-            poke(entry + E_STATUS * WORD, WcStatus.SUCCESS)
+            entry.status = WcStatus.SUCCESS
         else:
-            poke(entry + E_STATUS * WORD, key_status(keys, rkey, remote, length, opcode))
-        poke(entry + E_DUE * WORD, byte_free + latency)
+            entry.status = key_status(keys, rkey, remote, length, opcode)
+        entry.due = byte_free + latency
         if move != 0 or opcode == Opcode.SEND:
-            moved = moves + (head & mask) * words * WORD
-            poke(moved + M_REMOTE * WORD, remote)
-            poke(moved + M_OPCODE * WORD, opcode)
-            poke(moved + M_KEY * WORD, rkey)
-            poke(moved + M_COUNT * WORD, ranges)
+            moved = move_of(queue, nic, head)
+            moved.remote = remote
+            moved.opcode = opcode
+            moved.key = rkey
+            moved.count = ranges
             for i in range(ranges):
-                local, held = peek(sge + i * SGE_BYTES + SGE_ADDR), u32(sge + i * SGE_BYTES + SGE_LKEY)[0] != 0
-                poke(moved + (M_RANGES + 2 * i) * WORD, local if held or opcode == Opcode.SEND else -local)
-                poke(moved + (M_RANGES + 2 * i + 1) * WORD, np.int64(u32(sge + i * SGE_BYTES + SGE_LENGTH)[0]))
-        if planned > 0 and peek(peek(nic + N_PLAN * WORD) + P_AT * WORD) == posted:
+                local, held = sge_at(sge, i).addr, sge_at(sge, i).lkey != 0
+                part = range_at(behind(moved), i)
+                part.address = local if held or opcode == Opcode.SEND else -local
+                part.length = sge_at(sge, i).length
+        if planned > 0 and fault_at(nic.plan).at == posted:
             suffer(queue, nic, head, now)
             planned -= 1
         head += 1
         posted += 1
-        wr = peek(wr + WR_NEXT)
-    poke(queue + Q_HEAD * WORD, head)
-    poke(nic + N_MESSAGE_FREE * WORD, message_free)
-    poke(nic + N_BYTE_FREE * WORD, byte_free)
-    poke(nic + N_POSTED * WORD, posted)
-    store(nic + N_LOCK * WORD, 0)
+        wr = send_wr_at(wr.next)
+    queue.head = head
+    nic.message_free = message_free
+    nic.byte_free = byte_free
+    nic.posted = posted
+    release(nic, "lock", 0)
     return error
 
 
 @kernel
 def arrive(queue, moved):
     """Move the bytes of a work request whose time has come; returns a WcStatus."""
-    opcode, remote = peek(moved + M_OPCODE * WORD), peek(moved + M_REMOTE * WORD)
+    opcode, remote = moved.opcode, moved.remote
     if opcode == Opcode.SEND:
-        return send_note(queue, peek(moved + M_RANGES * WORD), peek(moved + (M_RANGES + 1) * WORD))
-    for i in range(peek(moved + M_COUNT * WORD)):
-        local, length = peek(moved + (M_RANGES + 2 * i) * WORD), peek(moved + (M_RANGES + 2 * i + 1) * WORD)
-        keys, rkey = peek(queue + Q_KEYS * WORD), peek(moved + M_KEY * WORD)
-        status = move_bytes(queue, keys, rkey, opcode, local, remote, length)
+        note = range_at(behind(moved))
+        return send_note(queue, note.address, note.length)
+    for i in range(moved.count):
+        part = range_at(behind(moved), i)
+        status = move_bytes(queue, queue.keys, moved.key, opcode, part.address, remote, part.length)
         if status != WcStatus.SUCCESS:
             return status
-        remote += length
+        remote += part.length
     return np.int64(WcStatus.SUCCESS)
 
 
 @kernel
 def drain(queue, entries, wc):
     """Report up to `entries` completions of one queue that are due; returns how many."""
-    head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
+    head, tail = queue.head, queue.tail
     if head == tail:
         return np.int64(0)
-    nic = peek(queue + Q_NIC * WORD)
-    mask, ring, move = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD), peek(nic + N_MOVE * WORD)
-    breaks, broken = peek(nic + N_BREAKS * WORD), load(queue + Q_BROKEN * WORD)
-    moves, words = peek(queue + Q_MOVES * WORD), move_words(nic)
+    nic = nic_at(queue.nic)
+    mask, ring, move = queue.mask, queue.ring, nic.move
+    breaks, broken = nic.breaks, acquire(queue, "broken")
     now = time_of(queue, nic)
-    if load(queue + Q_CUT * WORD) != 0:
+    if acquire(queue, "cut") != 0:
         flush(queue, now)
-        store(queue + Q_CUT * WORD, 0)
+        release(queue, "cut", 0)
     n = np.int64(0)
     while n < entries and tail < head:
-        entry = ring + (tail & mask) * ENTRY_WORDS * WORD
-        if broken == 0 and peek(entry + E_DUE * WORD) > now:
+        entry = entry_at(ring, tail & mask)
+        if broken == 0 and entry.due > now:
             break
-        status = broken if broken != 0 else peek(entry + E_STATUS * WORD)
+        status = broken if broken != 0 else entry.status
         if status == SENDING or (move != 0 and status == WcStatus.SUCCESS):
-            status = arrive(queue, moves + (tail & mask) * words * WORD)
+            status = arrive(queue, move_of(queue, nic, tail))
         if breaks != 0 and status != WcStatus.SUCCESS:
             broken = np.int64(WcStatus.WR_FLUSH_ERR)
-            store(queue + Q_BROKEN * WORD, broken)
-        if status != WcStatus.SUCCESS or peek(entry + E_SIGNALED * WORD) != 0:
-            wc = write_completion(wc, peek(entry + E_ID * WORD), status)
+            release(queue, "broken", broken)
+        if status != WcStatus.SUCCESS or entry.signaled != 0:
+            wc = write_completion(wc, entry.id, status)
             n += 1
         tail += 1
-    poke(queue + Q_TAIL * WORD, tail)
+    queue.tail = tail
     return n
 
 
 @callback("int32(int64, int32, int64)")
 def poll_cq(cq, entries, wc):
     """Due completions of all queues of this worker; each poll starts at the next queue, so that none starves."""
-    queues = peek(cq + CQ_CQ_CONTEXT)
-    count, turn = peek(queues + CQ_COUNT * WORD), peek(queues + CQ_TURN * WORD)
+    port = port_at(port_of(cq))
+    count, turn = port.count, port.turn
     taken = np.int64(0)
     for i in range(count):
         at = (turn + i) % count
-        taken += drain(peek(queues + (CQ_QUEUES + at) * WORD), np.int64(entries) - taken, wc + taken * WC_BYTES)
-    poke(queues + CQ_TURN * WORD, turn + 1)
+        taken += drain(queue_at(i64(behind(port))[at]), np.int64(entries) - taken, wc + taken * WC_BYTES)
+    port.turn = turn + 1
     return np.int32(taken)
 
 
 @callback("int64(int64)")
 def next_completion(cq):
     """When the oldest completion of any queue of this worker is due, ps; NEVER when nothing outstanding makes one."""
-    queues = peek(cq + CQ_CQ_CONTEXT)
+    port = port_at(port_of(cq))
     due = np.int64(NEVER)
-    for i in range(peek(queues + CQ_COUNT * WORD)):
-        queue = peek(queues + (CQ_QUEUES + i) * WORD)
-        mask, ring, latest = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD), np.int64(0)
-        for at in range(peek(queue + Q_TAIL * WORD), peek(queue + Q_HEAD * WORD)):
-            entry = ring + (at & mask) * ENTRY_WORDS * WORD
-            latest = max(latest, peek(entry + E_DUE * WORD))
-            if peek(queue + Q_BROKEN * WORD) != 0:
+    for i in range(port.count):
+        queue = queue_at(i64(behind(port))[i])
+        mask, ring, latest = queue.mask, queue.ring, np.int64(0)
+        for at in range(queue.tail, queue.head):
+            entry = entry_at(ring, at & mask)
+            latest = max(latest, entry.due)
+            if queue.broken != 0:
                 return np.int64(0)
-            if peek(entry + E_SIGNALED * WORD) != 0 or peek(entry + E_STATUS * WORD) != WcStatus.SUCCESS:
+            if entry.signaled != 0 or entry.status != WcStatus.SUCCESS:
                 due = min(due, latest)
                 break
     return due
@@ -351,7 +343,7 @@ class Nic:
 
 
 class Rail:
-    """One NIC of an engine: its words, and whether it can be reached."""
+    """One NIC of an engine: its record, and whether it can be reached."""
 
     def __init__(self, nic: Nic) -> None:
         self.nic, self.down = nic, False
@@ -359,13 +351,19 @@ class Rail:
         if len({at for at, _, _ in plan}) < len(plan):
             raise UsageError("a fault plan may hold one fault a work request")
         self.plan = np.array([*plan, (-1, 0, 0)], np.int64)
-        self.words = aligned(NIC_WORDS)
-        self.words[[N_MESSAGE_PS, N_BYTE_COST]] = nic.message_ps, nic.byte_cost
-        self.words[[N_LATENCY, N_MOVE]] = round(nic.latency_ns * PS_PER_NS), nic.move_bytes
-        self.words[[N_GATHERS, N_BREAKS]] = nic.gathers, nic.breaks
-        self.words[[N_PLAN, N_PLAN_LEFT]] = address_of(self.plan), len(plan)
-        self.words[N_CLOCK] = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0
-        self.words[N_STARTED] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self.row = Row(rows_of(NIC))
+        self.row.set(
+            message_ps=nic.message_ps,
+            byte_cost=nic.byte_cost,
+            latency=round(nic.latency_ns * PS_PER_NS),
+            move=nic.move_bytes,
+            gathers=nic.gathers,
+            breaks=nic.breaks,
+            plan=address_of(self.plan),
+            plan_left=len(plan),
+            clock=function_address("clock_gettime"),
+            started=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+        )
 
 
 class Emulated(InProcessProvider):
@@ -379,7 +377,7 @@ class Emulated(InProcessProvider):
     name = "emulated"
     post_send = post_send
     poll_cq = poll_cq
-    entry_words = ENTRY_WORDS
+    entry = ENTRY
 
     def __init__(self, *nics: Nic, clocks: Sequence[int] = ()) -> None:
         super().__init__()
@@ -404,11 +402,9 @@ class Emulated(InProcessProvider):
 
     def prepare(self, queue: Queue, worker: int) -> None:
         """Bind the queue to its NIC, and to its worker's clock when that is virtual."""
-        nic = self._rails[queue.rail].words
-        queue.words[Q_NIC] = address_of(nic)
-        queue.words[Q_NOW] = self.clocks[worker] if self.clocks else 0
-        queue.moves = aligned((int(queue.words[Q_MASK]) + 1) * (M_RANGES + 2 * int(nic[N_GATHERS])))
-        queue.words[Q_MOVES] = address_of(queue.moves)
+        nic = self._rails[queue.rail].row
+        queue.moves = aligned((queue.row["mask"] + 1) * (MOVE_BYTES + nic["gathers"] * RANGE_BYTES) // WORD)
+        queue.row.set(nic=nic.address, now=self.clocks[worker] if self.clocks else 0, moves=address_of(queue.moves))
         self._by_pair[queue.pair.address] = queue
 
     def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
@@ -455,7 +451,7 @@ class Emulated(InProcessProvider):
             self._rails[rail].down = True
             for queue in self._by_pair.values():
                 if queue.rail == rail:
-                    put(queue.words, Q_BROKEN, WcStatus.RETRY_EXC_ERR)
+                    queue.row.put("broken", WcStatus.RETRY_EXC_ERR)
             self._breaking(rail).break_all(lambda row: row.pair.lkeys == rail)
 
     def bring_up(self, rail: int) -> None:
@@ -470,12 +466,12 @@ class Emulated(InProcessProvider):
         return self._mender
 
     def _fail(self, row: QueueRow) -> None:
-        words = self._by_pair[row.pair.address].words
-        if words[Q_BROKEN] == 0:
-            put(words, Q_BROKEN, WcStatus.WR_FLUSH_ERR)
+        own = self._by_pair[row.pair.address].row
+        if own["broken"] == 0:
+            own.put("broken", WcStatus.WR_FLUSH_ERR)
 
     def _renew(self, row: QueueRow) -> bool:
         queue = self._by_pair[row.pair.address]
         down = self._rails[queue.rail].down
-        put(queue.words, Q_BROKEN, WcStatus.RETRY_EXC_ERR if down else 0)
+        queue.row.put("broken", WcStatus.RETRY_EXC_ERR if down else 0)
         return not down

@@ -2,90 +2,68 @@
 
 import numpy as np
 
-from mooncache.kernels.arrays import WORD
-from mooncache.kernels.atomics import peek, poke, u32
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
-from mooncache.kernels.verbs import (
-    CQ_CQ_CONTEXT,
-    ENOMEM,
-    SGE_ADDR,
-    SGE_LENGTH,
-    SGE_LKEY,
-    WR_ID,
-    WR_NEXT,
-    WR_OPCODE,
-    WR_REMOTE_ADDR,
-    WR_RKEY,
-    WR_SG_LIST,
-)
-from mooncache.providers.device import (
-    CQ_COUNT,
-    CQ_QUEUES,
-    Q_HEAD,
-    Q_KEYS,
-    Q_LIMIT,
-    Q_MASK,
-    Q_RING,
-    Q_TAIL,
-    Queue,
-    queue_of,
-    write_completion,
-)
-from mooncache.providers.inprocess.base import InProcessProvider, move_bytes, send_note
+from mooncache.kernels.records.base import address, behind, cell_at, missing, record_at
+from mooncache.kernels.records.verbs import send_wr_at, sge_at
+from mooncache.kernels.verbs import ENOMEM, WC_BYTES
+from mooncache.providers.device import Queue, port_of, queue_of, write_completion
+from mooncache.providers.inprocess.base import InProcessProvider, move_bytes, port_at, queue_at, send_note
 
-ENTRY_ID, ENTRY_STATUS, ENTRY_WORDS = 0, 1, 2
+ENTRY = np.dtype([("id", np.int64), ("status", np.int64)])  # wr_id and WcStatus of what is posted
+entry_at = record_at(ENTRY)
 
 
 @callback("int32(int64, int64, int64)")
 def post_send(qp, wr, bad_wr):
     """Copy each work request's bytes and queue its completion; ENOMEM when the queue is full."""
-    queue = queue_of(qp)
-    head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
-    mask, limit = peek(queue + Q_MASK * WORD), peek(queue + Q_LIMIT * WORD)
-    ring, keys = peek(queue + Q_RING * WORD), peek(queue + Q_KEYS * WORD)
-    while wr != 0:
+    queue, wr = queue_at(queue_of(qp)), send_wr_at(wr)
+    head, tail = queue.head, queue.tail
+    mask, limit = queue.mask, queue.limit
+    ring, keys = queue.ring, queue.keys
+    while not missing(wr):
         if head - tail >= limit:
-            poke(bad_wr, wr)
-            poke(queue + Q_HEAD * WORD, head)
+            cell_at(bad_wr).value = address(wr)
+            queue.head = head
             return np.int32(ENOMEM)
-        sge, opcode = peek(wr + WR_SG_LIST), np.int64(u32(wr + WR_OPCODE)[0])
-        local, length = peek(sge + SGE_ADDR), np.int64(u32(sge + SGE_LENGTH)[0])
+        sge, opcode = sge_at(wr.sg_list), np.int64(wr.opcode)
+        local, length = sge.addr, np.int64(sge.length)
         if opcode == Opcode.SEND:
             status = send_note(queue, local, length)
         else:
-            local = local if u32(sge + SGE_LKEY)[0] != 0 else -local
-            status = move_bytes(queue, keys, peek(wr + WR_RKEY), opcode, local, peek(wr + WR_REMOTE_ADDR), length)
-        entry = ring + (head & mask) * ENTRY_WORDS * WORD
-        poke(entry + ENTRY_ID * WORD, peek(wr + WR_ID))
-        poke(entry + ENTRY_STATUS * WORD, status)
+            local = local if sge.lkey != 0 else -local
+            status = move_bytes(queue, keys, wr.rkey, opcode, local, wr.remote_addr, length)
+        entry = entry_at(ring, head & mask)
+        entry.id = wr.wr_id
+        entry.status = status
         head += 1
-        wr = peek(wr + WR_NEXT)
-    poke(queue + Q_HEAD * WORD, head)
+        wr = send_wr_at(wr.next)
+    queue.head = head
     return np.int32(0)
 
 
 @kernel
 def drain(queue, entries, wc):
     """Report up to `entries` completions of one queue; returns how many."""
-    head, tail = peek(queue + Q_HEAD * WORD), peek(queue + Q_TAIL * WORD)
-    mask, ring = peek(queue + Q_MASK * WORD), peek(queue + Q_RING * WORD)
+    head, tail = queue.head, queue.tail
+    mask, ring = queue.mask, queue.ring
     n = min(entries, head - tail)
     for i in range(n):
-        entry = ring + ((tail + i) & mask) * ENTRY_WORDS * WORD
-        wc = write_completion(wc, peek(entry + ENTRY_ID * WORD), peek(entry + ENTRY_STATUS * WORD))
-    poke(queue + Q_TAIL * WORD, tail + n)
+        entry = entry_at(ring, (tail + i) & mask)
+        wc = write_completion(wc, entry.id, entry.status)
+    queue.tail = tail + n
     return n
 
 
 @callback("int32(int64, int32, int64)")
 def poll_cq(cq, entries, wc):
     """Completions of all queues of this worker, oldest first within each."""
-    queues = peek(cq + CQ_CQ_CONTEXT)
+    port = port_at(port_of(cq))
     taken = np.int64(0)
-    for i in range(peek(queues + CQ_COUNT * WORD)):
+    for i in range(port.count):
         left = np.int64(entries) - taken
-        taken += drain(peek(queues + (CQ_QUEUES + i) * WORD), left, wc + taken * 48)
+        taken += drain(queue_at(i64(behind(port))[i]), left, wc + taken * WC_BYTES)
     return np.int32(taken)
 
 
@@ -95,7 +73,7 @@ class Loopback(InProcessProvider):
     name = "loopback"
     post_send = post_send
     poll_cq = poll_cq
-    entry_words = ENTRY_WORDS
+    entry = ENTRY
 
     def prepare(self, queue: Queue, worker: int) -> None:
         """Nothing besides."""

@@ -11,15 +11,15 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError
-from mooncache.kernels.arrays import WORD, address_of, aligned, put
+from mooncache.kernels.arrays import WORD, Row, address_of, rows_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.state import CompletionQueue, QueuePair
-from mooncache.kernels.verbs import SGE_BYTES, WC_BYTES, WR_BYTES
-from mooncache.providers.device import Device
+from mooncache.providers.device import Device, PortRow
 from mooncache.providers.rdma import notes
 from mooncache.providers.rdma.library import load
 from mooncache.providers.rdma.nic import Nic, Registration
+from mooncache.providers.rdma.records import HUB, NOTE_NIC, NOTE_PORT, NOTE_QUEUE, RECORD
 
 RECORDS = 2 * limits.PEERS
 """An outbox for each peer, and as many peers with an outbox for us."""
@@ -59,9 +59,10 @@ class Record:
 
     def __init__(self, hub: NoteHub, index: int) -> None:
         self._hub, self.index = hub, index
-        self.words = hub.records[index]
-        self.address = address_of(self.words)
+        self.row = Row(hub.records, index)
+        self.address = self.row.address
         base = address_of(hub.memory) + index * hub.record_bytes
+        self._rails = [Row(hub.records[index]["rails"], i) for i in range(limits.NICS)]
         self.answer = base
         self.buffer = base + WORD  # of a mailbox: what it answers with
         self.mailboxes = [base + 64 + i * (WORD + hub.note_bytes) for i in range(hub.rails)]
@@ -80,24 +81,27 @@ class Record:
             gone: address of the word that says that the peer is.
             most: bytes of the longest notification that the peer takes.
         """
-        hub, words = self._hub, self.words
+        hub, row = self._hub, self.row
         hub.incarnation = hub.incarnation % 0xFFFF + 1
-        words[1:] = 0
+        row.clear()
         hub.memory[self.index, :8] = 0
-        words[[notes.R_BUFFER, notes.R_ANSWER, notes.R_GONE]] = self.mailboxes[0], self.answer, gone
-        words[notes.R_MOST] = most
+        row.set(buffer=self.mailboxes[0], answer=self.answer, gone=gone, most=most)
         for i, rail in enumerate(rails):
-            row = words[notes.R_OWN + i * notes.RAIL_WORDS :][: notes.RAIL_WORDS]
-            row[[notes.RAIL_QP, notes.RAIL_LKEY]] = rail.queue_pair, self._registered[rail.nic].lkey
-            row[[notes.RAIL_ADDRESS, notes.RAIL_RKEY, notes.RAIL_BUFFER]] = rail.address, rail.rkey, self.mailboxes[i]
-        put(words, notes.R_RAILS, len(rails))
-        put(words, notes.R_INCARNATION, hub.incarnation)
+            self._rails[i].set(
+                qp=rail.queue_pair,
+                lkey=self._registered[rail.nic].lkey,
+                address=rail.address,
+                rkey=rail.rkey,
+                buffer=self.mailboxes[i],
+            )
+        row.put("rail_count", len(rails))
+        row.put("incarnation", hub.incarnation)
 
     def serve(self, caller: str) -> None:
         """It is a mailbox of this peer's: what it writes are answers, from a word of their own."""
         self._sender = sender(caller)
-        put(self.words, notes.R_SENDER, address_of(self._sender))
-        put(self.words, notes.R_BUFFER, self.buffer)
+        self.row.put("sender", address_of(self._sender))
+        self.row.put("buffer", self.buffer)
 
     def raise_rail(self, rail: int, receives: int) -> None:
         """A rail's queue pair is connected: post its receives and use it."""
@@ -106,16 +110,16 @@ class Record:
     @property
     def under_way(self) -> int:
         """Number of the last notification sent from it; 0 before the first."""
-        return int(self.words[notes.R_NUMBER])
+        return self.row["number"]
 
     @property
     def rail(self) -> int:
         """The rail it went over."""
-        return int(self.words[notes.R_RAIL])
+        return self.row["rail"]
 
     def is_up(self, rail: int) -> bool:
         """Whether nothing has gone wrong on a rail since it was raised."""
-        return bool(self.words[notes.R_OWN + rail * notes.RAIL_WORDS + notes.RAIL_UP])
+        return bool(self._rails[rail]["up"])
 
     def lower_rail(self, rail: int) -> None:
         """A rail's queue pair must not be used from now on."""
@@ -151,7 +155,7 @@ class NoteHub:
         self.note_bytes = int(header(inbox)["bytes"][0])  # of the longest notification as it travels
         self.record_bytes = 64 + self.rails * (WORD + self.note_bytes)
         self.memory = np.zeros((RECORDS, self.record_bytes), np.uint8)
-        self.records = aligned(RECORDS * notes.RECORD_WORDS).reshape(RECORDS, notes.RECORD_WORDS)
+        self.records = rows_of(RECORD, RECORDS)
         self.free = list(range(RECORDS - 1, -1, -1))
         self.incarnation = 0
         self.channels = [nic.completion_channel() for nic in nics]
@@ -163,35 +167,26 @@ class NoteHub:
         self._make_workers(workers)
 
     def _make_hub(self, inbox: np.ndarray) -> None:
-        self._rows = aligned(self.rails * notes.NIC_WORDS).reshape(self.rails, notes.NIC_WORDS)
-        self._rows[:, notes.N_CQ] = [cq.address for cq in self.cqs]
-        self._rows[:, notes.N_CHANNEL] = [channel.address for channel in self.channels]
-        sizes = (notes.LOT * WC_BYTES, WR_BYTES, SGE_BYTES, notes.RECV_WR_BYTES)
-        self._scratch = [aligned(size // WORD) for size in sizes]
-        self.words = aligned(notes.HUB_WORDS)
-        self.address = address_of(self.words)
-        get_event = ctypes.cast(load().c.ibv_get_cq_event, ctypes.c_void_p).value
-        wc, wr, sge, receive = map(address_of, self._scratch)
-        for field, value in (
-            (notes.H_INBOX, address_of(inbox)),
-            (notes.H_RECORDS, address_of(self.records)),
-            (notes.H_NICS, self.rails),
-            (notes.H_NIC_ROWS, address_of(self._rows)),
-            (notes.H_GET_EVENT, get_event or 0),
-            (notes.H_WC, wc),
-            (notes.H_WR, wr),
-            (notes.H_SGE, sge),
-            (notes.H_RECV, receive),
-        ):
-            self.words[field] = value
+        self._rows = rows_of(NOTE_NIC, self.rails)
+        self._rows["cq"] = [cq.address for cq in self.cqs]
+        self._rows["channel"] = [channel.address for channel in self.channels]
+        self._row = Row(rows_of(HUB))
+        self.address = self._row.address
+        self._row.set(
+            inbox=address_of(inbox),
+            records=address_of(self.records),
+            nics=self.rails,
+            nic_rows=address_of(self._rows),
+            get_event=ctypes.cast(load().c.ibv_get_cq_event, ctypes.c_void_p).value or 0,
+        )
 
     def _make_workers(self, workers: int) -> None:
         self._device = Device(notes.post_note, notes.poll_notes)
-        self._lists = [aligned(notes.C_QUEUES + limits.PEERS) for _ in range(workers)]
-        self._software = [self._device.completion_queue(words) for words in self._lists]
-        self._queues: list[np.ndarray] = []
-        for worker, words in enumerate(self._lists):
-            words[[notes.C_HUB, notes.C_SERVES]] = self.address, worker == 0
+        self._ports = [PortRow(NOTE_PORT, limits.PEERS) for _ in range(workers)]
+        self._software = [self._device.completion_queue(port.row.address) for port in self._ports]
+        self._queues: list[object] = []
+        for worker, port in enumerate(self._ports):
+            port.row.set(hub=self.address, serves=worker == 0)
 
     def completion_queue(self, worker: int) -> CompletionQueue:
         """The worker's completion queue for notifications."""
@@ -199,15 +194,15 @@ class NoteHub:
 
     def queue_pair(self, worker: int, cq: int) -> NoteQueue:
         """One more queue pair for notifications of a worker, which leads nowhere yet."""
-        words = aligned(notes.QUEUE_WORDS)
-        words[notes.Q_HUB] = self.address
-        qp = self._device.queue_pair(words)
-        self._queues += [words, qp]
-        listed = self._lists[worker]
-        count = int(listed[notes.C_COUNT])
-        listed[notes.C_QUEUES + count] = address_of(words)
-        put(listed, notes.C_COUNT, count + 1)
-        return NoteQueue(words, QueuePair(address_of(qp), 1, cq=cq, notes=True))
+        row = Row(rows_of(NOTE_QUEUE))
+        row["hub"] = self.address
+        qp = self._device.queue_pair(row.address)
+        self._queues += [row, qp]
+        port = self._ports[worker]
+        count = port.row["count"]
+        port.queues[count] = row.address
+        port.row.put("count", count + 1)
+        return NoteQueue(row, QueuePair(address_of(qp), 1, cq=cq, notes=True))
 
     def record(self) -> Record:
         """A record that nobody uses. Raises CapacityError; TransportError when a NIC registers no more memory."""
@@ -223,21 +218,21 @@ class NoteHub:
     def acknowledge(self) -> None:
         """Tell the NICs that all events were dealt with, before their completion queues are destroyed."""
         for cq, row in zip(self.cqs, self._rows, strict=True):
-            cq.acknowledge(int(row[notes.N_EVENTS]))
-            row[notes.N_EVENTS] = 0
+            cq.acknowledge(int(row["events"]))
+            row["events"] = 0
 
 
 class NoteQueue(NamedTuple):
     """A queue pair for notifications, of one worker, to one peer."""
 
-    words: np.ndarray
+    row: Row
     pair: QueuePair
 
     @property
     def busy(self) -> bool:
         """Whether a notification is on its way, or its end was not reported yet."""
-        return bool(self.words[notes.Q_BUSY])
+        return bool(self.row["busy"])
 
     def lead_to(self, record: Record) -> None:
         """Use this outbox from now on. None of its notifications is on its way."""
-        put(self.words, notes.Q_RECORD, record.address)
+        self.row.put("record", record.address)

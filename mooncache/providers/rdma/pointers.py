@@ -22,15 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mooncache.errors import TransportError
-from mooncache.kernels.verbs import (
-    CONTEXT_BYTES,
-    CONTEXT_POLL_CQ,
-    CONTEXT_POST_RECV,
-    CONTEXT_POST_SEND,
-    CONTEXT_REQ_NOTIFY_CQ,
-    CQ_BYTES,
-    QP_BYTES,
-)
+from mooncache.kernels.records.verbs import IBV_CONTEXT, IBV_CQ, IBV_QP
 
 CONTEXT_CMD_FD, CONTEXT_ASYNC_FD, CONTEXT_NUM_COMP_VECTORS = 264, 268, 272
 PD_HANDLE, PD_BYTES = 8, 16
@@ -71,7 +63,7 @@ def context_pointer(context: Any) -> int:
             context.num_comp_vectors,
         )
 
-    return _find(context, fits, CONTEXT_BYTES)
+    return _find(context, fits, IBV_CONTEXT.itemsize)
 
 
 def pd_pointer(pd: Any, context: int) -> int:
@@ -90,7 +82,7 @@ def channel_pointer(channel: Any, context: int) -> int:
 
 def cq_pointer(cq: Any, context: int) -> int:
     """Address of the `ibv_cq` of a pyverbs CQ. Raises TransportError."""
-    return _find(cq, lambda p: word(p) == context and half(p + CQ_CQE) == cq.cqe, CQ_BYTES)
+    return _find(cq, lambda p: word(p) == context and half(p + CQ_CQE) == cq.cqe, IBV_CQ.itemsize)
 
 
 def qp_pointer(qp: Any, context: int, pd: int, send_cq: int, recv_cq: int) -> int:
@@ -105,17 +97,12 @@ def qp_pointer(qp: Any, context: int, pd: int, send_cq: int, recv_cq: int) -> in
             int(qp.qp_type),
         )
 
-    return _find(qp, fits, QP_BYTES)
+    return _find(qp, fits, IBV_QP.itemsize)
 
 
 def operations(context: int) -> Operations:
     """The functions in the `ops` of the `ibv_context` at this address."""
-    return Operations(
-        post_send=word(context + CONTEXT_POST_SEND),
-        poll_cq=word(context + CONTEXT_POLL_CQ),
-        req_notify_cq=word(context + CONTEXT_REQ_NOTIFY_CQ),
-        post_recv=word(context + CONTEXT_POST_RECV),
-    )
+    return Operations(*(word(context + int(IBV_CONTEXT.fields[name][1])) for name in Operations._fields))  # type: ignore[index]
 
 
 def _find(instance: Any, fits: Callable[[int], bool], struct_bytes: int) -> int:

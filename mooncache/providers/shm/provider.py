@@ -41,7 +41,7 @@ from mooncache.discovery.credentials import Process, has_ended, process_at
 from mooncache.discovery.dial import AnotherUser, Answer
 from mooncache.discovery.listener import Reply, Request
 from mooncache.errors import TransportError, UsageError
-from mooncache.kernels.arrays import LINE, WORD, address_of, put
+from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish, rise, withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair
@@ -49,15 +49,16 @@ from mooncache.kernels.tables import RegionTable
 from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
 from mooncache.providers.base import Descriptor, Keys, Link
 from mooncache.providers.careful import Copier
-from mooncache.providers.device import KEY_WORDS, Q_HEAD, Q_KEYS, Q_TAIL, KeyTable
+from mooncache.providers.device import KeyTable
+from mooncache.providers.records import KEY
 from mooncache.providers.shm.copy import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
-from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.connections import STALL_S, StreamQueue
 from mooncache.providers.stream.provider import StreamProvider, wait_while_odd
 from mooncache.providers.stream.quotas import check_leases
 
 log = logging.getLogger("mooncache")
 
+KEYS_BYTES = limits.REGIONS_MOST * KEY.itemsize
 GUARD_BYTES = (limits.WORKERS + 1) * LINE  # behind those of the workers a line with these words
 EPOCH, RESTARTS = GUARD_EPOCH // WORD, GUARD_EPOCH // WORD + 1
 
@@ -100,7 +101,7 @@ class Lease:
     def revoke(self) -> None:
         """Refuse what the peer copies from now on; a copy that it has begun ends in front of an odd guard."""
         with self._lock:
-            withdraw_key(address_of(self.guards) + EPOCH * WORD)
+            withdraw_key(address_of(self.guards) + GUARD_EPOCH)
 
     def lands_no_more(self) -> bool:
         """See `Copier`: it is stopped, and before it goes on with a copy it looks at its key again."""
@@ -108,7 +109,7 @@ class Lease:
             return False
         with self._lock:
             if self.guards[EPOCH]:
-                rise(address_of(self.guards) + EPOCH * WORD)
+                rise(address_of(self.guards) + GUARD_EPOCH)
         return self._process.stopped
 
 
@@ -128,7 +129,7 @@ class Share:
         self.maps = RegionTable("mapped memory", 1)
         with ExitStack() as undo:
             undo.callback(self.sock.close)
-            self.keys = Mapping(answer.fds[0], limits.REGIONS_MOST * KEY_WORDS * WORD, writable=False)
+            self.keys = Mapping(answer.fds[0], KEYS_BYTES, writable=False)
             undo.callback(self.keys.close)
             self.guards = Mapping(answer.fds[1], GUARD_BYTES, writable=True)
             undo.callback(self.guards.close)
@@ -190,7 +191,7 @@ class Retired(NamedTuple):
     @property
     def over(self) -> bool:
         """Whether all that was posted before is answered."""
-        return all(queue.words[Q_TAIL] >= head for queue, head in self.marks)
+        return all(queue.row["tail"] >= head for queue, head in self.marks)
 
 
 def reachable(sock: socket.socket, address: int, nonce: int) -> tuple[int, str]:
@@ -248,15 +249,15 @@ class Shm(StreamProvider):
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox, peers)
         try:
-            self._table = allocate(limits.REGIONS_MOST * KEY_WORDS * WORD, for_reading=True)
+            self._table = allocate(KEYS_BYTES, for_reading=True)
         except BaseException:
             super().close()
             raise
         self.keys = KeyTable(self._table.view(np.int64))
         self._copiers = [Copier(LOT) for _ in self.ports]
         for port, copier in zip(self.ports, self._copiers, strict=True):
-            port.words[lanes.P_KEYS] = self.keys.address
-            port.words[lanes.P_COPIER] = copier.address
+            port.row["keys"] = self.keys.address
+            port.row["copier"] = copier.address
         return queues
 
     # ------------------------------------------------------------------------------ as a target
@@ -407,12 +408,12 @@ class Shm(StreamProvider):
                 peer.name, share.why,
             )  # fmt: skip
         if all(copier.restarts for copier in self._copiers):
-            publish(share.guards.address + RESTARTS * WORD, 1)
+            publish(share.guards.address + GUARD_EPOCH + WORD, 1)
         for queue in self.queues_of(peer.name):
-            put(queue.words, Q_KEYS, share.keys.address)
-            put(queue.words, lanes.Q_GUARDS, share.guards.address)
-            put(queue.words, lanes.Q_PID, share.pid)
-            put(queue.words, lanes.Q_MAPS, share.maps.header.address)
+            queue.row.put("keys", share.keys.address)
+            queue.row.put("guards", share.guards.address)
+            queue.row.put("pid", share.pid)
+            queue.row.put("maps", share.maps.header.address)
         return share
 
     def _lost(self, peer: str, share: Share) -> None:
@@ -444,15 +445,15 @@ class Shm(StreamProvider):
         share, queues = self._shares.pop(peer, None), self.queues_of(peer)
         if share is not None:
             for queue in queues:
-                put(queue.words, lanes.Q_PID, 0)
+                queue.row.put("pid", 0)
             self._retire(queues, 0, Retired([], share.maps, share.mappings, share.sock))
 
     def _retire(self, queues: Sequence[StreamQueue], maps: int, what: Retired) -> None:
         """Let queue pairs go by other maps. `look_around` lets go of what they went by, once they are done with it."""
         for queue in queues:
-            lead(address_of(queue.words), maps)
-        wait_while_odd([(queue.words, lanes.Q_POSTING) for queue in queues])
-        marks = [(queue, int(queue.words[Q_HEAD])) for queue in queues]
+            lead(queue.address, maps)
+        wait_while_odd([(queue.row, "posting") for queue in queues])
+        marks = [(queue, queue.row["head"]) for queue in queues]
         with self._lock:
             self._retired.append(what._replace(marks=marks))
         os.eventfd_write(self._trouble_fd, 1)

@@ -23,23 +23,18 @@ import numpy as np
 from mooncache import forks, limits
 from mooncache.discovery.address import is_loopback
 from mooncache.errors import CapacityError
-from mooncache.kernels.arrays import MAP_NORESERVE, WORD, address_of, aligned, function_address, put
-from mooncache.kernels.atomics import add, call_write, cas, fence, poke, store, u32
+from mooncache.kernels.arrays import MAP_NORESERVE, WORD, Row, address_of, aligned, function_address, rows_of
+from mooncache.kernels.atomics import call_write, fence
 from mooncache.kernels.inbox import header, sender
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.linux import (
-    EPOLL_EVENT_BYTES,
-    EPOLL_EVENT_DATA,
-    EPOLLET,
-    EPOLLIN,
-    IOVEC_BYTES,
-    MSGHDR_BYTES,
-    epoll_add,
-)
-from mooncache.providers.device import Q_HEAD, Device, KeyTable, Queue
+from mooncache.kernels.linux import EPOLLET, EPOLLIN, epoll_add
+from mooncache.kernels.records.base import compare_swap, fetch_add, release, where
+from mooncache.kernels.records.linux import EPOLL_EVENT, IOVEC, epoll_event_at
+from mooncache.providers.device import Device, KeyTable, PortRow, Queue
 from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
-from mooncache.providers.stream.lane import FLIGHT_WORDS, FLIGHTS, LANE_WORDS, Broken, LaneState, Reason, word_at
+from mooncache.providers.stream.lane import FLIGHTS, Broken, LaneState, Reason
+from mooncache.providers.stream.records import FLIGHT, LANE, lane_at, port_at, queue_at
 
 STALL_S = 10.0
 """Seconds without a byte, with something under way, after which a lane counts as broken: a stopped or hung peer."""
@@ -60,30 +55,31 @@ LANES_MOST = 16
 @kernel("int64(int64, int64)")
 def hand_over(port, lane):
     """Let the worker of `port` take a lane over."""
-    store(lane + lanes.L_STATE * WORD, LaneState.READY)
-    return stir(port)
+    release(lane_at(lane), "state", LaneState.READY)
+    return stir(port_at(port))
 
 
 @kernel("int64(int64, int64)")
 def cut(port, lane):
     """Let the worker of `port` end a lane."""
-    store(lane + lanes.L_CUT * WORD, 1)
-    return stir(port)
+    release(lane_at(lane), "cut", 1)
+    return stir(port_at(port))
 
 
 @kernel("int64(int64)")
 def give_up(queue):
     """A queue pair whose connections were to be renewed is gone: what waits for it fails. Nothing else is touched."""
-    if cas(queue + lanes.Q_BROKEN * WORD, lanes.Broken.RENEWING, lanes.Broken.GONE) == lanes.Broken.RENEWING:
+    queue = queue_at(queue)
+    if compare_swap(queue, "broken", lanes.Broken.RENEWING, lanes.Broken.GONE) == lanes.Broken.RENEWING:
         lanes.end_epoch(queue)
-        stir(word_at(queue, lanes.Q_PORT))
+        stir(port_at(queue.port))
     return 0
 
 
 @kernel
 def stir(port):
     """Let the worker of `port` look at all its lanes."""
-    add(port + lanes.P_ADOPT * WORD, 1)
+    fetch_add(port, "adopt", 1)
     fence()
     return nudge(port)
 
@@ -91,16 +87,17 @@ def stir(port):
 @kernel
 def nudge(port):
     """Wake the worker of `port`, if it sleeps."""
-    return call_write(word_at(port, lanes.P_WRITE), word_at(port, lanes.P_NUDGE), word_at(port, lanes.P_ONE), WORD)
+    return call_write(port.write, port.nudge, where(port, "one"), WORD)
 
 
 @kernel("int64(int64)")
 def watch_nudge(port):
     """Let the port's epoll set watch its eventfd, under data 0, which is no lane; 0, or -1."""
-    event = word_at(port, lanes.P_EVENTS)
-    u32(event)[0] = EPOLLIN | EPOLLET
-    poke(event + EPOLL_EVENT_DATA, 0)
-    return epoll_add(word_at(port, lanes.P_SYSCALL), word_at(port, lanes.P_EPOLL), word_at(port, lanes.P_NUDGE), event)
+    port = port_at(port)
+    event = epoll_event_at(port.events)
+    event.events = EPOLLIN | EPOLLET
+    event.data = 0
+    return epoll_add(port.syscall, port.epoll, port.nudge, port.events)
 
 
 # ------------------------------------------------------------------------------ Python
@@ -136,33 +133,31 @@ class Arrival:
 class Lane:
     """One lane's row and the memory it points to; used again for other connections."""
 
-    def __init__(self, row: np.ndarray, port: int, note_bytes: int) -> None:
+    def __init__(self, row: Row, port: int, note_bytes: int) -> None:
         self.row, self.peer, self.number = row, "", 0
         self.told = True  # why its latest connection ended
         self.reserved = False  # for a connection that is about to be attached
         self.ticket = NO_TICKET
-        self.address = address_of(row)
-        iovecs = (FRAME_SLICES + 3) * IOVEC_BYTES // WORD
-        fields = {
-            lanes.L_IN_HEAD: HEAD_BYTES_MAX // WORD,
-            lanes.L_IN_NEXT: HEADER_BYTES // WORD,
-            lanes.L_IN_IOV: iovecs,
-            lanes.L_IN_STATUS: FRAME_SLICES,
-            lanes.L_OUT_HEAD: HEAD_BYTES_MAX // WORD,
-            lanes.L_OUT_IOV: iovecs,
-            lanes.L_FLIGHTS: FLIGHTS * FLIGHT_WORDS,
-            lanes.L_TRAILER: FRAME_SLICES // WORD,
-            lanes.L_OUT_TRAILER: FRAME_SLICES // WORD,
+        self.address = row.address
+        self._memory = {
+            "in_head": aligned(HEAD_BYTES_MAX // WORD),
+            "in_next": aligned(HEADER_BYTES // WORD),
+            "in_iov": rows_of(IOVEC, FRAME_SLICES + 3),
+            "in_status": aligned(FRAME_SLICES),
+            "out_head": aligned(HEAD_BYTES_MAX // WORD),
+            "out_iov": rows_of(IOVEC, FRAME_SLICES + 3),
+            "flights": rows_of(FLIGHT, FLIGHTS),
+            "trailer": aligned(FRAME_SLICES // WORD),
+            "out_trailer": aligned(FRAME_SLICES // WORD),
         }
-        self._memory = {field: aligned(words) for field, words in fields.items()}
         self._note = aligned(note_bytes // WORD)  # written to when one comes
-        self._fixed = {field: address_of(words) for field, words in self._memory.items()}
-        self._fixed |= {lanes.L_PORT: port, lanes.L_IN_NOTE: address_of(self._note)}
+        self._fixed = {field: address_of(array) for field, array in self._memory.items()}
+        self._fixed |= {"port": port, "in_note": address_of(self._note)}
 
     @property
     def state(self) -> int:
         """A LaneState."""
-        return int(self.row[lanes.L_STATE])
+        return self.row["state"]
 
     @property
     def open(self) -> bool:
@@ -175,42 +170,41 @@ class Lane:
         if self.reserved:
             return False
         if self.state == LaneState.BROKEN:
-            return self.told and not self.row[lanes.L_LISTED]
+            return self.told and not self.row["listed"]
         return self.state == LaneState.EMPTY
 
     @property
     def incoming(self) -> bool:
         """Whether a peer sends over it, now."""
-        return self.state in (LaneState.READY, LaneState.LIVE) and not self.row[lanes.L_QUEUE]
+        return self.state in (LaneState.READY, LaneState.LIVE) and not self.row["queue"]
 
     def serves(self, queue: Queue) -> bool:
         """Whether its latest connection is one of this queue pair; once free it may become another's."""
-        return int(self.row[lanes.L_QUEUE]) == address_of(queue.words)
+        return self.row["queue"] == queue.address
 
     def prepare(self, sock: socket.socket, queue: Queue | None, peer: str, ticket: Ticket) -> None:
         """Make the row describe a connection. The worker owns the socket's descriptor from `hand_over` on."""
         self.peer, self.number, self.ticket, self.reserved = peer, self.number + 1, ticket, False
-        self.row[:] = 0
+        self.row.clear()
         self.told = False
-        for words in self._memory.values():
-            words[:] = 0  # heads are padded with what lies here, and another peer's keys are nobody's business
-        for field, value in self._fixed.items():
-            self.row[field] = value
-        self.row[lanes.L_FD] = sock.detach()
-        self.row[lanes.L_QUEUE] = 0 if queue is None else address_of(queue.words)
+        for array in self._memory.values():
+            array[:] = 0  # heads are padded with what lies here, and another peer's keys are nobody's business
+        self.row.set(**self._fixed)
+        self.row["fd"] = sock.detach()
+        self.row["queue"] = 0 if queue is None else queue.address
         self._sender = sender(peer)
-        self.row[lanes.L_SENDER] = address_of(self._sender)
+        self.row["sender"] = address_of(self._sender)
 
     @property
     def busy(self) -> bool:
         """Whether something was under way on it: requests not answered, or a frame not complete."""
         row = self.row
-        open_frames = row[lanes.L_FLIGHT_HEAD] != row[lanes.L_FLIGHT_TAIL] or row[lanes.L_OUT_AT] < row[lanes.L_OUT_END]
-        return bool(open_frames or row[lanes.L_IN_STAGE] != lanes.HEADER or row[lanes.L_IN_GOT])
+        open_frames = row["flight_head"] != row["flight_tail"] or row["out_at"] < row["out_end"]
+        return bool(open_frames or row["in_stage"] != lanes.HEADER or row["in_got"])
 
     def why(self) -> str:
         """Why it broke."""
-        reason, number = Reason(int(self.row[lanes.L_REASON])), int(self.row[lanes.L_ERRNO])
+        reason, number = Reason(self.row["reason"]), self.row["errno"]
         return os.strerror(number) if number else REASONS[reason]
 
 
@@ -232,9 +226,9 @@ REASONS = {
 class Port:
     """A worker's side of all its lanes."""
 
-    def __init__(self, words: np.ndarray, index: int, keys: KeyTable, inbox: np.ndarray, trouble_fd: int) -> None:
-        self.words, self.address = words, address_of(words)
-        self.rows = aligned(limits.LANES * LANE_WORDS).reshape(limits.LANES, LANE_WORDS)
+    def __init__(self, own: PortRow, index: int, keys: KeyTable, inbox: np.ndarray, trouble_fd: int) -> None:
+        self.row, self.address, self._queues = own.row, own.row.address, own.queues
+        self.rows = rows_of(LANE, limits.LANES)
         self.lanes: list[Lane] = []
         self._note_bytes = int(header(inbox)["bytes"][0])
         self.nudge = -1
@@ -245,57 +239,50 @@ class Port:
         except OSError:
             self.epoll.close()
             raise
-        event_words = lanes.EVENTS * EPOLL_EVENT_BYTES // WORD + 1
-        self._hold = [aligned(n) for n in (limits.LANES, MSGHDR_BYTES // WORD, event_words, 2, 3, 1)]
-        self._hold[-1][0] = 1
-        listed, message, events, timespec, poll, one = (address_of(array) for array in self._hold)
-        for field, value in {
-            lanes.P_EPOLL: self.epoll.fileno(),
-            lanes.P_SYSCALL: function_address("syscall"),
-            lanes.P_ERRNO: function_address("__errno_location"),
-            lanes.P_CLOCK: function_address("clock_gettime"),
-            lanes.P_WRITE: function_address("write"),
-            lanes.P_LANES: address_of(self.rows),
-            lanes.P_LIST: listed,
-            lanes.P_KEYS: keys.address,
-            lanes.P_MSGHDR: message,
-            lanes.P_EVENTS: events,
-            lanes.P_TROUBLE_FD: trouble_fd,
-            lanes.P_TIMESPEC: timespec,
-            lanes.P_STALL: round(STALL_S * 1e9),
-            lanes.P_ZEROS: zeros(),
-            lanes.P_INBOX: address_of(inbox),
-            lanes.P_INDEX: index,
-            lanes.P_NUDGE: self.nudge,
-            lanes.P_ONE: one,
-            lanes.P_POLL: poll,
-        }.items():
-            words[field] = value
+        self._list, self._events = aligned(limits.LANES), rows_of(EPOLL_EVENT, lanes.EVENTS)
+        self.row.set(
+            index=index,
+            epoll=self.epoll.fileno(),
+            syscall=function_address("syscall"),
+            errno=function_address("__errno_location"),
+            clock=function_address("clock_gettime"),
+            write=function_address("write"),
+            lanes=address_of(self.rows),
+            list=address_of(self._list),
+            keys=keys.address,
+            inbox=address_of(inbox),
+            zeros=zeros(),
+            events=address_of(self._events),
+            trouble_fd=trouble_fd,
+            nudge=self.nudge,
+            one=1,
+            stall=round(STALL_S * 1e9),
+        )
         watch_nudge(self.address)
 
     @property
     def load(self) -> int:
         """Lanes that serve connections, or are about to."""
-        states = self.rows[: len(self.lanes), lanes.L_STATE]
+        states = self.rows["state"][: len(self.lanes)]
         live = np.count_nonzero((states == LaneState.READY) | (states == LaneState.LIVE))
         return int(live) + sum(lane.reserved for lane in self.lanes)
 
     def reserve(self, n: int) -> list[Lane]:
         """Lanes for `n` connections: `attach` them, or `release` them. Raises CapacityError, with none reserved."""
-        rows = self.rows[: len(self.lanes)]
-        ended = (rows[:, lanes.L_STATE] == LaneState.EMPTY) | (rows[:, lanes.L_STATE] == LaneState.BROKEN)
+        states = self.rows["state"][: len(self.lanes)]
+        ended = (states == LaneState.EMPTY) | (states == LaneState.BROKEN)
         found = [self.lanes[i] for i in np.flatnonzero(ended) if self.lanes[i].free][:n]
         if len(self.lanes) + n - len(found) > len(self.rows):
             raise CapacityError(
                 f"a worker serves at most {len(self.rows)} connections, and all are in use: give the engine more "
                 "workers, or its peers fewer workers or lanes"
             )
-        new = self.rows[len(self.lanes) : len(self.lanes) + n - len(found)]
-        made = [Lane(row, self.address, self._note_bytes) for row in new]
+        new = range(len(self.lanes), len(self.lanes) + n - len(found))
+        made = [Lane(Row(self.rows, i), self.address, self._note_bytes) for i in new]
         for lane in [*found, *made]:
             lane.reserved = True
         self.lanes += made
-        put(self.words, lanes.P_LANE_COUNT, len(self.lanes))
+        self.row.put("lane_count", len(self.lanes))
         return found + made
 
     @staticmethod
@@ -318,50 +305,46 @@ class Port:
         """Close all descriptors. The worker must have left."""
         for lane in self.lanes:
             if lane.open:
-                os.close(int(lane.row[lanes.L_FD]))
-                lane.row[lanes.L_STATE] = LaneState.BROKEN
+                os.close(lane.row["fd"])
+                lane.row["state"] = LaneState.BROKEN
         self.epoll.close()
         os.close(self.nudge)
         self.nudge = -1
         self.lanes.clear()
-        self.rows, self._hold = self.rows[:0].copy(), []
+        self.rows = self.rows[:0].copy()
+        self._list, self._events = self._list[:0].copy(), self._events[:0].copy()
 
     def disown(self) -> None:
         """See `forks.Holder`."""
-        forks.drop([*(int(lane.row[lanes.L_FD]) for lane in self.lanes if lane.open), self.nudge])
+        forks.drop([*(lane.row["fd"] for lane in self.lanes if lane.open), self.nudge])
         self.epoll.close()
 
 
 class StreamQueue(Queue):
     """A queue pair with its lanes."""
 
-    def __init__(self, device: Device, keys: KeyTable, depth: int, entry_words: int) -> None:
+    def __init__(self, device: Device, keys: KeyTable, depth: int, record: np.dtype, entry: np.dtype) -> None:
         self.lanes: list[Lane] = []
         self._known = 0  # slices that were in doubt, and are not any more
-        super().__init__(device, keys, depth, entry_words)
+        super().__init__(device, keys, depth, record, entry)
         self._table = aligned(LANES_MOST)
         self.connecting = threading.Lock()  # held while the network is waited for
-        self.words[[lanes.Q_LANES, lanes.Q_BROKEN]] = address_of(self._table), Broken.GONE
+        self.row.set(lanes=address_of(self._table), broken=Broken.GONE)
 
     @property
     def broken(self) -> bool:
         """Whether it has no connection, yet or any more."""
-        return bool(self.words[lanes.Q_BROKEN] != Broken.CONNECTED)
+        return bool(self.row["broken"] != Broken.CONNECTED)
 
     @property
     def renewing(self) -> bool:
         """Whether this end broke its connections and has yet to connect it anew."""
-        return bool(self.words[lanes.Q_BROKEN] == Broken.RENEWING)
-
-    @property
-    def address(self) -> int:
-        """Of its words, for kernels."""
-        return address_of(self.words)
+        return bool(self.row["broken"] == Broken.RENEWING)
 
     @property
     def in_doubt(self) -> int:
         """Slices sent on connections that have ended, of which it is not known that they land no more."""
-        return int(self.words[lanes.Q_DOUBT]) - self._known
+        return self.row["doubt"] - self._known
 
     def settle(self, total: int) -> None:
         """Of all slices ever in doubt the first `total` land no more."""
@@ -376,17 +359,17 @@ class StreamQueue(Queue):
         """See `Queue.lead_to`. It is another peer's from now on, who has heard of no connection of it."""
         super().lead_to(keys, inbox, caller)
         self.ticket = Ticket(secrets.randbits(62), 0)
-        self._known = int(self.words[lanes.Q_DOUBT])
+        self._known = self.row["doubt"]
 
     def take(self, port: Port, socks: Sequence[socket.socket], peer: str) -> None:
         """Go on over these connections. It must be settled. Raises CapacityError, with nothing changed."""
         self.lanes = port.reserve(len(socks))
-        self.words[[lanes.Q_SENT, lanes.Q_CLAIMED]] = self.words[Q_HEAD]
-        put(self.words, lanes.Q_LANE_COUNT, 0)
+        self.row.set(sent=self.row["head"], claimed=self.row["head"])
+        self.row.put("lane_count", 0)
         self._table[: len(socks)] = [lane.address for lane in self.lanes]
         # Before its worker sees a lane: it would end that of a broken queue pair, and list none of what it posts.
-        put(self.words, lanes.Q_LANE_COUNT, len(socks))
-        put(self.words, lanes.Q_BROKEN, 0)
+        self.row.put("lane_count", len(socks))
+        self.row.put("broken", 0)
         for lane, sock in zip(self.lanes, socks, strict=True):
             port.attach(lane, sock, self, peer)
 

@@ -12,20 +12,19 @@ true after all, a WcStatus: its region was withdrawn, or its memory gone, while 
 from enum import IntEnum
 
 from mooncache.kernels.arrays import WORD
-from mooncache.kernels.atomics import peek, poke
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.linux import IOV_BASE, IOV_LEN, IOVEC_BYTES
+from mooncache.kernels.records.base import behind
+from mooncache.kernels.records.linux import iovec_at
 from mooncache.limits import NOTE_BYTES_MOST, NOTE_HEAD_BYTES
+from mooncache.providers.stream.records import FRAME, SLICE, slice_at
 
 MAGIC = 0x4D434631 << 8  # "MCF1", above the kind's byte
 HEADER_BYTES = 128
-HEADER_WORDS = 4
-ENTRY_BYTES = 24
+FRAME_BYTES, ENTRY_BYTES = FRAME.itemsize, SLICE.itemsize
 FRAME_SLICES = 256  # two chains of 128; a frame's table then is 6 KiB
-HEAD_BYTES_MAX = HEADER_WORDS * WORD + FRAME_SLICES * ENTRY_BYTES
+HEAD_BYTES_MAX = FRAME_BYTES + FRAME_SLICES * ENTRY_BYTES
 SLICE_BYTES_MAX = 1 << 31  # longest slice that a frame may name; slice_bytes ends at half of it
 
-H_KIND, H_SEQ, H_COUNT, H_BYTES = 0, 8, 16, 24  # byte offsets
 DISCARD = 0  # base of an iovec whose bytes are to be dropped
 
 
@@ -42,84 +41,84 @@ class Frame(IntEnum):
 @kernel
 def head_bytes(count):
     """Length of a frame's head with a table of `count` entries."""
-    return max(HEADER_BYTES, HEADER_WORDS * WORD + count * ENTRY_BYTES)
+    return max(HEADER_BYTES, FRAME_BYTES + count * ENTRY_BYTES)
 
 
 @kernel
 def trailer_bytes(count):
     """Length of the trailer behind the bytes of a READ of `count` slices."""
-    return -(-count // WORD) * WORD
+    return (count + WORD - 1) & -WORD
 
 
 @kernel
-def write_header(head, kind, seq, count, size):
+def write_header(frame, kind, seq, count, size):
     """Fill in the four words at the start of a frame."""
-    poke(head + H_KIND, MAGIC | kind)
-    poke(head + H_SEQ, seq)
-    poke(head + H_COUNT, count)
-    poke(head + H_BYTES, size)
+    frame.kind = MAGIC | kind
+    frame.seq = seq
+    frame.count = count
+    frame.bytes = size
 
 
 @kernel
-def entry_at(head, i):
-    """Address of a table's i-th entry: three words."""
-    return head + HEADER_WORDS * WORD + i * ENTRY_BYTES
+def slice_in(frame, i):
+    """The i-th entry of a frame's table."""
+    return slice_at(behind(frame), i)
 
 
 @kernel
-def write_entry(head, i, first, second, third):
+def write_entry(frame, i, first, second, third):
     """Fill in the i-th entry of a table."""
-    entry = entry_at(head, i)
-    poke(entry, first)
-    poke(entry + WORD, second)
-    poke(entry + 2 * WORD, third)
+    entry = slice_in(frame, i)
+    entry.first = first
+    entry.second = second
+    entry.third = third
 
 
 @kernel
-def header_holds(head, incoming):
+def header_holds(frame, incoming):
     """Whether a header is one of ours, of a request if `incoming`, else of an answer, with a table that fits."""
-    kind = peek(head + H_KIND) - MAGIC
+    kind = frame.kind - MAGIC
     if incoming:
         known = kind == Frame.WRITE or kind == Frame.NOTE or kind == Frame.READ
     else:
         known = kind == Frame.ACK or kind == Frame.DATA
-    return known and 0 <= peek(head + H_COUNT) <= FRAME_SLICES and peek(head + H_BYTES) >= 0
+    return known and 0 <= frame.count <= FRAME_SLICES and frame.bytes >= 0
 
 
 @kernel
-def request_holds(head):
+def request_holds(frame):
     """Whether a request's table is sound: at least one entry, lengths in range, their sum as stated."""
-    count, total = peek(head + H_COUNT), 0
-    kind = peek(head + H_KIND) - MAGIC
+    count, total = frame.count, 0
+    kind = frame.kind - MAGIC
     for i in range(count):
-        length = peek(entry_at(head, i) + WORD)
+        length = slice_in(frame, i).second
         if length <= 0 or length > SLICE_BYTES_MAX:
             return False
         total += length
     if kind == Frame.NOTE and (count != 1 or total > NOTE_BYTES_MOST + NOTE_HEAD_BYTES):
         return False
-    return count > 0 and peek(head + H_BYTES) == (0 if kind == Frame.READ else total)
+    return count > 0 and frame.bytes == (0 if kind == Frame.READ else total)
 
 
 @kernel
 def set_range(iov, i, base, length):
     """Fill in the i-th of an array of iovecs."""
-    poke(iov + i * IOVEC_BYTES + IOV_BASE, base)
-    poke(iov + i * IOVEC_BYTES + IOV_LEN, length)
+    iovec_at(iov, i).base = base
+    iovec_at(iov, i).length = length
 
 
 @kernel
 def advance(iov, i, n):
     """Strike the next `n` bytes off an array of iovecs whose i-th is the first with any left; where it stands now."""
     while n > 0:
-        at = iov + i * IOVEC_BYTES
-        left = peek(at + IOV_LEN)
+        at = iovec_at(iov, i)
+        left = at.length
         if n < left:
-            if peek(at + IOV_BASE) != DISCARD:
-                poke(at + IOV_BASE, peek(at + IOV_BASE) + n)
-            poke(at + IOV_LEN, left - n)
+            if at.base != DISCARD:
+                at.base += n
+            at.length -= n
             return i
         n -= left
-        poke(at + IOV_LEN, 0)
+        at.length = 0
         i += 1
     return i

@@ -36,38 +36,16 @@ from mooncache.errors import (
     UsageError,
     came,
 )
-from mooncache.kernels.arrays import WORD, Row, address_of, put, rows_of
-from mooncache.kernels.atomics import load, peek, poke, store, u32
+from mooncache.kernels.arrays import Row, address_of, rows_of
+from mooncache.kernels.atomics import i64
 from mooncache.kernels.jit import Callback, kernel
+from mooncache.kernels.records.base import acquire, behind, release
 from mooncache.kernels.records.table import TABLE
+from mooncache.kernels.records.verbs import sge_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
-from mooncache.kernels.verbs import (
-    EAGAIN,
-    ENOMEM,
-    POLL_AGAIN,
-    SGE_ADDR,
-    SGE_LENGTH,
-    WC_BYTES,
-    WR_ID,
-    WR_OPCODE,
-    WR_REMOTE_ADDR,
-    WR_RKEY,
-    WR_SG_LIST,
-    WcStatus,
-)
+from mooncache.kernels.verbs import EAGAIN, ENOMEM, POLL_AGAIN, WC_BYTES, WcStatus
 from mooncache.providers.base import Descriptor, Keys, Link
-from mooncache.providers.device import (
-    CQ_COUNT,
-    CQ_QUEUES,
-    CQ_TURN,
-    Q_CUT,
-    Q_HEAD,
-    Q_LIMIT,
-    Q_TAIL,
-    Queue,
-    SoftwareProvider,
-    write_completion,
-)
+from mooncache.providers.device import Queue, SoftwareProvider, write_completion
 from mooncache.providers.settling import Settler
 from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.connections import (
@@ -82,8 +60,9 @@ from mooncache.providers.stream.connections import (
     give_up,
     set_lane_options,
 )
-from mooncache.providers.stream.lane import ENTRY_WORDS, PENDING, Broken, LaneState, Reason, enlist, entry_of, word_at
+from mooncache.providers.stream.lane import PENDING, Broken, LaneState, Reason, enlist, entry_of
 from mooncache.providers.stream.quotas import check_lanes
+from mooncache.providers.stream.records import ENTRY, PORT, QUEUE, lane_at, queue_at
 
 log = logging.getLogger("mooncache")
 
@@ -95,66 +74,66 @@ SETTLE_S = 5.0
 @kernel
 def post_entry(queue, wr, route):
     """Append one work request to the queue's ring; False when the queue is full, or its connections are renewed."""
-    head, broken = word_at(queue, Q_HEAD), load(queue + lanes.Q_BROKEN * WORD)
-    if head - word_at(queue, Q_TAIL) >= word_at(queue, Q_LIMIT) or broken == Broken.RENEWING:
+    head, broken = queue.head, acquire(queue, "broken")
+    if head - queue.tail >= queue.limit or broken == Broken.RENEWING:
         return False
-    sge, entry = peek(wr + WR_SG_LIST), entry_of(queue, head)
+    sge, entry = sge_at(wr.sg_list), entry_of(queue, head)
     gone = broken == Broken.GONE
-    poke(entry + lanes.E_ID * WORD, peek(wr + WR_ID))
-    poke(entry + lanes.E_LOCAL * WORD, peek(sge + SGE_ADDR))
-    poke(entry + lanes.E_REMOTE * WORD, peek(wr + WR_REMOTE_ADDR))
-    poke(entry + lanes.E_LENGTH * WORD, np.int64(u32(sge + SGE_LENGTH)[0]))
-    poke(entry + lanes.E_OPCODE * WORD, np.int64(u32(wr + WR_OPCODE)[0]))
-    poke(entry + lanes.E_KEY * WORD, peek(wr + WR_RKEY))
-    poke(entry + lanes.E_ROUTE * WORD, route)
-    poke(entry + lanes.E_STATUS * WORD, np.int64(WcStatus.REM_ABORT_ERR) if gone else np.int64(PENDING))
-    store(queue + Q_HEAD * WORD, head + 1)
+    entry.id = wr.wr_id
+    entry.local = sge.addr
+    entry.remote = wr.remote_addr
+    entry.length = np.int64(sge.length)
+    entry.opcode = np.int64(wr.opcode)
+    entry.key = wr.rkey
+    entry.route = route
+    entry.status = np.int64(WcStatus.REM_ABORT_ERR) if gone else np.int64(PENDING)
+    release(queue, "head", head + 1)
     return True
 
 
 @kernel
 def refusal(queue):
     """The errno for a work request that `post_entry` did not take."""
-    return np.int32(EAGAIN if load(queue + lanes.Q_BROKEN * WORD) == Broken.RENEWING else ENOMEM)
+    return np.int32(EAGAIN if acquire(queue, "broken") == Broken.RENEWING else ENOMEM)
 
 
 @kernel
 def list_lanes(queue):
     """Let the next poll look at what was posted to this queue."""
-    for i in range(word_at(queue, lanes.Q_LANE_COUNT)):
-        lane = peek(word_at(queue, lanes.Q_LANES) + i * WORD)
-        if word_at(lane, lanes.L_STATE) == LaneState.LIVE:
+    for i in range(queue.lane_count):
+        lane = lane_at(i64(queue.lanes)[i])
+        if lane.state == LaneState.LIVE:
             enlist(lane)
 
 
 @kernel
 def report(queue, entries, wc):
     """Write up to `entries` completions, in the order of posting, as far as they are answered; returns how many."""
-    head, tail = word_at(queue, Q_HEAD), word_at(queue, Q_TAIL)
+    head, tail = queue.head, queue.tail
     n = np.int64(0)
     while n < entries and tail < head:
         entry = entry_of(queue, tail)
-        status = load(entry + lanes.E_STATUS * WORD)
+        status = acquire(entry, "status")
         if status == PENDING:
             break
-        wc = write_completion(wc, word_at(entry, lanes.E_ID), status)
+        wc = write_completion(wc, entry.id, status)
         tail += 1
         n += 1
-    poke(queue + Q_TAIL * WORD, tail)
+    queue.tail = tail
     return n
 
 
 @kernel
 def report_all(port, entries, wc):
     """`report` over all queues of a worker; each poll starts at the next, so that none starves."""
-    count, turn, taken = word_at(port, CQ_COUNT), word_at(port, CQ_TURN), np.int64(0)
+    count, turn, taken = port.count, port.turn, np.int64(0)
     for i in range(count):
-        queue = word_at(port, CQ_QUEUES + (turn + i) % count)
-        if load(queue + Q_CUT * WORD) != 0:
+        queue = queue_at(i64(behind(port))[(turn + i) % count])
+        if acquire(queue, "cut") != 0:
             lanes.end_overdue(port, queue)
-        if word_at(queue, Q_HEAD) > word_at(queue, Q_TAIL):
+        if queue.head > queue.tail:
             taken += report(queue, entries - taken, wc + taken * WC_BYTES)
-    poke(port + CQ_TURN * WORD, turn + 1)
+    port.turn = turn + 1
     return taken
 
 
@@ -172,7 +151,7 @@ def answer_push(queue, posted, wc, all_told):
 
     all_told: descriptors tell of all that is not answered yet.
     """
-    alone = word_at(queue, Q_HEAD) - word_at(queue, Q_TAIL) == posted
+    alone = queue.head - queue.tail == posted
     if not all_told:
         return np.int32(POLL_AGAIN)
     return np.int32(report(queue, np.int64(posted), wc) if alone else 0)
@@ -187,7 +166,7 @@ class StreamProvider(SoftwareProvider):
     """
 
     push: Callback
-    entry_words = ENTRY_WORDS
+    queue_record, port_record, entry = QUEUE, PORT, ENTRY
     queue_type = StreamQueue
     spins = False
     patience: float | None = None  # seconds until the watching thread looks around unasked
@@ -221,8 +200,8 @@ class StreamProvider(SoftwareProvider):
             self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
             undo.callback(os.close, self._trouble_fd)
             self.ports: list[Port] = []
-            for i, words in enumerate(self.lists):
-                self.ports.append(Port(words, i, self.keys, inbox, self._trouble_fd))
+            for i, own in enumerate(self.lists):
+                self.ports.append(Port(own, i, self.keys, inbox, self._trouble_fd))
                 undo.callback(self.ports[-1].close)
             self._watched.register(self._trouble_fd, select.EPOLLIN)
             self._connect_ports(workers)
@@ -234,7 +213,7 @@ class StreamProvider(SoftwareProvider):
     def _connect_ports(self, workers: int) -> None:
         self._ports = np.array([port.address for port in self.ports], np.int64)
         for port in self.ports:
-            port.words[[lanes.P_PORTS, lanes.P_PORT_COUNT]] = address_of(self._ports), workers
+            port.row.set(ports=address_of(self._ports), port_count=workers)
         self.descriptors = [[port.epoll.fileno()] for port in self.ports]
 
     # ------------------------------------------------------------------------------ as a target
@@ -294,12 +273,12 @@ class StreamProvider(SoftwareProvider):
                 for port in self.ports
                 for lane in port.lanes
                 if lane.state in (LaneState.READY, LaneState.LIVE)
-                and not lane.row[lanes.L_QUEUE]
+                and not lane.row["queue"]
                 and chosen(lane.peer, lane.ticket)
             ]
             for port, lane in refused:
                 cut(port.address, lane.address)
-        wait_while_odd([(lane.row, lanes.L_MOVING) for _, lane in refused], limit_s=limit_s)
+        wait_while_odd([(lane.row, "moving") for _, lane in refused], limit_s=limit_s)
         return len(promised) + len(refused)
 
     def _accept(self, sock: socket.socket, arrival: Arrival) -> None:
@@ -315,7 +294,7 @@ class StreamProvider(SoftwareProvider):
     def unregister(self, keys: Keys) -> None:
         """See `Provider.unregister`."""
         self.keys.remove(keys.rkeys[0])
-        wait_while_odd([(lane.row, lanes.L_MOVING) for port in self.ports for lane in list(port.lanes)])
+        wait_while_odd([(lane.row, "moving") for port in self.ports for lane in list(port.lanes)])
 
     # ------------------------------------------------------------------------------ as an initiator
     def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
@@ -340,7 +319,7 @@ class StreamProvider(SoftwareProvider):
         settler = self._settler_of(peer.name, link, ours)
         seen = settler.counters.breaks
         for queue in ours:
-            put(queue.words, lanes.Q_TABLE, link.table.address)
+            queue.row.put("table", link.table.address)
         broken = [(port, queue) for port, queue in zip(self.ports, ours, strict=True) if queue.broken]
         for i, (port, queue) in enumerate(broken):
             try:
@@ -382,7 +361,7 @@ class StreamProvider(SoftwareProvider):
         with self._lock:  # so that no lane becomes another connection's
             for queue in queues:
                 for lane in queue.lanes if not queue.broken else ():
-                    cut(int(queue.words[lanes.Q_PORT]), lane.address)
+                    cut(queue.row["port"], lane.address)
 
     def quiet(self, peer: str) -> bool:
         """See `Provider.quiet`."""
@@ -399,7 +378,7 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.forget`."""
         if peer in self.peers:
             for queue in self.queues_of(peer):
-                put(queue.words, lanes.Q_TABLE, self._nowhere.address)
+                queue.row.put("table", self._nowhere.address)
         super().forget(peer)
         settler = self._settlers.pop(peer, None)
         if settler is not None:
@@ -447,7 +426,7 @@ class StreamProvider(SoftwareProvider):
             with self._lock:
                 if self._closed:
                     raise EngineClosed("the engine was closed meanwhile")
-                queue.settle(int(queue.words[lanes.Q_DOUBT]))  # the peer has retired the former connections
+                queue.settle(queue.row["doubt"])  # the peer has retired the former connections
                 queue.take(port, socks, peer)
         except BaseException as error:
             for sock in socks:
@@ -459,8 +438,8 @@ class StreamProvider(SoftwareProvider):
 
     def prepare(self, queue: Queue, worker: int) -> None:
         """See `SoftwareProvider.prepare`."""
-        queue.words[lanes.Q_PORT] = self.ports[worker].address
-        queue.words[lanes.Q_TABLE] = self._nowhere.address
+        queue.row["port"] = self.ports[worker].address
+        queue.row["table"] = self._nowhere.address
 
     # ------------------------------------------------------------------------------ the rest
     def _watch(self) -> None:
@@ -518,8 +497,8 @@ class StreamProvider(SoftwareProvider):
         """Say why a lane's connection ended, once; until then nobody else gets the lane."""
         if lane.state != LaneState.BROKEN or lane.told:
             return
-        reason = int(lane.row[lanes.L_REASON])
-        incoming = lane.row[lanes.L_QUEUE] == 0
+        reason = lane.row["reason"]
+        incoming = lane.row["queue"] == 0
         if reason != Reason.SIBLING:
             quiet = reason == Reason.CUT or (reason == Reason.CLOSED and not lane.busy)
             way = "from" if incoming else "to"
@@ -599,7 +578,7 @@ class StreamSettler(Settler):
             if queue.renewing:
                 self._renew(port, queue)
         with self._provider._lock:
-            owed = [(q, int(q.words[lanes.Q_DOUBT]), q.ticket) for q in self._queues if q.in_doubt and q.broken]
+            owed = [(q, q.row["doubt"], q.ticket) for q in self._queues if q.in_doubt and q.broken]
         if owed:
             asked = {"tickets": [list(ticket) for _, _, ticket in owed]}
             self.link.dial("retire", asked, deadline=self.deadline).sock.close()
@@ -618,7 +597,7 @@ class StreamSettler(Settler):
     def forgive(self) -> None:
         """See `Settler.forgive`."""
         for queue in self._queues:
-            queue.settle(int(queue.words[lanes.Q_DOUBT]))
+            queue.settle(queue.row["doubt"])
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline: Deadline | None = None) -> None:
@@ -645,7 +624,7 @@ class Copier(Protocol):
 
 
 def wait_while_odd(
-    words: Sequence[tuple[np.ndarray, int]], whose: Copier | None = None, limit_s: float = STALL_S
+    words: Sequence[tuple[np.ndarray | Row, Any]], whose: Copier | None = None, limit_s: float = STALL_S
 ) -> None:
     """Return when each word that is odd now has changed, or its owner has ended, or lands nothing more.
 

@@ -1,62 +1,27 @@
 """Sending on a lane: requests built from its queue pair's entries, or the answer that a peer's request was given."""
 
-from mooncache.kernels.account import raise_word
-from mooncache.kernels.arrays import WORD
-from mooncache.kernels.atomics import i8, peek, poke
+from mooncache.kernels.atomics import i8, i64
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.linux import IOV_BASE, IOVEC_BYTES, MSG_IOV, MSG_IOVLEN, POLLOUT, sendmsg
+from mooncache.kernels.linux import POLLOUT, sendmsg
+from mooncache.kernels.records.base import address, missing, where
+from mooncache.kernels.records.linux import iovec_at
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.device import Q_HEAD, Q_TAIL, key_status
+from mooncache.providers.device import key_status
 from mooncache.providers.stream.frames import (
     FRAME_SLICES,
-    H_COUNT,
     Frame,
     advance,
-    entry_at,
     head_bytes,
     set_range,
+    slice_in,
     write_entry,
     write_header,
 )
 from mooncache.providers.stream.lane import (
     CALLS,
-    E_KEY,
-    E_LENGTH,
-    E_LOCAL,
-    E_OPCODE,
-    E_REMOTE,
-    E_ROUTE,
-    F_COUNT,
-    F_FIRST,
-    F_OPCODE,
-    FLIGHT_WORDS,
     FLIGHTS,
-    L_FD,
-    L_FLIGHT_HEAD,
-    L_FLIGHTS,
-    L_IN_HEAD,
-    L_IN_STATUS,
-    L_OUT_AT,
-    L_OUT_END,
-    L_OUT_HEAD,
-    L_OUT_IOV,
-    L_OUT_KIND,
-    L_OUT_SINGLE,
-    L_OUT_TRAILER,
-    L_PORT,
-    L_PROGRESS,
-    L_QUEUE,
-    L_SEQ,
-    L_WRITABLE,
     LOST,
-    P_FRESH,
-    P_KEYS,
-    P_MSGHDR,
-    P_NOW,
-    P_SYSCALL,
-    P_ZEROS,
-    Q_SENT,
     Route,
     entry_of,
     fault,
@@ -65,63 +30,62 @@ from mooncache.providers.stream.lane import (
     is_open_for,
     is_unreachable,
     slice_of,
-    word_at,
 )
+from mooncache.providers.stream.records import flight_at, frame_at, port_at, queue_at
 
 
 @kernel
 def next_request(lane):
     """Build the next request frame from the queue's entries; False when there is none, or too many are in flight."""
-    queue = word_at(lane, L_QUEUE)
+    queue = queue_at(lane.queue)
     # What was copied and reported meanwhile has moved the tail past what no lane has looked at.
-    at, head = max(word_at(queue, Q_SENT), word_at(queue, Q_TAIL)), word_at(queue, Q_HEAD)
-    while at < head and word_at(entry_of(queue, at), E_ROUTE) != Route.LANE:
+    at, head = max(queue.sent, queue.tail), queue.head
+    while at < head and entry_of(queue, at).route != Route.LANE:
         at += 1
-    poke(queue + Q_SENT * WORD, at)
+    queue.sent = at
     if at == head or flights(lane) == FLIGHTS:
         return False
-    frame, iov = word_at(lane, L_OUT_HEAD), word_at(lane, L_OUT_IOV)
-    opcode = word_at(entry_of(queue, at), E_OPCODE)
+    frame, iov = frame_at(lane.out_head), lane.out_iov
+    opcode = entry_of(queue, at).opcode
     most = 1 if opcode == Opcode.SEND else FRAME_SLICES
     n, size = 0, 0
     while n < most and at + n < head:
         entry = entry_of(queue, at + n)
-        if word_at(entry, E_OPCODE) != opcode or word_at(entry, E_ROUTE) != Route.LANE:
+        if entry.opcode != opcode or entry.route != Route.LANE:
             break
-        length = word_at(entry, E_LENGTH)
-        write_entry(frame, n, word_at(entry, E_REMOTE), length, word_at(entry, E_KEY))
-        set_range(iov, n + 1, word_at(entry, E_LOCAL), length)
+        length = entry.length
+        write_entry(frame, n, entry.remote, length, entry.key)
+        set_range(iov, n + 1, entry.local, length)
         size += length
         n += 1
     if opcode == Opcode.READ:
         size = 0
-    write_header(frame, opcode, word_at(lane, L_SEQ), n, size)
-    set_range(iov, 0, frame, head_bytes(n))
-    poke(lane + L_OUT_AT * WORD, 0)
-    poke(lane + L_OUT_END * WORD, 1 if opcode == Opcode.READ else n + 1)
-    flight = word_at(lane, L_FLIGHTS) + word_at(lane, L_FLIGHT_HEAD) % FLIGHTS * FLIGHT_WORDS * WORD
-    poke(flight + F_FIRST * WORD, at)
-    poke(flight + F_COUNT * WORD, n)
-    poke(flight + F_OPCODE * WORD, opcode)
-    raise_word(lane + L_FLIGHT_HEAD * WORD, 1)
-    raise_word(lane + L_SEQ * WORD, 1)
-    poke(queue + Q_SENT * WORD, at + n)
+    write_header(frame, opcode, lane.seq, n, size)
+    set_range(iov, 0, lane.out_head, head_bytes(n))
+    lane.out_at = 0
+    lane.out_end = 1 if opcode == Opcode.READ else n + 1
+    flight = flight_at(lane.flights, lane.flight_head % FLIGHTS)
+    flight.first = at
+    flight.count = n
+    flight.opcode = opcode
+    lane.flight_head += 1
+    lane.seq += 1
+    queue.sent = at + n
     return True
 
 
 @kernel
 def spoil_withdrawn(lane):
     """Before more of a DATA frame is sent: what lies in a region withdrawn meanwhile goes out as zeros."""
-    keys, frame, iov = word_at(word_at(lane, L_PORT), P_KEYS), word_at(lane, L_IN_HEAD), word_at(lane, L_OUT_IOV)
-    status, trailer = word_at(lane, L_IN_STATUS), word_at(lane, L_OUT_TRAILER)
+    keys, frame, iov = port_at(lane.port).keys, frame_at(lane.in_head), lane.out_iov
+    status, trailer = i64(lane.in_status), lane.out_trailer
     at = 1
-    for i in range(peek(frame + H_COUNT)):
-        if peek(status + i * WORD) != WcStatus.SUCCESS:
+    for i in range(frame.count):
+        if status[i] != WcStatus.SUCCESS:
             continue
-        entry = entry_at(frame, i)
-        length = peek(entry + WORD)
-        if at >= word_at(lane, L_OUT_AT) and key_status(keys, peek(entry + 2 * WORD), peek(entry), length, Opcode.READ):
-            poke(iov + at * IOVEC_BYTES + IOV_BASE, word_at(word_at(lane, L_PORT), P_ZEROS))
+        asked = slice_in(frame, i)
+        if at >= lane.out_at and key_status(keys, asked.third, asked.first, asked.second, Opcode.READ):
+            iovec_at(iov, at).base = port_at(lane.port).zeros
             i8(trailer)[i] = WcStatus.REM_ACCESS_ERR
         at += 1
 
@@ -129,55 +93,55 @@ def spoil_withdrawn(lane):
 @kernel
 def lose_source(lane, at):
     """What range `at` of the frame under way names cannot be read: zeros go in its place, and its slice fails."""
-    queue = word_at(lane, L_QUEUE)
-    poke(word_at(lane, L_OUT_IOV) + at * IOVEC_BYTES + IOV_BASE, word_at(word_at(lane, L_PORT), P_ZEROS))
-    poke(lane + L_OUT_SINGLE * WORD, 0)
-    if queue == 0:
-        i8(word_at(lane, L_OUT_TRAILER))[slice_of(lane, at - 1)] = WcStatus.REM_OP_ERR
+    queue = queue_at(lane.queue)
+    iovec_at(lane.out_iov, at).base = port_at(lane.port).zeros
+    lane.out_single = 0
+    if missing(queue):
+        i8(lane.out_trailer)[slice_of(lane, at - 1)] = WcStatus.REM_OP_ERR
     else:
-        flight = word_at(lane, L_FLIGHTS) + (word_at(lane, L_FLIGHT_HEAD) - 1) % FLIGHTS * FLIGHT_WORDS * WORD
-        poke(entry_of(queue, word_at(flight, F_FIRST) + at - 1) + E_LOCAL * WORD, LOST)
+        flight = flight_at(lane.flights, (lane.flight_head - 1) % FLIGHTS)
+        entry_of(queue, flight.first + at - 1).local = LOST
 
 
 @kernel
 def send(lane):
     """Send what there is, frame after frame, until the socket takes no more; returns system calls that moved bytes."""
-    port, queue = word_at(lane, L_PORT), word_at(lane, L_QUEUE)
-    message, moved = word_at(port, P_MSGHDR), 0
-    poke(port + P_FRESH * WORD, 0)
+    port, queue = port_at(lane.port), queue_at(lane.queue)
+    message, moved = port.message, 0
+    port.fresh = 0
     while moved < CALLS:
-        at, end = word_at(lane, L_OUT_AT), word_at(lane, L_OUT_END)
+        at, end = lane.out_at, lane.out_end
         if at == end:
-            if queue == 0 or not next_request(lane):
+            if missing(queue) or not next_request(lane):
                 return moved
-            at, end = word_at(lane, L_OUT_AT), word_at(lane, L_OUT_END)
-        serving = queue == 0 and word_at(lane, L_OUT_KIND) == Frame.DATA
+            at, end = lane.out_at, lane.out_end
+        serving = missing(queue) and lane.out_kind == Frame.DATA
         if serving:
             guard(lane)
             spoil_withdrawn(lane)
-        iov = word_at(lane, L_OUT_IOV)
-        poke(message + MSG_IOV, iov + at * IOVEC_BYTES)
-        ranges = 1 if word_at(lane, L_OUT_SINGLE) != 0 else end - at
-        poke(message + MSG_IOVLEN, ranges)
-        n = sendmsg(word_at(port, P_SYSCALL), word_at(lane, L_FD), message)
+        iov = lane.out_iov
+        message.iov = address(iovec_at(iov, at))
+        ranges = 1 if lane.out_single != 0 else end - at
+        message.iovlen = ranges
+        n = sendmsg(port.syscall, lane.fd, where(port, "message"))
         if serving:
             guard(lane)
         if n < 0 and is_unreachable(lane):
             if ranges == 1:
                 lose_source(lane, at)
             else:
-                poke(lane + L_OUT_SINGLE * WORD, 1)
+                lane.out_single = 1
             continue
         if n < 0:
-            fault(lane, L_WRITABLE)
+            fault(lane, False)
             return moved
         moved += 1
         before, at = at, advance(iov, at, n)
-        poke(lane + L_OUT_AT * WORD, at)
-        poke(lane + L_PROGRESS * WORD, word_at(port, P_NOW))
+        lane.out_at = at
+        lane.progress = port.now
         if at == end:
-            poke(lane + L_OUT_SINGLE * WORD, 0)
+            lane.out_single = 0
         elif at < before + ranges and not is_open_for(lane, POLLOUT):
-            poke(lane + L_WRITABLE * WORD, 0)
+            lane.writable = 0
             return moved
     return moved

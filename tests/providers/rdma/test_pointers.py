@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mooncache.errors import TransportError
-from mooncache.kernels.verbs import CONTEXT_BYTES, CONTEXT_POLL_CQ, CONTEXT_POST_SEND, CQ_BYTES, QP_BYTES
+from mooncache.kernels.records.verbs import IBV_CONTEXT, IBV_CQ, IBV_QP
 from mooncache.providers.rdma import pointers
 from mooncache.providers.rdma.library import Verbs, load
 
@@ -63,7 +63,7 @@ def put(address: int, value: int) -> None:
 
 @pytest.fixture
 def context(struct: Callable[..., int]) -> int:
-    return struct(CONTEXT_BYTES, CONTEXT_CMD_FD=4242, CONTEXT_NUM_COMP_VECTORS=17)
+    return struct(IBV_CONTEXT.itemsize, CONTEXT_CMD_FD=4242, CONTEXT_NUM_COMP_VECTORS=17)
 
 
 def test_the_context_is_found(verbs: Verbs, instance: Instance, context: int) -> None:
@@ -83,7 +83,7 @@ def test_the_protection_domain_is_found(
 def test_the_completion_queue_is_found(
     verbs: Verbs, instance: Instance, context: int, struct: Callable[..., int]
 ) -> None:
-    cq = struct(CQ_BYTES, CQ_CQE=4095)
+    cq = struct(IBV_CQ.itemsize, CQ_CQE=4095)
     put(cq, context)
     assert pointers.cq_pointer(instance(verbs.CQ, cq), context) == cq
 
@@ -91,8 +91,8 @@ def test_the_completion_queue_is_found(
 def test_the_queue_pair_is_found_by_all_that_it_was_made_from(
     verbs: Verbs, instance: Instance, context: int, struct: Callable[..., int]
 ) -> None:
-    pd, send_cq, recv_cq = struct(16), struct(CQ_BYTES), struct(CQ_BYTES)
-    qp = struct(QP_BYTES, QP_NUMBER=0x123456, QP_STATE=3, QP_TYPE=2)
+    pd, send_cq, recv_cq = struct(16), struct(IBV_CQ.itemsize), struct(IBV_CQ.itemsize)
+    qp = struct(IBV_QP.itemsize, QP_NUMBER=0x123456, QP_STATE=3, QP_TYPE=2)
     for offset, value in ((0, context), (pointers.QP_PD, pd)):
         put(qp + offset, value)
     put(qp + pointers.QP_SEND_CQ, send_cq)
@@ -107,7 +107,7 @@ def test_the_queue_pair_is_found_by_all_that_it_was_made_from(
 def test_an_object_that_fits_twice_is_refused(
     verbs: Verbs, instance: Instance, context: int, struct: Callable[..., int]
 ) -> None:
-    twin = struct(CONTEXT_BYTES, CONTEXT_CMD_FD=4242, CONTEXT_NUM_COMP_VECTORS=17)
+    twin = struct(IBV_CONTEXT.itemsize, CONTEXT_CMD_FD=4242, CONTEXT_NUM_COMP_VECTORS=17)
     found = instance(verbs.Context, context)
     spare = id(found) + OBJECT_WORD + 8
     before = pointers.word(spare)
@@ -124,12 +124,12 @@ def test_words_that_point_nowhere_are_not_followed(verbs: Verbs, instance: Insta
     for nowhere in (8, 1 << 46, (1 << 64) - 8):
         put(id(found) + OBJECT_WORD, nowhere)
         with pytest.raises(TransportError, match="0 do"):
-            pointers._find(found, nowhere.__eq__, CONTEXT_BYTES)
+            pointers._find(found, nowhere.__eq__, IBV_CONTEXT.itemsize)
 
 
 def test_operations_are_read_from_the_context(context: int) -> None:
-    put(context + CONTEXT_POST_SEND, 1)
-    put(context + CONTEXT_POLL_CQ, 2)
-    put(context + pointers.CONTEXT_REQ_NOTIFY_CQ, 3)
-    put(context + pointers.CONTEXT_POST_RECV, 4)
+    put(context + IBV_CONTEXT.fields["post_send"][1], 1)
+    put(context + IBV_CONTEXT.fields["poll_cq"][1], 2)
+    put(context + IBV_CONTEXT.fields["req_notify_cq"][1], 3)
+    put(context + IBV_CONTEXT.fields["post_recv"][1], 4)
     assert pointers.operations(context) == (1, 2, 3, 4)
