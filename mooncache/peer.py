@@ -97,12 +97,15 @@ class Peer:
         self.generation, self.engine = described.generation, described.name
         self.table.forgive()
         slots = {region: self._known.pop(region) for region in gone}
-        for region, slot in slots.items():
-            self.table.take_out(slot)
-            if region not in heirs.values():
-                self._retired.append((monotonic_ns(), slot))
+        for region in slots.keys() - heirs.values():
+            self.table.refuse(slots[region])
+            self._retired.append((monotonic_ns(), slots[region]))
         for region in new:
-            self._known[region] = self.table.add(*region, slot=slots[heirs[region]] if region in heirs else None)
+            former = heirs.get(region)
+            slot = self.table.reserve() if former is None else slots[former]
+            self.table.grant(slot, region.rkeys, region.access, renewed=former is not None)
+            self._known[region] = slot
+        self.table.replace((region.address, region.length, slot) for region, slot in self._known.items())
 
     def __repr__(self) -> str:
         return f"<Peer {self.name!r}, {len(self.table)} regions>"

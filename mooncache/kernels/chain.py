@@ -17,7 +17,7 @@ from mooncache.kernels.queue import (
     entry_at,
     in_flight,
 )
-from mooncache.kernels.records.base import address, cell_at, index_in, where
+from mooncache.kernels.records.base import acquire, address, cell_at, index_in, where
 from mooncache.kernels.records.queue import cq_at
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.records.verbs import send_wr_at, sge_at
@@ -47,6 +47,7 @@ def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
     local, remote = i16(ctl.slice_local), i16(ctl.slice_remote)
     next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
     remote_table = peer_table(ctl, batch.peer)
+    note_renewals(queue, remote_table)
     lkey = i64(table_at(ctl.local_table).keys + queue.lkeys)
     rkey = i64(remote_table.keys + queue.rkeys)
     opcode = batch.opcode
@@ -112,6 +113,15 @@ def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
         wr.send_flags = flags | SEND_SIGNALED
         entry.value |= SIGNALED
     return built, taken, chunk, offset
+
+
+@kernel
+def note_renewals(queue, table):
+    """Before the peer's keys are read: let the queue know from where on its work requests carry those of now."""
+    renewals = acquire(table, "renewals")
+    if renewals != queue.renewals:
+        queue.renewals = renewals
+        queue.renewed_from = queue.head
 
 
 @kernel

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels import heap
 from mooncache.kernels.account import account
-from mooncache.kernels.atomics import i16, i64
+from mooncache.kernels.atomics import cas, i16, i64
 from mooncache.kernels.batch import finish
 from mooncache.kernels.enums import Kind, QueueState, Slice, Store
 from mooncache.kernels.handle import SLOT_MASK, batch_row
@@ -154,17 +154,22 @@ def table_of(ctl, slot):
 @kernel
 def region_refused(ctl, slot):
     """Whether the peer has refused the key of a slice's remote region. A notification goes to none."""
-    region = np.int64(i16(ctl.slice_remote)[slot])
-    return region != NOWHERE and i64(table_of(ctl, slot).refused)[region] != 0
+    region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
+    return region != NOWHERE and i64(table.refused)[region] > i64(table.renewed)[region]
 
 
 @kernel
-def refuse_region(ctl, slot):
-    """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue."""
+def refuse_region(ctl, queue, sequence, slot):
+    """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue.
+
+    An answer that comes late says nothing about the key that the region has been given meanwhile.
+    """
     region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
-    if region != NOWHERE:
-        i64(table.refused)[region] = 1
-        table.refusals = 1
+    if region != NOWHERE and sequence >= queue.renewed_from:
+        known = i64(table.refused)[region]
+        if known <= queue.renewals:
+            cas(table.refused + region * np.int64(8), known, queue.renewals + 1)
+            table.refusals = 1
 
 
 @kernel
@@ -198,7 +203,7 @@ def fail(ctl, worker, queue, sequence, wc_status):
     if breaks:
         break_queue(ctl, worker, queue, wc_status)
         if refused:
-            refuse_region(ctl, slot)
+            refuse_region(ctl, queue, sequence, slot)
     if breaks and (several or (again and not inbox_full(ctl, slot, wc_status))) and not stopped:
         hold(queue, sequence, first)
     else:

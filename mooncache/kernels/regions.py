@@ -56,6 +56,16 @@ def take_out(table, at):
     table.count = count
 
 
+@kernel("int64(int64, int64[::1], int64[::1], int64[::1])")
+def replace(table, bases, ends, slots):
+    """Let these ranges, ascending, take the place of all that the table holds. Returns how many there are now."""
+    table = table_at(table)
+    for i in range(bases.size):
+        i64(table.bases)[i], i64(table.ends)[i], i64(table.slots)[i] = bases[i], ends[i], slots[i]
+    table.count = bases.size
+    return table.count
+
+
 @kernel("int64(int64, int64)")
 def remove(table, at):
     """What `take_out` does. Returns how many ranges are left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from mooncache.errors import CapacityError, UsageError
 from mooncache.kernels import regions
 from mooncache.kernels.arrays import Row, address_of, put, rows_of, zeros
 from mooncache.kernels.records.table import TABLE
+
+FOR_GOOD = np.iinfo(np.int64).max
+"""In `refused`, of a range that is no longer there: its slices are refused whatever key it had."""
 
 
 class RegionTable:
@@ -22,12 +25,13 @@ class RegionTable:
     def __init__(self, owner: str, rows: int = limits.REGIONS) -> None:
         self.owner, self.rows = owner, rows
         self.header = Row(rows_of(TABLE))
-        columns = [zeros(rows, np.int64) for _ in range(5)]
-        self.bases, self.ends, self.slots, self.access, self.refused = columns
+        columns = [zeros(rows, np.int64) for _ in range(6)]
+        self.bases, self.ends, self.slots, self.access, self.renewed, self.refused = columns
         self.keys = np.zeros((limits.NICS, rows), np.int64)
         self.header.set(
             bases=address_of(self.bases), ends=address_of(self.ends), slots=address_of(self.slots),
-            keys=address_of(self.keys), access=address_of(self.access), refused=address_of(self.refused),
+            keys=address_of(self.keys), access=address_of(self.access), renewed=address_of(self.renewed),
+            refused=address_of(self.refused),
         )  # fmt: skip
         self._free = list(range(rows - 1, -1, -1))
 
@@ -47,32 +51,50 @@ class RegionTable:
             return int(self.bases[at]), int(self.ends[at] - self.bases[at])
         return None
 
-    def add(self, address: int, length: int, keys: Sequence[int], access: int, slot: int | None = None) -> int:
-        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`.
-
-        `slot`: that of a range that was taken out, whose place this one takes; by default a free one.
-        """
-        taken, renewed = self.overlapping(address, length), slot is not None
+    def add(self, address: int, length: int, keys: Sequence[int], access: int) -> int:
+        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`."""
+        taken = self.overlapping(address, length)
         if taken is not None:
             raise UsageError(
                 f"{self.owner}: the range [{address:#x}, +{length}) overlaps the registered region "
                 f"[{taken[0]:#x}, +{taken[1]}); register each byte once"
             )
-        if slot is None:
-            if not self._free:
-                raise CapacityError(
-                    f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
-                    "more `regions`"
-                )
-            slot = self._free.pop()
-        n = len(self)
-        self.keys[: len(keys), slot], self.access[slot] = keys, access
-        put(self.refused, slot, 0)  # slices that carry the slot already are posted from here on, under these keys
-        if renewed:
-            self.header.put("renewals", self.header["renewals"] + 1)
-        at = int(np.searchsorted(self.bases[:n], address))
+        slot = self.reserve()
+        self.grant(slot, keys, access)
+        at = int(np.searchsorted(self.bases[: len(self)], address))
         regions.insert(self.header.address, at, address, address + length, slot)
         return slot
+
+    def reserve(self) -> int:
+        """A slot for a new range; no other gets it until `recycle`."""
+        if not self._free:
+            raise CapacityError(
+                f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
+                "more `regions`"
+            )
+        return self._free.pop()
+
+    def grant(self, slot: int, keys: Sequence[int], access: int, renewed: bool = False) -> None:
+        """Let the range with this slot be reached by these keys, one a NIC.
+
+        `renewed`: it takes the place of another that had the slot. Slices that carry it already are posted from here
+        on under these keys.
+        """
+        renewals = self.header["renewals"] + renewed
+        self.keys[: len(keys), slot], self.access[slot] = keys, access
+        put(self.renewed, slot, renewals)
+        put(self.refused, slot, 0)
+        self.header.put("renewals", renewals)
+
+    def refuse(self, slot: int) -> None:
+        """Let slices that carry this slot be refused until `grant`."""
+        put(self.refused, slot, FOR_GOOD)
+        self.header.put("refusals", 1)
+
+    def replace(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """Let these (address, length, slot) take the place of all that is in the table, in one step."""
+        base, length, slot = np.array(sorted(ranges), np.int64).reshape(-1, 3).T
+        regions.replace(self.header.address, base.copy(), base + length, slot.copy())
 
     def position(self, slot: int) -> int:
         """Where in the table the range with this slot stands."""
@@ -83,15 +105,9 @@ class RegionTable:
         """How many more ranges it can take."""
         return len(self._free)
 
-    def take_out(self, slot: int) -> None:
-        """Forget a range. No other gets its slot until `recycle`, and slices that carry it are refused."""
-        regions.remove(self.header.address, self.position(slot))
-        self.refused[slot] = 1
-        self.header.put("refusals", 1)
-
     def remove(self, slot: int) -> None:
         """Forget a range. Its slot may be given to another at once."""
-        self.take_out(slot)
+        regions.remove(self.header.address, self.position(slot))
         self.recycle(slot)
 
     def recycle(self, slot: int) -> None:

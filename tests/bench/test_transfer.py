@@ -164,7 +164,7 @@ def test_a_reference_that_leaves_a_block_out_is_noticed():
 def expected_block(seed, block, length):
     """The twin of `blocks.fill`, in Python's own integers."""
     words = [
-        (seed * blocks.SEEDS + block * blocks.BLOCKS + word * blocks.WORDS) % 2**64 for word in range(length // 8 + 1)
+        (seed * blocks.SEEDS + block * blocks.BLOCKS + word * blocks.STEPS) % 2**64 for word in range(length // 8 + 1)
     ]
     return b"".join(word.to_bytes(8, "little") for word in words)[:length]
 

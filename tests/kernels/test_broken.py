@@ -300,6 +300,27 @@ def test_a_refused_key_fails_all_slices_of_its_region_at_once_and_is_tried_again
     assert_at_rest(rig.state, BIG)
 
 
+def test_a_refusal_that_arrives_late_says_nothing_about_the_key_that_the_region_was_given_meanwhile():
+    """Refused is the key that a work request carried: one posted since then, under the new key, gets through."""
+    rig = rig_of({"breaks": True}, retries=0)
+    slot = rig.remote.ranges()[0][2]
+    former = rig.submit(3)
+    rig.turn()
+    keys = rig.remote.keys[:1, slot].tolist()
+    rig.remote.refuse(slot)
+    rig.remote.grant(slot, keys, 3, renewed=True)
+    rig.serve(0, fail=lambda p: int(WcStatus.REM_ACCESS_ERR) if p.ranges else OK)
+    after = rig.submit(3)
+    rig.finish(former, after)
+    assert rig.failures(after, 3) == {}
+    assert rig.failures(former, 3)[0] == Status.REMOTE_ACCESS  # nobody is here to ask the peer
+    rig.finish(last := rig.submit(3), fail=lambda p: int(WcStatus.REM_ACCESS_ERR) if p.ranges else OK)
+    rig.finish(refused := rig.submit(3))
+    for handle in (last, refused):
+        assert rig.failures(handle, 3) == dict.fromkeys(range(3), Status.REMOTE_ACCESS)
+    assert_at_rest(rig.state, BIG)
+
+
 def test_all_that_a_deep_queue_held_is_returned_though_nothing_else_takes_it():
     """More slices than the work requests of all queues; the queue is ready again only after all were taken from it."""
     rig = rig_of({**BREAKS, "gathers": 16}, queue_depth=16, peers=1, bare=True)

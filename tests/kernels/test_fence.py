@@ -14,7 +14,7 @@ from mooncache.kernels.tables import RegionTable
 from mooncache.limits import REGIONS
 
 table = RegionTable("a peer")
-for column in (table.bases, table.ends, table.slots, table.access, table.refused):
+for column in (table.bases, table.ends, table.slots, table.access, table.renewed, table.refused):
     word = ctypes.c_int64.from_address
     assert word(address_of(column)).value == word(address_of(column) + 8 * (REGIONS - 1)).value == 0
 print("within", flush=True)

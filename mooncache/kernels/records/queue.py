@@ -30,6 +30,11 @@ QUEUE = row(
         ("cause", np.int64),  # wc_status of the error that broke it
         ("endpoint", np.int64),  # address of its endpoint's row
         ("cut", np.int64),  # where nothing breaks it: address of a word set to 1 to get back what is in flight, or 0
+        ("renewals", np.int64),  # its peer's table's when a chain was posted last
+        (
+            "renewed_from",
+            np.int64,
+        ),  # `head` when these rose last: what is posted since carries the keys since
         ("push", np.int64),  # software wires that a submitter may push at once: the address of `verbs.push`, else 0
     ]
 )

@@ -14,7 +14,8 @@ TABLE = row(
         ("keys", np.int64),  # address of int64[NICS, regions], by NIC and slot: lkey or rkey
         ("access", np.int64),  # address of int64[regions], by slot: bits of Access
         ("gone", np.int64),  # 1: the connection to this peer is broken; set by its provider
-        ("refused", np.int64),  # address of int64[regions], by slot: 1 when the peer's NIC has refused its key
+        ("renewed", np.int64),  # address of int64[regions], by slot: `renewals` when it had its key
+        ("refused", np.int64),  # address of int64[regions], by slot: 1 + `renewals` by which the peer's NIC refused it
         ("refusals", np.int64),  # 1 when there are any; set by workers, like those
         ("peer", np.int64),  # how submits name the peer: its row, and above PEER_BITS how often that had been another's
         ("epoch", np.int64),  # rises when a connection to this peer ends: what was submitted before is posted no more
