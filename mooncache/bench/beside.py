@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import Enum
 from itertools import count
 from typing import Any
 
@@ -20,11 +21,18 @@ import typer
 
 from mooncache.bench.ends.beside import BATCHES, BLOCK
 from mooncache.bench.harness.measure import SEED, FingerprintError, expect, quantile
-from mooncache.bench.harness.options import JSON, one_of, within
+from mooncache.bench.harness.options import JSON, names
 from mooncache.bench.harness.process import Process
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
-from mooncache.errors import UsageError
 from mooncache.kernels import jit
+
+
+class Provider(str, Enum):
+    """The wires that carry the stream and the writes."""
+
+    TCP = "tcp"
+    SHM = "shm"
+
 
 STREAMS = {"tcp": "in", "shm": "out"}  # which way keeps the near worker busy: over shm the sender does all the work
 ROUNDS = 5
@@ -105,24 +113,15 @@ def measure(provider: str, operations: int, seeds: count[int], bar: Any) -> tupl
 
 def run(providers: Sequence[str], operations: int) -> dict[str, Any]:
     """Measure each provider; the report that `--json` prints."""
-    for name in providers:
-        one_of("provider", name, tuple(STREAMS))
-    within("operations", operations, MOST_OPERATIONS)
-    if operations < ROUNDS:
-        raise UsageError(f"expected --operations of at least {ROUNDS}, one a round, got {operations}")
     if jit.cold():
         jit.prewarm()
     rows, sleeps, seeds = [], [], count(SEED)
-    chosen = list(dict.fromkeys(providers))
-    with progress("latency beside a stream", len(chosen) * ROUNDS) as bar:
-        for name in chosen:
+    with progress("beside a stream", len(providers) * ROUNDS) as bar:
+        for name in providers:
             more, late = measure(name, operations, seeds, bar)
             rows += more
             sleeps.append(late)
-    return {
-        "bench": "latency", "beside": "stream", "results": rows, "sleeps": sleeps, "seed": SEED,
-        "provenance": provenance(),
-    }  # fmt: skip
+    return {"bench": "beside", "results": rows, "sleeps": sleeps, "seed": SEED, "provenance": provenance()}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -146,9 +145,11 @@ def show(report: dict[str, Any]) -> None:
 
 
 def command(
-    provider: list[str] = typer.Option(list(STREAMS), help="tcp or shm. Repeatable."),
-    operations: int = typer.Option(OPERATIONS, help="Writes of each size of batch."),
+    provider: list[Provider] = typer.Option(list(Provider), help="Repeatable."),
+    operations: int = typer.Option(
+        OPERATIONS, min=ROUNDS, max=MOST_OPERATIONS, help="Writes of each size of batch, at least one a round."
+    ),
     json: bool = JSON,
 ) -> None:
     """How long the call of a small write takes beside a stream that keeps the worker busy."""
-    answer(run(provider, operations), json, show)
+    answer(run(names(provider), operations), json, show)

@@ -21,17 +21,15 @@ from typing import Any
 
 import typer
 
-from mooncache.bench import beside
 from mooncache.bench.harness.measure import SEED, median, quantile
-from mooncache.bench.harness.options import JSON, PROVIDERS, one_of, within
+from mooncache.bench.harness.options import JSON, Op, Provider, names
 from mooncache.bench.harness.report import answer, between, named, progress, provenance, show_table
 from mooncache.bench.harness.trial import Crew, Trial
-from mooncache.bench.harness.wires import OPS, Case
+from mooncache.bench.harness.wires import Case
 from mooncache.cores import siblings_of
-from mooncache.errors import UsageError
 from mooncache.sizes import size_of, spell
 
-DEFAULT_PROVIDERS = ("shm", "tcp", "loopback")
+DEFAULT_PROVIDERS = (Provider.SHM, Provider.TCP, Provider.LOOPBACK)
 BLOCKS = ("8", "64", "512", "4KiB", "64KiB")
 PLACES = 64
 OPERATIONS, MOST_OPERATIONS = 3000, 1_000_000
@@ -79,17 +77,10 @@ def measure(case: Case, crew: Crew, operations: int, seeds: Iterator[int]) -> di
 
 def run(providers: Sequence[str], ops: Sequence[str], blocks: Sequence[str], operations: int) -> dict[str, Any]:
     """Measure every combination; the report that `--json` prints."""
-    for name in providers:
-        one_of("provider", name, PROVIDERS)
-    for name in ops:
-        one_of("op", name, OPS)
-    within("operations", operations, MOST_OPERATIONS)
     chosen = [
         Case(provider, "" if provider == "auto" else provider, op, 1, 1, PLACES, size, 1)
-        for provider, op, size in product(
-            dict.fromkeys(providers), dict.fromkeys(ops), dict.fromkeys(map(size_of, blocks))
-        )
-    ]  # fmt: skip
+        for provider, op, size in product(providers, ops, dict.fromkeys(map(size_of, blocks)))
+    ]
     with ExitStack() as stack, progress("latency", len(chosen)) as bar:
         crew, seeds = Crew(stack), count(SEED)
         results = []
@@ -121,20 +112,13 @@ def show(report: dict[str, Any]) -> None:
 
 
 def command(
-    provider: list[str] = typer.Option(list(DEFAULT_PROVIDERS), help="shm, tcp, loopback or auto. Repeatable."),
-    op: list[str] = typer.Option(["write"], help="write or read. Repeatable."),
+    provider: list[Provider] = typer.Option(list(DEFAULT_PROVIDERS), help="Repeatable."),
+    op: list[Op] = typer.Option([Op.WRITE], help="Repeatable."),
     block: list[str] = typer.Option(list(BLOCKS), help="Bytes of an operation. Repeatable."),
-    operations: int = typer.Option(OPERATIONS, help="Of each combination, of its reference as well."),
-    beside_stream: bool = typer.Option(
-        False, "--beside-stream", help="Instead: how long the call of a small write takes beside a stream; tcp and shm."
+    operations: int = typer.Option(
+        OPERATIONS, min=1, max=MOST_OPERATIONS, help="Of each combination, of its reference as well."
     ),
     json: bool = JSON,
 ) -> None:
     """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
-    if beside_stream:
-        if op != ["write"] or block != list(BLOCKS):
-            raise UsageError("--beside-stream measures writes of blocks of 4 KiB: leave --op and --block out")
-        listed = provider != list(DEFAULT_PROVIDERS)
-        beside.command(provider if listed else list(beside.STREAMS), operations, json)
-        return
-    answer(run(provider, op, block, operations), json, show)
+    answer(run(names(provider), names(op), block, operations), json, show)

@@ -97,7 +97,8 @@ def pair_of(name: str) -> tuple[str, str]:
     """`"heap+inline"` -> `("heap", "inline")`."""
     store, _, policy = name.partition("+")
     if store not in STORES or policy not in POLICIES:
-        raise UsageError(f"expected a pair such as heap+inline of {STORES} and {POLICIES}, got {name!r}")
+        stores, policies = ", ".join(STORES), ", ".join(POLICIES)
+        raise UsageError(f"expected --pair STORE+POLICY of {stores} and {policies}, got {name!r}")
     return store, policy
 
 

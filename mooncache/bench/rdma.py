@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum
 from importlib import import_module
 from itertools import count
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ import typer
 from mooncache.bench.ends.rdma import BATCH_CHAINS, PLACES, TIMEOUT, slices_of
 from mooncache.bench.harness import perftest
 from mooncache.bench.harness.measure import SEED, FingerprintError, expect, median, quantile
-from mooncache.bench.harness.options import JSON, one_of, within
+from mooncache.bench.harness.options import JSON, names
 from mooncache.bench.harness.process import PATIENCE_S, Process, ProcessError
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.errors import UsageError
@@ -47,6 +48,14 @@ START_S = 600.0  # for a process to load and open: a second, but minutes in an e
 ETHERNET = "Ethernet"
 
 Found = TypeVar("Found")
+
+
+class Measured(str, Enum):
+    """The tests of this bench."""
+
+    WRITE = "write"
+    READ = "read"
+    LATENCY = "latency"
 
 
 @dataclass(frozen=True)
@@ -250,12 +259,6 @@ def run(
     devices: Sequence[str], tests: Sequence[str], sizes: Sequence[str], gid_index: int | None, plan: Plan
 ) -> dict[str, Any]:
     """Measure every combination on each port; the report that `--json` prints."""
-    for name in tests:
-        one_of("test", name, tuple(TESTS))
-    within("repeat", plan.repeats, 1000)
-    within("depth", plan.depth, MOST_DEPTH)
-    if not perftest.FEWEST <= plan.iterations <= MOST_ITERATIONS:
-        raise UsageError(f"expected --iterations in {perftest.FEWEST} .. {MOST_ITERATIONS}, got {plan.iterations}")
     if not 1 <= plan.signal <= max(1, plan.depth // 2):
         raise UsageError(
             f"expected --signal in 1 .. {max(1, plan.depth // 2)}, got {plan.signal}: a chain, at most half the depth, "
@@ -267,7 +270,7 @@ def run(
             raise UsageError(f"expected --bytes of at most {spell(SLICE_BYTES)}, a slice, got {spell(length)}")
     choices = choose(list(dict.fromkeys(devices)) or None, gid_index=gid_index)
     choices = choices if devices else choices[:1]
-    pairs = [(test, size) for test in dict.fromkeys(tests) for size in (LATENCY if test == "latency" else lengths)]
+    pairs = [(test, size) for test in tests for size in (LATENCY if test == "latency" else lengths)]
     prewarm()
     results: list[dict[str, Any]] = []
     ports: list[dict[str, Any]] = []
@@ -373,13 +376,18 @@ def command(
     device: list[str] = typer.Option(
         [], help='"device" or "device:port". Repeatable: one after another. [default: the first active port]'
     ),
-    test: list[str] = typer.Option(list(TESTS), help="write, read or latency. Repeatable."),
+    test: list[Measured] = typer.Option(list(Measured), help="Repeatable."),
     size: list[str] = typer.Option(list(SIZES), "--bytes", help="Bytes of a write or read, up to 64KiB. Repeatable."),
     iterations: int = typer.Option(
-        ITERATIONS, help="Work requests of a sample; a tenth of them, one by one, for the latency."
+        ITERATIONS,
+        min=perftest.FEWEST,
+        max=MOST_ITERATIONS,
+        help="Work requests of a sample; a tenth of them, one by one, for the latency.",
     ),
-    repeat: int = typer.Option(REPEATS, help="Samples of each, of perftest's as well."),
-    depth: int = typer.Option(DEPTH, help="Work requests under way at once (perftest: --tx-depth)."),
+    repeat: int = typer.Option(REPEATS, min=1, max=1000, help="Samples of each, of perftest's as well."),
+    depth: int = typer.Option(
+        DEPTH, min=1, max=MOST_DEPTH, help="Work requests under way at once (perftest: --tx-depth)."
+    ),
     signal: int = typer.Option(SIGNAL, help="Work requests behind one completion (perftest: --cq-mod)."),
     gid_index: int | None = typer.Option(None, min=0, help="Entry of the port's GID table [default: the best]."),
     json: bool = JSON,
@@ -389,4 +397,4 @@ def command(
     Without perftest its figures are null. In a guest under emulation: --iterations 500 --repeat 3.
     """
     plan = Plan(iterations, repeat, depth, signal)
-    answer(run(device, test, size, gid_index, plan), json, show)
+    answer(run(device, names(test), size, gid_index, plan), json, show)

@@ -107,7 +107,7 @@ class Soak:
 def run(layers: int, slices: int) -> dict[str, Any]:
     """Soak the engine; the report that `--json` prints. `violations` is empty when all went well."""
     if layers % SUBMITTERS:
-        raise UsageError(f"expected an even number of layers for {SUBMITTERS} threads, got {layers}")
+        raise UsageError(f"expected --layers to be a multiple of {SUBMITTERS}, the submitting threads, got {layers}")
     traffic = scattered(slices, 512)
     with (
         Engine(provider=Emulated(FREE_WIRE), slices=SUBMITTERS * IN_FLIGHT * slots_of(slices), peers=1) as engine,

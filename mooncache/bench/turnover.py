@@ -11,6 +11,7 @@ import gc
 import os
 import threading
 from collections import deque
+from enum import Enum
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, NamedTuple
@@ -23,10 +24,8 @@ from mooncache.bench.harness.measure import FingerprintError, resident_bytes
 from mooncache.bench.harness.options import JSON
 from mooncache.bench.harness.process import Process, serve
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
-from mooncache.errors import UsageError
 from mooncache.memory import Region, allocate
 
-PROVIDERS = ("shm", "tcp", "auto")
 BLOCK, BLOCKS = 4096, 256
 SLICES = 64  # of a batch of the load
 IN_FLIGHT = 2  # batches of the load
@@ -38,6 +37,14 @@ PATIENCE_S = 60.0
 TRIES, PAUSE_S = 50, 0.02  # a look waits so long for what peers that just ended had
 MOST = {"descriptors": 0, "threads": 8, "mappings": 16, "resident_mib": 16.0}
 """Growth that counts for nothing: pools of threads fill as they are needed, and malloc keeps some."""
+
+
+class Provider(str, Enum):
+    """The wires to peers in another process, and the choice between them."""
+
+    SHM = "shm"
+    TCP = "tcp"
+    AUTO = "auto"
 
 
 def small(provider: str) -> Engine:
@@ -192,8 +199,6 @@ class Turnover:
 
 def run(provider: str, peers: int, batches: int, maps: int) -> dict[str, Any]:
     """Let peers come and go; the report that `--json` prints. `violations` is empty when nothing grew."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"expected one of {', '.join(PROVIDERS)}, got {provider!r}")
     steps = max(peers, maps)
     period = max(1, steps // LOOKS)
     seen: list[tuple[int, list[Usage]]] = []
@@ -265,7 +270,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def command(
-    provider: str = typer.Option("shm", help="shm, tcp or auto."),
+    provider: Provider = typer.Option(Provider.SHM),
     peers: int = typer.Option(1000, min=0, help="Peers that come and go, one after another."),
     batches: int = typer.Option(10_000, min=1, help="Batches to one that stays, at least, beside all that."),
     maps: int = typer.Option(100, min=0, help="Times that one registers new memory, which is written to."),
@@ -277,7 +282,7 @@ def command(
     """
     if peers + maps == 0:
         raise typer.BadParameter("expected at least one peer or one map")
-    report = run(provider, peers, batches, maps)
+    report = run(provider.value, peers, batches, maps)
     answer(report, json, show)
     if report["violations"]:
         raise typer.Exit(1)

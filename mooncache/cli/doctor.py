@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from enum import Enum
 from json import dumps
 from typing import TYPE_CHECKING
 
 import typer
 
-from mooncache.errors import UsageError
-
 if TYPE_CHECKING:
     from mooncache.cli.checks.base import Finding
 
-PROVIDERS = ("auto", "tcp", "shm", "rdma")
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
+class Need(str, Enum):
+    """The provider that has to work; auto is content with whatever there is."""
+
+    AUTO = "auto"
+    TCP = "tcp"
+    SHM = "shm"
+    RDMA = "rdma"
+
+
 def doctor(
-    provider: str = typer.Option(
-        "auto", help="What has to work: auto (whatever there is), tcp, shm or rdma. Its lack is an error."
-    ),
+    provider: Need = typer.Option(Need.AUTO, help="What has to work (auto: whatever there is). Its lack is an error."),
     warm: bool = typer.Option(False, "--warm", help="First compile all kernels, on all cores; say how long it took."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout."),
 ) -> None:
@@ -29,13 +34,11 @@ def doctor(
 
     Exit status 1 if there is an error; warnings say what works less well.
     """
-    if provider not in PROVIDERS:
-        raise UsageError(f"expected --provider to be one of {', '.join(PROVIDERS)}, got {provider!r}")
     from mooncache.cli.checks import examine
     from mooncache.cli.warm import warm as compile_all
 
     warmed = compile_all() if warm else None
-    findings = examine(provider)
+    findings = examine(provider.value)
     ok = not any(finding.level == "error" for finding in findings)
     if json:
         told = {} if warmed is None else {"warm": warmed._asdict()}

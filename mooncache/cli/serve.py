@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,24 @@ from mooncache.errors import UsageError
 from mooncache.sizes import size_of, spell
 
 LISTEN = "127.0.0.1:7777"
-PROVIDERS = ("auto", "tcp", "shm")
 SECRET = "MOONCACHE_SECRET"
 STOPS = signal.SIGINT, signal.SIGTERM
+
+
+class Provider(str, Enum):
+    """The wires that reach another process."""
+
+    AUTO = "auto"
+    TCP = "tcp"
+    SHM = "shm"
 
 
 def serve(
     listen: str = typer.Option(LISTEN, help="host:port where peers reach it; port 0 takes a free one."),
     size: str = typer.Option("1GiB", "--bytes", help="Size of the scratch region, such as 512MiB."),
-    provider: str = typer.Option("auto", help="auto (shared memory to peers of this host, TCP to others), tcp or shm."),
+    provider: Provider = typer.Option(
+        Provider.AUTO, help="auto is shared memory to peers of this host, TCP to others."
+    ),
     name: str | None = typer.Option(None, help="What peers may call it; else host name, process id, a number."),
     discovery: str | None = typer.Option(None, help="redis://host:port or etcd://host:port, where names are kept."),
     secret_file: Path | None = typer.Option(
@@ -41,12 +51,10 @@ def serve(
     json: bool = typer.Option(False, "--json", help="One line of JSON on stdout when it is ready, for programs."),
 ) -> None:
     """Lend memory to peers until Ctrl-C or SIGTERM: a target to try things on."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"expected --provider to be one of {', '.join(PROVIDERS)}, got {provider!r}")
     nbytes = size_of(size)
     with Engine(
-        name, provider=provider, listen=listen, secret=secret_of(secret_file), insecure=insecure, discovery=discovery,
-        workers=workers, slices=1,
+        name, provider=provider.value, listen=listen, secret=secret_of(secret_file), insecure=insecure,
+        discovery=discovery, workers=workers, slices=1,
     ) as engine:  # fmt: skip
         scratch = engine.allocate(nbytes)
         engine.register(scratch)

@@ -1,4 +1,4 @@
-"""One process of `bench latency --beside-stream`: the near side, that is measured, or the far one."""
+"""One process of `mooncache bench beside`: the near side, that is measured, or the far one."""
 
 from __future__ import annotations
 

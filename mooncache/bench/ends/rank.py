@@ -51,7 +51,7 @@ class PlainSockets:
 
     def move_one(self, at: int) -> None:
         """This side's part of moving one block."""
-        self.blocks.exchange_one(self._connected(), self.sends, self.initiates, at)
+        self.blocks.exchange(self._connected(), self.sends, self.initiates, at)
 
     def _connected(self) -> socket.socket:
         if self.socket is None:

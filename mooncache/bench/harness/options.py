@@ -1,8 +1,9 @@
-"""What the options of several benches may be."""
+"""Options that several benches have, and the names that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import Enum
 
 import typer
 
@@ -14,6 +15,27 @@ POLICIES = tuple(policy.name.lower() for policy in Policy)
 PROVIDERS = ("tcp", "shm", "loopback", "auto")
 
 JSON = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout.")
+
+
+class Op(str, Enum):
+    """The operations that a bench measures."""
+
+    WRITE = "write"
+    READ = "read"
+
+
+class Provider(str, Enum):
+    """The wires between processes, the one within a process, and the choice between them."""
+
+    TCP = "tcp"
+    SHM = "shm"
+    LOOPBACK = "loopback"
+    AUTO = "auto"
+
+
+def names(chosen: Iterable[Enum]) -> list[str]:
+    """Return the values of what a repeatable option was given, each once, in the order given."""
+    return list(dict.fromkeys(one.value for one in chosen))
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> None:

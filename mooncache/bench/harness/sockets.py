@@ -1,4 +1,4 @@
-"""Plain Python sockets: what somebody writes in an afternoon instead of installing a transfer engine.
+"""Plain Python sockets: the reference for transfers through the network stack, as short as Python can write it.
 
 One TCP connection over loopback. The sender gathers straight from its pages with `sendmsg`, IOV_MAX blocks a call; the
 receiver scatters straight into its own with `recvmsg_into`, and answers with one byte when all are there:
@@ -28,7 +28,7 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 def tuned(plain: socket.socket) -> socket.socket:
-    """The socket with its options set. Buffers count only if they are set before listen and connect."""
+    """Set the socket's options, and return it. Buffers count only if they are set before listen and connect."""
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         plain.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
@@ -38,7 +38,7 @@ def tuned(plain: socket.socket) -> socket.socket:
 
 
 def listening() -> socket.socket:
-    """A socket that listens on a free port of loopback."""
+    """Open a socket that listens on a free port of loopback."""
     plain = tuned(socket.socket())
     plain.bind(("127.0.0.1", 0))
     plain.listen(1)
@@ -46,52 +46,36 @@ def listening() -> socket.socket:
 
 
 def connected(port: int) -> socket.socket:
-    """A connection to that port."""
+    """Connect to a port of loopback."""
     plain = tuned(socket.socket())
     plain.connect(("127.0.0.1", port))
     return plain
 
 
 class Blocks:
-    """Blocks of one buffer in the order in which they go over the wire."""
+    """The blocks of one buffer, in the order in which they go over the wire."""
 
     def __init__(self, buffer: np.ndarray, offsets: np.ndarray, length: int) -> None:
         memory = buffer.data
         self.length = length
         self.views = [memory[at : at + length] for at in offsets.tolist()]
 
-    def exchange(self, plain: socket.socket, sends: bool, initiates: bool) -> None:
-        """One side's part of moving all; the initiator's ends when the receiver has them."""
-        if sends:
-            if not initiates:
-                take(plain)
-            self._send(plain)
-            if initiates:
-                take(plain)
-        else:
-            if initiates:
-                plain.sendall(ANSWER)
-            self._receive(plain)
-            if not initiates:
-                plain.sendall(ANSWER)
+    def exchange(self, plain: socket.socket, sends: bool, initiates: bool, at: int | None = None) -> None:
+        """Do one side's part of moving all blocks, or block `at` alone, which is a ping-pong.
 
-    def exchange_one(self, plain: socket.socket, sends: bool, initiates: bool, at: int) -> None:
-        """The same with one block: a ping-pong."""
-        view = self.views[at]
-        if sends:
-            if not initiates:
-                take(plain)
-            plain.sendall(view)
-            if initiates:
-                take(plain)
-        else:
-            if initiates:
-                plain.sendall(ANSWER)
-            came = plain.recv_into(view, 0, socket.MSG_WAITALL)
-            if came < self.length:
-                raise ConnectionError(GONE)
-            if not initiates:
-                plain.sendall(ANSWER)
+        The initiator of a write waits until the receiver has them; the initiator of a read asks for them first.
+        """
+        signal = take if sends else answer
+        if sends != initiates:
+            signal(plain)
+        if at is None:
+            self._send(plain) if sends else self._receive(plain)
+        elif sends:
+            plain.sendall(self.views[at])
+        elif plain.recv_into(self.views[at], 0, socket.MSG_WAITALL) < self.length:
+            raise ConnectionError(GONE)
+        if sends == initiates:
+            signal(plain)
 
     def _send(self, plain: socket.socket) -> None:
         at, skip = 0, 0
@@ -107,13 +91,18 @@ class Blocks:
             at, skip = divmod(at * self.length + skip + came, self.length)
 
     def _some(self, at: int, skip: int) -> list[memoryview]:
-        """As many as one call takes from block `at` on, whose first `skip` bytes are done."""
+        """Return the views of one call, from block `at` on, whose first `skip` bytes have moved."""
         some = self.views[at : at + IOV_MAX]
         some[0] = some[0][skip:]
         return some
 
 
 def take(plain: socket.socket) -> None:
-    """Wait for the byte that says: all there (of a write), or: send it (of a read)."""
+    """Wait for the receiver's byte: a write has arrived, or a read may begin."""
     if not plain.recv(1):
         raise ConnectionError(GONE)
+
+
+def answer(plain: socket.socket) -> None:
+    """Send the receiver's byte."""
+    plain.sendall(ANSWER)
