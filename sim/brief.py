@@ -1,13 +1,13 @@
-"""A deployment in a few words on the command line, as changes to a scenario."""
+"""A deployment in a few words on the command line becomes changes to a scenario."""
 
 from __future__ import annotations
 
-import json
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
 from mooncache.errors import UsageError
+from sim.config import Change
 from sim.units import BIT_RATE
 
 BRIEF = "model_8k"
@@ -15,39 +15,41 @@ BRIEF = "model_8k"
 
 
 class Brief(NamedTuple):
-    """What was said of a deployment; None where nothing was."""
+    """The options that describe a deployment; None where one was not given."""
 
     model: str | None = None
     tp: int | None = None
     prompt: str | None = None
     page: int | None = None
 
-    def overrides(self, alone: bool) -> list[str]:
-        """As `key=value`. `alone`: no scenario is named, so that a model has to be."""
+    def changes(self, alone: bool) -> list[Change]:
+        """Return the options as changes of a scenario. `alone`: no scenario is named, so that a model has to be."""
         if alone and self.model is None:
             raise UsageError(
                 "expected a scenario (such as tp4_layerwise, or a file) or --model, came neither; see compare --help"
             )
-        said = {
-            "workload.model": self.model,
-            "workload.ranks": self.tp,
-            "workload.tokens": self.prompt,
-            "workload.page": self.page,
-            "name": re.sub(r"[/\\]", "_", self.model) if alone and self.model else None,
-        }
-        return [f"{key}={json.dumps(value)}" for key, value in said.items() if value is not None]
+        keys = {"model": "workload.model", "tp": "workload.ranks", "prompt": "workload.tokens", "page": "workload.page"}
+        given = {option: value for option, value in self._asdict().items() if value is not None}
+        found = [Change(f"--{option} {value}", keys[option], value) for option, value in given.items()]
+        if alone and self.model is not None:
+            found.append(Change(f"--model {self.model}", "name", re.sub(r"[/\\]", "_", self.model)))
+        return found
 
 
-def shared_out(nics: str, ranks: int) -> list[str]:
-    """A machine's NICs ("4x400Gbps") as what each rank has, several of its own or a share of one, as `key=value`.
+def shared_out(nics: str, ranks: int) -> list[Change]:
+    """Turn a machine's NICs ("4x400Gbps") into those of each rank, several of its own or a share of one.
 
     Raises: UsageError for NICs that cannot be shared out evenly.
     """
     match = re.fullmatch(r"(?:([1-9][0-9]{0,3}) ?[x×] ?)?(.+)", nics.strip())
-    count, rate = int(match[1] or 1) if match else 1, BIT_RATE.parse(match[2] if match else nics)
+    said, count = f"--nics {nics}", int(match[1] or 1) if match else 1
+    try:
+        rate = BIT_RATE.parse(match[2] if match else nics)
+    except UsageError as error:
+        raise UsageError(f"{said}: {error}") from None
     if count % ranks and ranks % count:
-        raise UsageError(f"--nics: expected NICs that share out evenly over {ranks} ranks, came {count}; see nic.rails")
+        raise UsageError(f"{said}: expected NICs that share out evenly over {ranks} ranks, came {count}; see nic.rails")
     each = Fraction(rate * min(count, ranks), ranks)
     if each.denominator != 1:
-        raise UsageError(f"--nics: expected a rate that {ranks // count} ranks can share, came {nics!r}")
-    return [f"nic.rails={max(1, count // ranks)}", f"nic.rate={BIT_RATE.spell(int(each))}"]
+        raise UsageError(f"{said}: expected a rate that {ranks // count} ranks can share")
+    return [Change(said, "nic.rails", max(1, count // ranks)), Change(said, "nic.rate", BIT_RATE.spell(int(each)))]

@@ -17,7 +17,7 @@ from mooncache.kernels import jit
 from sim import report, shipped
 from sim.brief import BRIEF, Brief, shared_out
 from sim.compare import conclude
-from sim.config import Scenario, load_scenario
+from sim.config import Change, Scenario, load_scenario
 from sim.costs import load_calibration
 from sim.kernels import compile_all
 from sim.runs import Plan, run_all, side_by_side
@@ -49,7 +49,7 @@ def compare(
     results: Annotated[Path, typer.Option(help="Folder for result.json, summary.md and the chart.")] = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Where should finished slices be deleted? Compare stores and policies on one scenario.
+    """Compare slice stores and reclaim policies on one scenario: where should finished slices be deleted?
 
     Without a scenario, --model and the options beside it change model_8k: 8 requests of half-cached prompts.
 
@@ -63,15 +63,15 @@ def compare(
       mooncache compare my.yaml --json
     """
     path = shipped.find(scenario or BRIEF)
-    overrides = Brief(model, tp, prompt, page).overrides(alone=scenario is None)
+    asked_for: list[str | Change] = [*Brief(model, tp, prompt, page).changes(alone=scenario is None)]
     if nics is not None:
-        overrides += shared_out(nics, load_scenario(path, overrides).workload.ranks)
-    overrides += changes or ()
+        asked_for += shared_out(nics, load_scenario(path, asked_for).workload.ranks)
+    asked_for += changes or ()
     if seed is not None:
-        overrides.append(f"seed={seed}")
+        asked_for.append(Change(f"--seed {seed}", "seed", seed))
     if replications is not None:
-        overrides.append(f"replications={replications}")
-    asked = load_scenario(path, overrides)
+        asked_for.append(Change(f"--replications {replications}", "replications", replications))
+    asked = load_scenario(path, asked_for)
     if trace is not None:
         kind = asked.workload.kind
         if kind != "trace":
@@ -79,19 +79,19 @@ def compare(
                 f"{path}: --trace needs a scenario whose workload.kind is trace, this one is a {kind}; "
                 "conversation_trace is one"
             )
-        asked = load_scenario(path, [*overrides, f"workload.path={json.dumps(str(trace.resolve()))}"])
+        asked = load_scenario(path, [*asked_for, Change(f"--trace {trace}", "workload.path", str(trace.resolve()))])
     _answer(asked, processes, results, as_json)
 
 
 def demo(
     results: Annotated[Path, typer.Option(help="Folder for result.json, summary.md and the chart.")] = Path("results"),
 ) -> None:
-    """Reproduce the incident and explain it: what `compare tp4_layerwise` does."""
+    """Reproduce the incident and explain it, as `compare tp4_layerwise` does."""
     _answer(load_scenario(shipped.find("tp4_layerwise")), None, results, False)
 
 
 def _answer(asked: Scenario, processes: int | None, results: Path, as_json: bool) -> None:
-    """Compare, print and write."""
+    """Compare, print the answer, and write the results."""
     _check_writable(results)
     load_calibration(asked.calibration)
     plan = Plan(asked)

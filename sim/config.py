@@ -1,4 +1,4 @@
-"""A scenario: what is sent, by what engine, over what NIC. Read from YAML, strictly.
+"""Scenarios: the requests, the engine and the NIC of a comparison. Read from YAML, strictly.
 
     workload   what is asked for: a plain shape, a model and its prompts, or a request trace
     prefill    when each layer's KV cache is ready         engine    how the engine is set up
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 from pydantic import (
     BaseModel,
@@ -32,14 +32,15 @@ from pydantic_core import ErrorDetails
 
 from mooncache import limits
 from mooncache.errors import UsageError
+from mooncache.kernels.enums import Policy, Store
 from sim import units
 from sim.errors import ConfigError, Problem, came
 from sim.models import PRESETS, DType, Transformer, preset, token_bytes
 from sim.units import BitRate, Bytes, Duration, EventRate, FlopRate
 from sim.yaml_source import Source, read_yaml
 
-STORES = ("heap", "pool")
-POLICIES = ("leak", "inline", "on_close", "thread_cache", "deferred", "epoch", "bulk")
+STORES = tuple(sorted(store.name.lower() for store in Store))
+POLICIES = tuple(policy.name.lower() for policy in Policy)
 PAIRS = tuple(f"{store}/{policy}" for store in STORES for policy in POLICIES)
 
 
@@ -49,7 +50,7 @@ def _did_you_mean(name: object, known: Sequence[str]) -> str:
 
 
 def _preset(value: object) -> object:
-    """A preset by its name; anything else is left for pydantic to read as a mapping of dimensions."""
+    """Return a preset by its name; leave anything else for pydantic to read as a mapping of dimensions."""
     if not isinstance(value, str):
         return value
     found = preset(value)
@@ -110,7 +111,7 @@ class _Section(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_na
 
 
 class Arrival(_Section):
-    """When requests arrive."""
+    """The times at which requests arrive."""
 
     process: Literal["poisson", "fixed"] = "poisson"  # independent users; fixed: to look at one request
     every: Duration  # mean time between arrivals; 0s: all at once
@@ -130,7 +131,7 @@ class Shape(_Section):
 
 
 class _Cache(_Section):
-    """How a model's KV cache is laid out."""
+    """The layout of a model's KV cache."""
 
     model: Preset = PRESETS["llama3-70b"]  # a preset's name, or a mapping with the fields of `Transformer`
     page: Tokens = 1  # tokens; 1 is where the slice counts of the incident come from
@@ -140,7 +141,10 @@ class _Cache(_Section):
 
     @model_validator(mode="after")
     def _heads_can_be_dealt_out(self) -> _Cache:
-        token_bytes(self.model, self.ranks, self.dtype)
+        try:
+            token_bytes(self.model, self.ranks, self.dtype)
+        except UsageError as error:
+            raise ConfigError(Problem("", "workload.ranks", str(error))) from None
         return self
 
 
@@ -175,7 +179,7 @@ _KINDS: dict[str, type[BaseModel]] = {"shape": Shape, "model": Model, "trace": T
 
 
 class Prefill(_Section):
-    """How fast KV cache comes into being."""
+    """The speed at which prefill makes KV cache."""
 
     instances: Instances = 1  # groups of `ranks` accelerators that share the requests; 1 shows the effect
     layer_time: Duration | None = None  # compute time of a layer; null: estimated from FLOPs, needs a model
@@ -218,7 +222,7 @@ class Decode(_Section):
 
 
 class Reclaim(_Section):
-    """Settings of the reclaim policies that have some."""
+    """The settings of reclaim policies that have some."""
 
     cache_slices: CacheSlices = 4096  # thread_cache: its ring; as upstream
     period: PositiveDuration = units.DURATION.parse("1ms")  # deferred: from lot to lot; below a layer's time
@@ -226,7 +230,7 @@ class Reclaim(_Section):
 
 
 class Scenario(_Section):
-    """All that one comparison needs. Two equal scenarios give byte-identical results."""
+    """The whole input of one comparison. Two equal scenarios give byte-identical results."""
 
     name: str = Field(min_length=1, max_length=NAME_LENGTH)  # of its folder of results, too
     description: str = ""
@@ -243,12 +247,6 @@ class Scenario(_Section):
     precision: float = Field(default=0.1, gt=0, le=1)  # how far the interval of what a pair adds may reach to either
     # side, as a share of the pair's response time; 0.1: a tenth is seen by users, and takes a fifth of a minute
     mode: Literal["exact", "fast"] = "exact"  # fast: whole batches by closed form, for long traces
-
-    @property
-    def store_policies(self) -> tuple[tuple[str, str], ...]:
-        """The pairs as (store, policy), stores and policies in the order of STORES and POLICIES."""
-        split = (pair.split("/") for pair in self.pairs)
-        return tuple((store, policy) for store, policy in split)
 
     @field_validator("name")
     @classmethod
@@ -280,7 +278,7 @@ class Scenario(_Section):
         layers = workload.layers if isinstance(workload, Shape) else workload.model.layers
         if instances * workload.ranks > ENGINES:
             message = f"expected instances x ranks up to {ENGINES}, came {instances} x {workload.ranks}"
-            raise ConfigError(Problem("", "prefill.instances", message))
+            raise ConfigError(Problem("", "prefill.instances" if instances > 1 else "workload.ranks", message))
         requests = 1 if isinstance(workload, Trace) else workload.requests
         if requests * layers * workload.ranks > LAYER_TIMES:
             message = f"expected requests x layers x ranks up to {LAYER_TIMES}, "
@@ -302,12 +300,20 @@ class Scenario(_Section):
         return self
 
 
-def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+class Change(NamedTuple):
+    """A change of a scenario by an option of its own, such as --model."""
+
+    option: str  # as the user wrote it, for refusals: "--model llama-3.1-70b"
+    key: str  # "workload.model"
+    value: object
+
+
+def load_scenario(path: str | Path, changes: Sequence[str | Change] = ()) -> Scenario:
     """Read a scenario from a YAML file.
 
     Args:
-        overrides: "key.path=value" each, the value being YAML ("nic.rate=200Gbps", "pairs=[heap/inline]").
-            The last one wins. They are checked as if they stood in the file.
+        changes: each a `Change`, or the text of a --set: "key.path=value", the value being YAML ("nic.rate=200Gbps",
+            "pairs=[heap/inline]"). The last one wins. They are checked as if they stood in the file.
     Raises: ConfigError with every problem found.
     """
     try:
@@ -318,35 +324,39 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     except ValueError as error:  # a path that can be none
         raise ConfigError(Problem(repr(str(path)), "", f"expected a readable file, came {error}")) from None
     source = read_yaml(text, lambda line: f"{path}:{line}")
-    for override in overrides:
-        _override(source, override)
+    for change in changes:
+        _change(source, change)
+    options = {change.option for change in changes if isinstance(change, Change)}
     try:
         return Scenario.model_validate(source.data, context={"folder": os.path.dirname(path)})
     except ValidationError as error:
-        raise ConfigError(*(_problem(source, details) for details in error.errors())) from None
+        raise ConfigError(*(_problem(source, details, options) for details in error.errors())) from None
 
 
-def _override(source: Source, text: str) -> None:
-    """Put the value of "key.path=value" into the data, making the sections it needs."""
-    place = f"--set {text}"
-    path, equals, value = text.partition("=")
-    *sections, last = keys = path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(Problem(place, "", f"expected key.path=value, came {came(text)}"))
+def _change(source: Source, change: str | Change) -> None:
+    """Put the value of a change into the data, making the sections it needs."""
+    if isinstance(change, Change):
+        place, path, replacement = change.option, change.key, Source(change.value, {"": change.option})
+    else:
+        place = f"--set {change}"
+        path, equals, text = change.partition("=")
+        if not equals or not all(path.split(".")):
+            raise ConfigError(Problem(place, "", f"expected key.path=value, came {came(change)}"))
+        replacement = read_yaml(text, lambda line: place)
+    *sections, last = path.split(".")
     section = source.data
     for name in sections:
         section = section.setdefault(name, {}) if isinstance(section, dict) else None
     if not isinstance(section, dict):
         raise ConfigError(Problem(place, path, f"expected a key inside a section, came {came(section)} there"))
-    replacement = read_yaml(value, lambda line: place)
     section[last] = replacement.data
     for key in [key for key in source.where if f"{key}.".startswith(f"{path}.")]:
         del source.where[key]
     source.where.update({f"{path}.{key}".rstrip("."): where for key, where in replacement.where.items()})
 
 
-def _problem(source: Source, details: ErrorDetails) -> Problem:
-    """One of pydantic's findings in our words."""
+def _problem(source: Source, details: ErrorDetails, options: Set[str]) -> Problem:
+    """Translate one of pydantic's findings into our words. Of an option the user knows the name, not the key."""
     keys, section = _locate([str(part) for part in details["loc"]])
     kind, value = details["type"], details["input"]
     if kind == "extra_forbidden":
@@ -369,11 +379,16 @@ def _problem(source: Source, details: ErrorDetails) -> Problem:
         article = "a value " if kind.startswith(("greater", "less")) else ""
         message = f"expected {article}{wanted}, came {came(value)}"
     places = (source.where.get(".".join(keys[:depth])) for depth in range(len(keys), -1, -1))
-    return Problem(next(place for place in places if place), ".".join(keys), message)
+    where = next(place for place in places if place)
+    if where in options:
+        if kind == "extra_forbidden":
+            message = f"expected a scenario whose workload has {keys[-1]}, came a {source.data['workload']['kind']}"
+        return Problem(where, "", message)
+    return Problem(where, ".".join(keys), message)
 
 
 def _locate(names: list[str]) -> tuple[list[str], type[BaseModel]]:
-    """The key path of pydantic's location, and the section that its last key is, or should be, in."""
+    """Return the key path of pydantic's location, and the section that its last key is, or should be, in."""
     keys = names
     section: type[BaseModel] = Scenario
     if names[:1] == ["workload"] and len(names) > 1:  # pydantic puts the kind in between

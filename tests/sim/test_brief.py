@@ -13,7 +13,7 @@ from mooncache.cli import app
 from mooncache.errors import UsageError
 from sim import commands, shipped
 from sim.brief import shared_out
-from sim.config import Model, Scenario, load_scenario
+from sim.config import Change, Model, Scenario, load_scenario
 from sim.models import PRESETS, preset
 
 INCIDENT = shipped.folder() / "tp4_layerwise.yaml"
@@ -86,7 +86,8 @@ def test_words_beside_a_scenario_change_it(asked: list[Scenario]) -> None:
      ("2x100gbps", 8, 1, "25Gbps"), ("1x400Gbps", 1, 1, "400Gbps")],
 )  # fmt: skip
 def test_nics_of_a_machine_are_shared_out_over_its_ranks(nics: str, ranks: int, rails: int, rate: str) -> None:
-    assert shared_out(nics, ranks) == [f"nic.rails={rails}", f"nic.rate={rate}"]
+    said = f"--nics {nics}"
+    assert shared_out(nics, ranks) == [Change(said, "nic.rails", rails), Change(said, "nic.rate", rate)]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,29 @@ def test_nics_of_a_machine_are_shared_out_over_its_ranks(nics: str, ranks: int, 
 def test_nics_that_cannot_be_shared_out_are_refused(nics: str, ranks: int, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         shared_out(nics, ranks)
+
+
+@pytest.mark.parametrize(
+    ("written", "beside", "reason"),
+    [
+        ("--model llama-3.1-7b", "", "expected a model, came 'llama-3.1-7b'"),
+        ("--tp 3", "--model llama-3.1-70b", "expected ranks that divide the 8 KV heads"),
+        ("--tp 100001", "--model llama-3.1-70b", "expected"),
+        ("--prompt 12z", "--model llama-3.1-70b", "expected a valid integer, came '12z'"),
+        ("--page 200000000", "--model llama-3.1-70b", "expected a value less than or equal to"),
+        ("--nics 4x400furlongs", "--model llama-3.1-70b --tp 4", "expected a bit rate such as"),
+        ("--nics 3x400Gbps", "--model llama-3.1-70b --tp 4", "expected NICs that share out evenly over 4 ranks"),
+        ("--seed 99999999999999999999", "model_8k", "expected a value less than"),
+        ("--replications 1001", "model_8k", "expected a value less than or equal to 1000"),
+        ("--prompt 8k", "tp4_layerwise", "expected a scenario whose workload has tokens, came a shape"),
+        ("--model llama-3.1-70b", "tp4_layerwise", "expected a scenario whose workload has model, came a shape"),
+        ("--set workload.page=0", "model_8k", "workload.page: expected a value greater than 0"),
+    ],
+)
+def test_a_refusal_names_the_option_as_it_was_written(written: str, beside: str, reason: str) -> None:
+    refusal = run("compare", *beside.split(), *written.split(" ", 1))
+    assert refusal.startswith(f"mooncache: error: {written}: {reason}")
+    assert refusal.count("--") == refusal.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,14 @@ def test_defaults_are_the_documented_ones(file: Path) -> None:
 
 def test_all_pairs_are_seven_policies_on_two_stores(file: Path) -> None:
     scenario = load(file, SHAPE + "pairs: all")
-    assert len(scenario.store_policies) == 14
-    assert scenario.store_policies[0] == ("heap", "leak")
-    assert scenario.store_policies[-1] == ("pool", "bulk")
+    assert len(scenario.pairs) == 14
+    assert (scenario.pairs[0], scenario.pairs[-1]) == ("heap/leak", "pool/bulk")
     assert scenario == load(file, SHAPE)
 
 
 def test_pairs_are_kept_once_and_in_canonical_order(file: Path) -> None:
     scenario = load(file, SHAPE + "pairs: [pool + bulk, heap/inline, pool/bulk]")
-    assert scenario.store_policies == (("heap", "inline"), ("pool", "bulk"))
+    assert scenario.pairs == ("heap/inline", "pool/bulk")
 
 
 def test_a_model_is_a_preset_or_its_dimensions(file: Path) -> None:
@@ -252,9 +251,12 @@ def test_bad_models_are_refused(file: Path, override: str, message: str) -> None
     assert refusal(file, MODEL, override).startswith(f"--set {override}: {message}")
 
 
-def test_ranks_that_cannot_share_the_heads_are_refused(file: Path) -> None:
+def test_ranks_that_cannot_share_the_heads_are_refused_by_their_own_text(file: Path) -> None:
     message = refusal(file, MODEL, "workload.ranks=3")
-    assert message.endswith("expected ranks that divide the 8 KV heads of llama3-70b, or a multiple of them, came 3")
+    assert message == (
+        "--set workload.ranks=3: workload.ranks: "
+        "expected ranks that divide the 8 KV heads of llama3-70b, or a multiple of them, came 3"
+    )
 
 
 def test_a_misspelt_dimension_of_an_inline_model_is_recognised(file: Path) -> None:
