@@ -1,1 +1,1 @@
-"""The simulator: the product's own kernels, turned in virtual time."""
+"""The simulator runs the product's own kernels in virtual time."""

@@ -1,4 +1,4 @@
-"""Measures a calibration file on this machine: the real kernels, the real malloc, no model.
+"""Calibration measures a file of costs on this machine: the real kernels, the real malloc, no model.
 
 Three parts. Calls from Python are timed around the API. A worker's stages are timed by a worker that reads the clock
 between them, on a thread of its own, so that it finds its data in another core's cache as a real one does. The
@@ -46,7 +46,7 @@ TAKE, POST, POLL = 0, 1, 2
 # ------------------------------------------------------------------------------ kernels
 @kernel("int64(int64, int64, int64)", nogil=True)
 def staged_worker(ctl, slices, stages):
-    """A worker that adds the time of each stage, ns, to int64[3] at `stages`, until `slices` have completed."""
+    """Work until `slices` have completed, and add the time of each stage, ns, to int64[3] at `stages`."""
     ctl = control_at(ctl)
     index = ctl.actor
     worker = worker_row(ctl, index)
@@ -67,7 +67,7 @@ def staged_worker(ctl, slices, stages):
 
 @kernel("int64(int64, int64)", nogil=True)
 def empty_polls(ctl, n):
-    """ns of `n` polls that find nothing."""
+    """Time `n` polls that find nothing; return ns."""
     ctl = control_at(ctl)
     worker = worker_row(ctl, ctl.actor)
     start = clock(ctl)
@@ -78,7 +78,7 @@ def empty_polls(ctl, n):
 
 @kernel("int64(int64, int64)", nogil=True)
 def clock_reads(ctl, n):
-    """ns of `n` readings of the clock."""
+    """Time `n` readings of the clock; return ns."""
     ctl = control_at(ctl)
     start = clock(ctl)
     for _ in range(n):
@@ -88,7 +88,7 @@ def clock_reads(ctl, n):
 
 # ------------------------------------------------------------------------------ measuring
 class Bench:
-    """A pair of engines of one process and scattered requests between them."""
+    """A pair of engines of one process, and scattered requests between them."""
 
     def __init__(self, **engine: Any) -> None:
         self.source = Engine(provider=Emulated(FREE_WIRE), **engine)
@@ -98,7 +98,7 @@ class Bench:
         self.target.register(self.traffic.target_buffer)
 
     def write(self, slices: int) -> Batch:
-        """Submit so many slices."""
+        """Submit so many slices; return the batch."""
         source, target, _ = self.traffic._replace(
             source=self.traffic.source[:slices], target=self.traffic.target[:slices]
         ).operands
@@ -113,7 +113,7 @@ class Bench:
 
 
 def point(samples: list[float], slices: int, pairs: int = 1) -> Point:
-    """Trimmed mean and spread of repeats, ns per unit.
+    """Summarise repeats by their trimmed mean and their spread, ns per unit.
 
     The mean, because a run of many layers pays the sum: where threads fight for a lock, the median layer costs half of
     it. Trimmed by the 5 % at either end, which are mostly other processes' doing on the measuring machine.
@@ -125,12 +125,12 @@ def point(samples: list[float], slices: int, pairs: int = 1) -> Point:
 
 
 def repeats_for(slices: int) -> int:
-    """More repeats of what is short."""
+    """Return the number of repeats: more of what is short."""
     return int(np.clip(3_000_000 // slices, 25, 400))
 
 
 def timed_batches(bench: Bench, slices: int) -> tuple[list[float], list[float]]:
-    """ns of each submit and of each close of batches of so many slices, one after the other."""
+    """Time each submit and each close of batches of so many slices, one after the other; return ns."""
     submits: list[float] = []
     closes: list[float] = []
     now = time.perf_counter_ns
@@ -147,7 +147,7 @@ def timed_batches(bench: Bench, slices: int) -> tuple[list[float], list[float]]:
 
 
 def measure_calls() -> Iterator[tuple[str, Point]]:
-    """Submit and close from Python, on the pool."""
+    """Measure submit and close from Python, on the pool."""
     with Bench(policy="on_close") as bench:
         submits, closes = timed_batches(bench, 1)
         call, close = float(np.median(submits)), float(np.median(closes))
@@ -165,7 +165,7 @@ def measure_calls() -> Iterator[tuple[str, Point]]:
 
 
 def measure_cache() -> Iterator[tuple[str, Point]]:
-    """The thread cache: objects out of it and into it, in batches that fit."""
+    """Measure the thread cache: objects out of it and into it, in batches that fit."""
     n = 4096
     with Bench(policy="bulk") as pool:
         fill = float(np.median(timed_batches(pool, n)[0]))
@@ -176,7 +176,7 @@ def measure_cache() -> Iterator[tuple[str, Point]]:
 
 
 def measure_wake() -> Iterator[tuple[str, Point]]:
-    """From a batch's end until the thread that slept for it runs again."""
+    """Measure the time from a batch's end until the thread that slept for it runs again."""
     slow = Nic(latency_ns=400_000, move_bytes=False)
     with Engine(provider=Emulated(slow), spin_ns=0) as source, Engine(provider=Emulated(slow)) as target:
         memory = np.zeros((2, SLICE_BYTES), np.uint8)
@@ -191,7 +191,7 @@ def measure_wake() -> Iterator[tuple[str, Point]]:
 
 
 def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
-    """ns of each stage of a staged worker for one batch, repeatedly."""
+    """Time each stage of a staged worker for one batch, repeatedly; return ns."""
     engine = bench.source
     calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
     for thread in engine._threads:
@@ -211,7 +211,7 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
 
 
 def measure_worker() -> Iterator[tuple[str, Point]]:
-    """A worker's stages. A doorbell's own cost is the difference between chains of 1 and of 128."""
+    """Measure a worker's stages. A doorbell's own cost is the difference between chains of 1 and of 128."""
     with Bench() as bench:
         (worker,) = bench.source._workers
         clock_ns = clock_reads(worker.ctl, 100_000) / 100_000
@@ -239,7 +239,7 @@ def measure_worker() -> Iterator[tuple[str, Point]]:
 
 
 def measure_malloc() -> Iterator[tuple[str, Point]]:
-    """The allocator, alone and with others on one arena, each case in a process of its own."""
+    """Measure the allocator, alone and with others on one arena, each case in a process of its own."""
     for pairs in PAIRS:
         environment = dict(os.environ)
         if pairs > 1:
@@ -265,13 +265,13 @@ PARTS: tuple[tuple[str, Callable[[], Iterator[tuple[str, Point]]]], ...] = (
 
 
 def machine() -> Machine:
-    """Where this runs."""
+    """Describe the machine that this runs on."""
     facts = provenance()
     return Machine(**{name: facts[name] for name in Machine.model_fields})
 
 
 def calibrate(name: str, told: Callable[[str], None]) -> Calibration:
-    """Measure everything; `told` hears of each part as it begins."""
+    """Measure everything; call `told` with each part as it begins."""
     tables: dict[str, list[Point]] = {table: [] for table in TABLES}
     gc.collect()
     gc.disable()

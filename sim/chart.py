@@ -1,4 +1,4 @@
-"""The picture of a comparison: what each pair adds, what its worker's time goes to, and how stalls build up."""
+"""The picture of a comparison: what each pair adds, how its worker spends its time, and how stalls build up."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _worker(comparison: Comparison, axes: Axes) -> None:
 
 
 def _stalls(comparison: Comparison, axes: Axes) -> None:
-    """A line for all pairs that stall alike, in the order of how long."""
+    """Draw a line for all pairs that stall alike, in the order of how long."""
     together: list[tuple[np.ndarray, list[str]]] = []
     for policy in sorted(comparison.policies, key=lambda p: -p.stall_us_p99):
         stall = comparison.stall_ms_by_layer[policy.pair]

@@ -1,4 +1,4 @@
-"""Arrivals, prefill instances, ranks and the decode side: who acts when, in SimPy.
+"""The actors of a run in SimPy: arrivals, prefill instances, ranks and the decode side.
 
     arrivals --> queue --> instance: waits for decode pages, then computes layer after layer
                                  |  each layer, as soon as it is computed, to every rank
@@ -25,12 +25,12 @@ from sim.workload import Request, Workload
 
 
 class RankModel(Protocol):
-    """What the cluster needs of a rank, exact or fast."""
+    """A rank as the cluster needs it, exact or fast."""
 
     tasks: simpy.Store
 
     def figures(self) -> Figures:
-        """What the rank did so far."""
+        """Return the figures of the rank so far."""
         ...
 
 
@@ -61,7 +61,7 @@ class Decode:
 
 @dataclass
 class Outcome:
-    """What happened, by request; int64 picoseconds."""
+    """The times of a run, by request; int64 picoseconds."""
 
     response: np.ndarray  # [requests]  arrival to first token
     stall: np.ndarray  # [requests, layers]  layer computed to its last slice arrived, slowest rank
@@ -114,7 +114,7 @@ class Cluster:
         return self.outcome
 
     def _ready_at(self, instance: int) -> int:
-        """Earliest time at which any layer can become ready at this instance."""
+        """Return the earliest time at which any layer can become ready at this instance."""
         next_ready = self.next_ready[instance]
         if next_ready == WAITING:
             return self.env.now + self.first_layer[instance]  # pages may come back at any time
@@ -142,7 +142,7 @@ class Cluster:
                     )
 
     def _arrived(self, task: Layer) -> None:
-        """All slices of one layer of one rank have arrived."""
+        """Note that all slices of one layer of one rank have arrived."""
         lag = task.done_ps - task.ready_ps
         stall = self.outcome.stall
         stall[task.request, task.layer] = max(stall[task.request, task.layer], lag)

@@ -54,18 +54,18 @@ class PolicyResult:
 
     @property
     def name(self) -> str:
-        """As everything for people writes it."""
+        """The pair as people write it, "pool + bulk"."""
         return f"{self.store} + {self.policy}"
 
     @property
     def pair(self) -> str:
-        """As jobs name it."""
+        """The pair as jobs name it, "pool/bulk"."""
         return f"{self.store}/{self.policy}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison found; `result` is what is written as result.json."""
+    """The findings of a comparison; `result` is written as result.json."""
 
     scenario: Scenario
     calibration: Calibration
@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def run_name(self) -> str:
-        """Name of the results folder: the same question has the same name."""
+        """The name of the results folder: the same question has the same name."""
         asked = self.scenario.model_dump_json(exclude={"calibration"}) + digest(self.calibration)
         return f"{self.scenario.name}-{hashlib.blake2b(asked.encode(), digest_size=4).hexdigest()}"
 
@@ -136,12 +136,14 @@ def conclude(scenario: Scenario, runs: Sequence[Run]) -> Comparison:
 
 
 def _means(runs: Sequence[Run]) -> list[float]:
-    """Mean response time of each replication, ms."""
+    """Return the mean response time of each replication, ms."""
     return [run.response_ms for run in runs]
 
 
 def _response_ms(runs: Sequence[Run], base: Sequence[Run]) -> float:
-    """Mean response time over all replications; those that a pair lacks get its base's, and what it adds elsewhere."""
+    """Return the mean response time over all replications; a missing one is its base's, and what the pair adds
+    elsewhere.
+    """
     if len(runs) == len(base):
         return float(np.mean(_means(runs)))
     return float(np.mean(_means(base)) + np.mean(added_ms(runs, base)))
@@ -180,7 +182,7 @@ def _policy_result(pair: str, by_pair: dict[str, list[Run]]) -> PolicyResult:
 
 
 def _with_p_values(policies: list[PolicyResult], by_pair: dict[str, list[Run]]) -> list[PolicyResult]:
-    """Add the chance that a pair's difference from pool/bulk is one, corrected for so many comparisons."""
+    """Add the chance that a pair only seems to differ from pool/bulk, corrected for so many comparisons."""
     reference = by_pair.get(REFERENCE)
     if reference is None or len(reference) < 2:
         return policies
@@ -196,7 +198,7 @@ def _by_layer(runs: Sequence[Run]) -> np.ndarray:
 
 
 def title_of(scenario: Scenario, workload: Workload) -> str:
-    """The scenario in one line, from what it is by now: `--set` may have changed what its description says."""
+    """Describe the scenario in one line by its present values, which `--set` may have changed."""
     requests, nic = workload.requests, scenario.nic
     compute = scenario.prefill.layer_time or workload.compute_ps / len(requests) / workload.layers
     every = units.format_duration(compute)
@@ -215,7 +217,7 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _notes(scenario: Scenario, calibration: Calibration) -> list[str]:
-    """What a reader must know to trust the figures."""
+    """Return what a reader must know to trust the figures."""
     machine = calibration.machine
     return [
         f"CPU costs: calibration {calibration.name!r}, measured {calibration.measured} on {machine.cpu} "

@@ -1,4 +1,4 @@
-"""What each kind of work costs: calibration files, and the price lists that turn virtual clocks.
+"""The cost of each kind of work: calibration files, and the price lists that turn virtual clocks.
 
 A calibration file holds tables measured by `mooncache calibrate` with the real kernels and the real malloc. Nothing is
 fitted: a cost is looked up by the number of slices in a layer and, on the heap, by who else uses the allocator, and
@@ -63,7 +63,7 @@ class Point(_Strict):
 
 
 class Machine(_Strict):
-    """Where the tables were measured; a profile lacking any of these is not accepted."""
+    """The machine on which the tables were measured; a profile lacking any of these is not accepted."""
 
     cpu: str
     cores: int
@@ -84,7 +84,7 @@ class Calibration(_Strict):
     tables: dict[str, list[Point]]
 
     def ns(self, table: str, slices: int, pairs: int = 1) -> float:
-        """Cost of one unit, ns: linear between the two nearest measured points in each axis.
+        """Return the cost of one unit, ns: linear between the two nearest measured points in each axis.
 
         Raises: UsageError when `pairs` lies outside the table. Below the smallest and above the largest number of
         slices the nearest point holds: the cost of a slice changes with the cache its batch fits in, and levels off.
@@ -106,7 +106,7 @@ class Calibration(_Strict):
 
 
 def load_calibration(where: str) -> Calibration:
-    """The calibration at a path, or the one that is shipped. Raises: ConfigError naming what is missing or wrong."""
+    """Read the calibration at a path, or the shipped one. Raises: ConfigError naming what is missing or wrong."""
     if where == "shipped":
         text, place = resources.files("sim").joinpath("calibrations", SHIPPED).read_text(), f"shipped {SHIPPED}"
     else:
@@ -132,12 +132,12 @@ def load_calibration(where: str) -> Calibration:
 
 
 def digest(calibration: Calibration) -> str:
-    """A short hash that names a calibration in results."""
+    """Return a short hash that names a calibration in results."""
     return hashlib.blake2b(calibration.model_dump_json().encode(), digest_size=6).hexdigest()
 
 
 class Prices:
-    """Cost of `account(kind, n)`: `fixed[kind] + n * each[kind]`, int64[KINDS] picoseconds."""
+    """The cost of `account(kind, n)`: `fixed[kind] + n * each[kind]`, int64[KINDS] picoseconds."""
 
     def __init__(self, fixed: dict[Kind, float], each: dict[Kind, float]) -> None:
         self.fixed, self.each = np.zeros(KINDS, np.int64), np.zeros(KINDS, np.int64)
@@ -147,7 +147,7 @@ class Prices:
 
 
 def prices(calibration: Calibration, scenario: Scenario, policy: str, slices: int) -> Prices:
-    """The price list of one policy, for layers of about `slices` slices.
+    """Make the price list of one policy, for layers of about `slices` slices.
 
     The allocator's price depends on who uses it at the same time: a policy that frees in another thread than the one
     that allocates (worker, reaper) fights for the arena's lock; one that frees in the submitting thread does not; one

@@ -1,4 +1,4 @@
-"""What the simulator refuses to read. Both are the caller's mistake: nothing was run."""
+"""The refusals of the simulator: scenarios and traces that cannot be read. Nothing was run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mooncache.errors import UsageError
 
 
 def came(value: object) -> str:
-    """How a refused value is quoted: shortened, and with its type, since `4` and `"4"` print alike."""
+    """Quote a refused value: shortened, and with its type, since `4` and `"4"` print alike."""
     return "nothing" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 class Problem(NamedTuple):
-    """One thing wrong in a scenario."""
+    """One mistake in a scenario."""
 
     where: str  # "tp4.yaml:12", or the override "--set nic.rate=4"
     key: str  # "nic.rate"; empty when the file as a whole is meant

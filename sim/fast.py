@@ -1,4 +1,4 @@
-"""Ranks without slices: whole batches by what a few of them cost when they were simulated exactly.
+"""Ranks without slices: whole batches, at the costs of a few that were simulated exactly.
 
 For long traces. Two batches of n slices, back to back on an exact rank, give four times: what a submit costs its
 thread, from publication to the last slice (`latency`), how much later the second ends than the first (`occupancy`),
@@ -26,7 +26,7 @@ GRID = 1.15  # ratio of neighbouring numbers of slices that are simulated exactl
 
 
 class BatchCost(NamedTuple):
-    """Times of one batch, ps, and the worker's time spent on it."""
+    """The times of one batch, ps, and the worker's time spent on it."""
 
     submit: int
     latency: int
@@ -95,7 +95,7 @@ def _grid(step: int) -> int:
 
 
 class FastRank:
-    """What `Rank` does, by batch: threads as SimPy processes, the worker as one equation."""
+    """A `Rank` by batch: threads as SimPy processes, the worker as one equation."""
 
     def __init__(self, env: Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int) -> None:
         self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, policy == "leak"
@@ -108,7 +108,7 @@ class FastRank:
             env.process(self._thread())
 
     def figures(self) -> Figures:
-        """What this rank did so far."""
+        """Return the figures of this rank so far."""
         leaked = self.closed_slices if self.leaks else 0
         return Figures(
             busy_ps=self.busy_ps,

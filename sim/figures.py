@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def count(n: int) -> str:
-    """A count in four characters or so."""
+    """Format a count in four characters or so."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.3g}{unit}" if n < 999.5 * size else f"{n / size:,.0f}{unit}"
@@ -12,7 +12,7 @@ def count(n: int) -> str:
 
 
 def figure(value: float, decimals: int = 2) -> str:
-    """A figure in three digits or four, and at most so many decimals: "0.73", "22.1", "571", "1,234", "3.09M"."""
+    """Format a figure in three digits or four, and at most so many decimals: "0.73", "22.1", "571", "3.09M"."""
     if abs(value) >= 9999.5:
         return ("-" if value < 0 else "") + count(round(abs(value)))
     fits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
@@ -21,7 +21,7 @@ def figure(value: float, decimals: int = 2) -> str:
 
 
 def interval(mean: float, half_width: float | None) -> str:
-    """A mean with its interval, in the mean's precision: "378 ±50"."""
+    """Format a mean with its interval, in the mean's precision: "378 ±50"."""
     decimals = 0 if abs(mean) >= 99.95 else 1
     text = figure(mean, decimals)
     if half_width is None:

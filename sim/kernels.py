@@ -28,12 +28,12 @@ KERNELS: tuple[jit.Entry, ...] = (  # those that take longest to compile first
 
 
 def missing() -> list[int]:
-    """Indices of those that have yet to be compiled on this machine."""
+    """Return the indices of kernels that have yet to be compiled on this machine."""
     return [index for index, kernel in enumerate(KERNELS) if kernel.missing()]
 
 
 def compile_all(mapped: Callable[..., Iterable[int]], tell: Callable[[int, int], None]) -> None:
-    """Compile what is missing, one kernel after the other as `mapped` has hands for; `tell(done, all)` each time."""
+    """Compile missing kernels, as many at a time as `mapped` has processes; call `tell(done, all)` after each."""
     wanted = missing()
     for done, _ in enumerate(mapped(_ready, wanted), 1):
         tell(done, len(wanted))

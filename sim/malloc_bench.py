@@ -1,4 +1,4 @@
-"""Times slice objects through malloc and free in a fresh process: `python -m sim.malloc_bench SLICES PAIRS`.
+"""`python -m sim.malloc_bench SLICES PAIRS` times slice objects through malloc and free in a fresh process.
 
 fresh      each of PAIRS threads allocates, nothing is freed
 same       each of PAIRS threads allocates a layer, then frees it itself
@@ -35,7 +35,7 @@ ALLOCATED, FREED = 0, 8  # words of a pair's board: layers done, on a cache line
 
 @kernel
 def allocate_layer(ctl, objects, n):
-    """Make `n` objects; ns."""
+    """Make `n` objects; return ns."""
     start = clock(ctl)
     for i in range(n):
         objects[i] = new_object(ctl)
@@ -44,7 +44,7 @@ def allocate_layer(ctl, objects, n):
 
 @kernel
 def free_layer(ctl, objects, n):
-    """Free `n` objects; ns."""
+    """Free `n` objects; return ns."""
     start = clock(ctl)
     for i in range(n):
         delete_object(ctl, objects[i])
@@ -101,12 +101,12 @@ def run(threads: list[threading.Thread]) -> None:
 
 
 def per_slice(times: np.ndarray, n: int) -> list[float]:
-    """ns per slice of each layer that counts."""
+    """Return ns per slice of each layer that counts."""
     return [round(float(v) / n, 2) for v in times[..., SKIPPED:].ravel()]
 
 
 def measure(n: int, pairs: int, layers: int) -> dict[str, list[float]]:
-    """All three patterns; each on its own objects."""
+    """Measure all three patterns, each on its own objects."""
     state = State(Settings(store=Store.HEAP, slices=256))
     blocks = [Block(state) for _ in range(2 * pairs)]
     found: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What a transformer's KV cache looks like to the wire, and how long a layer of its prefill computes.
+"""Models of transformers: the slices of their KV cache, and how long a layer of their prefill computes.
 
 The dimensions are those of the published model configurations (`config.json` of each model).
 """
@@ -36,7 +36,7 @@ class Transformer(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf
 
     @property
     def buffers(self) -> int:
-        """KV buffers a layer: K and V, or the one latent."""
+        """The KV buffers of a layer: K and V, or the one latent."""
         return 1 if self.latent else 2
 
 
@@ -96,14 +96,14 @@ _ADDED = re.compile(r"^meta-(?=llama)|-(instruct|chat|base|hf|fp8|0324|0528|2507
 
 
 def preset(name: str) -> Transformer | None:
-    """The preset of a model, also as hubs call it: meta-llama/Llama-3.1-70B-Instruct. None when it is not known."""
+    """Return the preset of a model, also by its name on hubs: meta-llama/Llama-3.1-70B-Instruct. None if unknown."""
     plain = _ADDED.sub("", name.rpartition("/")[2].lower())
     plain = re.sub(r"^llama3(?=[.-])", "llama-3", plain) if plain not in PRESETS else plain
     return PRESETS.get(ALIASES.get(plain, plain))
 
 
 def token_bytes(model: Transformer, ranks: int, dtype: DType) -> int:
-    """Bytes of one token in one KV buffer of one layer on one rank.
+    """Return the bytes of one token in one KV buffer of one layer on one rank.
 
     GQA: heads/rank * head_dim * width; a rank has at least one head, so beyond `kv_heads` ranks heads are
     replicated. MLA: latent * width on each rank.
@@ -122,7 +122,7 @@ def token_bytes(model: Transformer, ranks: int, dtype: DType) -> int:
 def _cut(
     model: Transformer, tokens: int, page: int, ranks: int, mean_run: float, dtype: DType, limit: int
 ) -> tuple[int, int]:
-    """(slices, bytes) of one buffer: runs of `mean_run` pages, each sent whole, cut at `limit` bytes."""
+    """Return (slices, bytes) of one buffer: runs of `mean_run` pages, each sent whole, cut at `limit` bytes."""
     pages = math.ceil(tokens / page)
     runs = math.ceil(pages / mean_run)
     buffer_bytes = pages * page * token_bytes(model, ranks, dtype)
@@ -138,7 +138,7 @@ def slices_per_layer(
     dtype: DType = "bf16",
     limit: int = 65536,
 ) -> int:
-    """Slices that one rank sends for one layer of a prompt: `buffers * ceil(ceil(tokens / page) / mean_run)`.
+    """Count the slices that one rank sends for a layer: `buffers * ceil(ceil(tokens / page) / mean_run)`.
 
     Args:
         tokens:   prompt length; whole pages are sent.
@@ -160,13 +160,13 @@ def slice_bytes(
     dtype: DType = "bf16",
     limit: int = 65536,
 ) -> int:
-    """Mean bytes of those slices, rounded up. Exact when `mean_run` is 1 and a page fits into `limit`."""
+    """Return the mean bytes of those slices, rounded up. Exact if `mean_run` is 1 and a page fits into `limit`."""
     slices, buffer_bytes = _cut(model, tokens, page, ranks, mean_run, dtype, limit)
     return math.ceil(buffer_bytes / slices)
 
 
 def layer_time_ps(model: Transformer, computed: int, context: int, ranks: int, flops: int, efficiency: float) -> int:
-    """Picoseconds that one layer of prefill computes: an estimate from floating point operations.
+    """Estimate from floating point operations how long one layer of prefill computes, ps.
 
         matrices:  2 * parameters / layers * computed
         attention: 2 * query_heads * (width of a K head + width of a V head) * pairs

@@ -1,4 +1,4 @@
-"""Ranks whose layers all start from the same rest: each is simulated once, and moved in time.
+"""Layers that all start from the same rest are simulated once, and moved in time.
 
 A rank is at rest when its worker has nothing outstanding, its NIC is idle and nothing is left to free. Whatever a layer
 then does depends on its size and on what its thread keeps in its cache, and on nothing else: so one exact trajectory,
@@ -33,14 +33,14 @@ class Disturbed(Exception):
 
 
 class Size(NamedTuple):
-    """All that tells one layer from another."""
+    """The numbers that tell one layer from another."""
 
     slices: int
     slice_bytes: int
 
 
 class Trajectory(NamedTuple):
-    """What one layer does from rest. Times are ps, counted from its publication but for the first."""
+    """The course of one layer from rest. Times are ps, counted from its publication but for the first."""
 
     submit: int  # the thread's time before publication
     done: int  # last slice arrived
@@ -55,7 +55,7 @@ class Trajectory(NamedTuple):
 
 
 class Trajectories:
-    """Every trajectory of one store and policy, by size and by what the thread's cache holds; simulated when asked for.
+    """The courses of one store and policy, by size and by the thread's cache; each simulated when asked for.
 
     Attributes:
         simulated: slices that were simulated for it, one by one.
@@ -102,7 +102,7 @@ class Trajectories:
         )
 
     def _run(self, rank: Rank, size: Size) -> Layer:
-        """Let the rank do one layer and come to rest."""
+        """Run one layer on the rank, until it is at rest."""
         start = max(rank.env.now, rank.engine.worker.row["now"])
         layer = Layer(0, 0, *size, start, lambda _: None)
         rank.env.process(self._ready(rank, layer))
@@ -115,7 +115,7 @@ class Trajectories:
 
 
 class MovedRank:
-    """What `Rank` does, as long as every layer starts from rest; the first that does not raises `Disturbed`."""
+    """A `Rank` as long as every layer starts from rest; the first layer that does not raises `Disturbed`."""
 
     def __init__(
         self, env: Environment, scenario: Scenario, policy: str, trajectories: Trajectories, wake_ps: int
@@ -132,7 +132,7 @@ class MovedRank:
             env.process(self._thread())
 
     def figures(self) -> Figures:
-        """What this rank did so far."""
+        """Return the figures of this rank so far."""
         in_use = (self.chunks - self.low) * CHUNK_SLICES
         return self.total._replace(high_water_slices=max(self.total.leaked_slices, in_use))
 

@@ -50,7 +50,7 @@ Steps = Generator[simpy.Event, Any, None]
 
 @dataclass
 class Layer:
-    """One layer of one request on one rank, and when what happened to it (ps)."""
+    """One layer of one request on one rank, with the times of its steps (ps)."""
 
     request: int
     layer: int
@@ -64,7 +64,7 @@ class Layer:
 
 
 class Figures(NamedTuple):
-    """What a rank did, besides transferring."""
+    """The figures of a rank beside its transfers."""
 
     busy_ps: int  # worker's time with something to do
     freeing_ps: int  # of that, inside the reclaim policy
@@ -78,7 +78,7 @@ class Figures(NamedTuple):
 
 
 def nics_of(scenario: Scenario) -> list[emulated.Nic]:
-    """The scenario's NICs, one a rail."""
+    """Return the scenario's NICs, one a rail."""
     nic = emulated.Nic(
         bits_per_s=scenario.nic.rate,
         messages_per_s=scenario.nic.message_rate,
@@ -91,7 +91,7 @@ def nics_of(scenario: Scenario) -> list[emulated.Nic]:
 
 
 def settings_of(scenario: Scenario, store: str, policy: str) -> Settings:
-    """The engine settings that the scenario describes."""
+    """Return the engine settings that the scenario describes."""
     return Settings(
         store=Store[store.upper()],
         policy=Policy[policy.upper()],
@@ -148,13 +148,13 @@ class VirtualEngine:
         return int(submit.prepare(caller.ctl, PEER, Opcode.WRITE.value, 0, *operands))
 
     def row(self, handle: int) -> np.ndarray:
-        """The batch row that a handle names; int64[BATCH_WORDS]."""
+        """Return the batch row that a handle names, a record of BATCH."""
         row: np.ndarray = self.state.batch_rows[handle & 0xFFFFFFFF]
         return row
 
     @property
     def counts(self) -> np.ndarray:
-        """int64[KINDS]: work done by all actors."""
+        """The work done by all actors; int64[KINDS]."""
         return sum((b.counters for b in [*self.callers, self.worker, self.reaper]), np.zeros(len(Kind), np.int64))
 
 
@@ -185,11 +185,11 @@ class Rank:
 
     @property
     def filled(self) -> int:
-        """Slices that went through the kernels."""
+        """The slices that went through the kernels."""
         return int(self.engine.counts[Kind.SLICES_FILLED])
 
     def figures(self) -> Figures:
-        """What this rank did so far."""
+        """Return the figures of this rank so far."""
         engine, worker, leaked = self.engine, self.engine.worker, int(self.engine.counts[Kind.SLICES_LEAKED])
         return Figures(
             busy_ps=int(worker.spent.sum()),
@@ -261,12 +261,12 @@ class Rank:
 
     # ------------------------------------------------------------------------------ worker
     def _ring(self) -> None:
-        """The worker has something new to look at: if it sleeps, let it have a turn as soon as its last one is over."""
+        """Give the worker a turn as soon as its last one is over, if it sleeps."""
         if self.asleep:
             self._schedule(max(self.env.now, self.engine.worker.row["now"]))
 
     def _at(self, time: int) -> simpy.Event:
-        """An event at a given time, behind all others of that instant."""
+        """Make an event at a given time, behind all others of that instant."""
         event = simpy.Event(self.env)
         event._ok, event._value = True, None
         self.env.schedule(event, priority=LATE, delay=time - self.env.now)  # type: ignore[arg-type]

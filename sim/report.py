@@ -1,4 +1,4 @@
-"""What a comparison looks like: verdict and table in the terminal, and a folder with result.json, summary and chart."""
+"""The output of a comparison: verdict and table in the terminal, and a folder with result.json, summary and chart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def row(policy: PolicyResult) -> list[str]:
-    """One line of the table, as text."""
+    """Format one line of the table."""
     return [
         policy.name,
         figure(policy.response_ms_mean),
@@ -45,7 +45,7 @@ def row(policy: PolicyResult) -> list[str]:
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """The verdict, what to beware of, the table, and what its columns mean."""
+    """Print the verdict, the warnings, the table, and what its columns mean."""
     console.print(f"[bold]{comparison.verdict}[/bold]", highlight=False)
     for warning in comparison.warnings:
         console.print(f"[yellow]Beware: {warning}.[/yellow]", highlight=False)
@@ -65,7 +65,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
 
 
 def ratio(policy: PolicyResult) -> str:
-    """Response time as a multiple of pool + bulk's, paired by replication, with its interval and p value."""
+    """Format response time as a multiple of pool + bulk's, paired by replication, with its interval and p value."""
     if policy.response_ratio is None:
         return "-"
     if policy.response_ratio_ci95 is None or policy.response_p_value is None:
@@ -75,7 +75,7 @@ def ratio(policy: PolicyResult) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """summary.md."""
+    """Return the text of summary.md."""
     titles = [*(title for title, _ in COLUMNS), "leaked", "response ratio", "replications"]
     lines = [
         f"# {comparison.scenario.name}",
@@ -107,7 +107,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def write(comparison: Comparison, folder: Path, manifest: dict[str, Any]) -> Path:
-    """Write the run's folder; returns it. result.json depends on the question alone, manifest.json on the run."""
+    """Write the run's folder; return it. result.json depends on the question alone, manifest.json on the run."""
     target = folder / comparison.run_name
     target.mkdir(parents=True, exist_ok=True)
     for name, content in (("result.json", comparison.result), ("manifest.json", manifest)):

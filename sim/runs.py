@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What one simulation found. Times are ps."""
+    """The findings of one simulation. Times are ps."""
 
     job: Job
     response: np.ndarray  # int64[requests]
@@ -57,12 +57,12 @@ class Run:
 
     @property
     def response_ms(self) -> float:
-        """Mean response time, ms."""
+        """The mean response time, ms."""
         return float(self.response.mean()) / PS_PER_MS
 
 
 class _Simulation:
-    """One job, with what its ranks are made of."""
+    """One job, with the parts that its ranks are made of."""
 
     def __init__(self, job: Job) -> None:
         self.scenario = job.scenario
@@ -75,21 +75,21 @@ class _Simulation:
         self.simulated = 0
 
     def exact(self, ranks: int | None) -> tuple[Cluster, Outcome]:
-        """Slice by slice."""
+        """Simulate slice by slice."""
         what = self.scenario, self.store, self.policy, self.price, self.wake_ps
         done = self._run(lambda env, next_ready: Rank(env, *what, next_ready), ranks)
         self.simulated += sum(rank.filled for rank in done[0].each if isinstance(rank, Rank))
         return done
 
     def fast(self) -> tuple[Cluster, Outcome]:
-        """Batch by batch, see `fast.py`."""
+        """Simulate batch by batch, see `fast.py`."""
         costs = BatchCosts(self.scenario, self.store, self.policy, self.price)
         done = self._run(lambda env, _: FastRank(env, self.scenario, self.policy, costs, self.wake_ps), 1)
         self.simulated += costs.simulated
         return done
 
     def moved(self) -> tuple[Cluster, Outcome]:
-        """Layer by layer, see `moved.py`. Raises Disturbed."""
+        """Simulate layer by layer, see `moved.py`. Raises Disturbed."""
         known = Trajectories(self.scenario, self.store, self.policy, self.price, self.wake_ps)
         try:
             return self._run(lambda env, _: MovedRank(env, self.scenario, self.policy, known, self.wake_ps), 1)
@@ -97,7 +97,7 @@ class _Simulation:
             self.simulated += known.simulated
 
     def quickest(self) -> tuple[Cluster, Outcome]:
-        """Whichever applies."""
+        """Simulate in the quickest way that applies."""
         if self.scenario.mode == "fast":
             return self.fast()
         try:
@@ -129,7 +129,7 @@ def simulate(job: Job, *, in_full: bool = False) -> Run:
 
 # ------------------------------------------------------------------------------ how many
 class Plan:
-    """Which simulations a comparison takes.
+    """The simulations that a comparison takes.
 
     `leak` on the pool, and on each store, is among them, asked for or not, and has as many replications as any pair,
     since the others are compared with it. Where the scenario leaves the number open, each pair gets as many as it takes
@@ -147,11 +147,11 @@ class Plan:
         return [pair for pair in PAIRS if pair in needed]
 
     def add(self, run: Run) -> None:
-        """Take in what a simulation found; those of one pair in order."""
+        """Add the findings of a simulation; those of one pair in order."""
         self.runs[run.job.pair].append(run)
 
     def jobs(self) -> list[Job]:
-        """What to simulate next, when all before has been added; empty when that is enough."""
+        """Return the simulations to run next, when all before have been added; none when they are enough."""
         counts = {pair: self._count(pair) for pair in self.runs}
         most = max(counts.values())
         for pair in self.runs:
@@ -167,7 +167,7 @@ class Plan:
         return found
 
     def _count(self, pair: str) -> int:
-        """Replications a pair needs, as far as can be told by now."""
+        """Return the replications that a pair needs, as far as can be told by now."""
         runs, asked = self.runs[pair], self.scenario.replications
         if asked is not None:
             return asked
@@ -183,12 +183,12 @@ class Plan:
 
 
 def leak_of(pair: str) -> str:
-    """`leak` on the same store."""
+    """Return the pair of `leak` on the same store."""
     return f"{pair.split('/')[0]}/leak"
 
 
 def added_ms(runs: Sequence[Run], base: Sequence[Run]) -> list[float]:
-    """What each replication adds to the response time of the same requests in `base`, which has as many or more."""
+    """Return what each replication adds to the response time of the same requests in `base`, which has as many."""
     return [
         float((run.response - other.response).mean()) / PS_PER_MS
         for run, other in zip(runs, base[: len(runs)], strict=True)
@@ -197,7 +197,7 @@ def added_ms(runs: Sequence[Run], base: Sequence[Run]) -> list[float]:
 
 @contextmanager
 def side_by_side(processes: int | None = None) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` that works in so many processes; by default in one a core. An interrupt ends them at once, in silence."""
+    """Yield a `map` that works in so many processes, by default one a core. An interrupt ends them at once."""
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1:
         yield map
@@ -209,7 +209,7 @@ def side_by_side(processes: int | None = None) -> Iterator[Callable[..., Iterato
 
 
 def _results(futures: list[Future[Any]]) -> Iterator[Any]:
-    """What was submitted to a pool, in order."""
+    """Yield the results of what was submitted to a pool, in order."""
     try:
         for future in futures:
             yield future.result()
@@ -229,7 +229,7 @@ def _results(futures: list[Future[Any]]) -> Iterator[Any]:
 
 
 def run_all(plan: Plan, mapped: Callable[..., Iterator[Any]] = map) -> Iterator[Run]:
-    """Simulate what a plan takes, and yield the runs in order. `mapped`: such as `side_by_side` gives."""
+    """Simulate a plan, and yield the runs in order. `mapped`: such as `side_by_side` gives."""
     while jobs := plan.jobs():
         for run in mapped(simulate, jobs):
             plan.add(run)

@@ -11,18 +11,18 @@ _HERE = Path(__file__).resolve().parent
 
 
 def folder() -> Path:
-    """Where they are: beside this file in an installation, at the top of a checkout."""
+    """Return the folder of scenarios: beside this file in an installation, at the top of a checkout."""
     installed = _HERE / "configs"
     return installed if installed.is_dir() else _HERE.parent / "configs"
 
 
 def names() -> list[str]:
-    """What they are called."""
+    """Return the names of the scenarios."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(asked: str) -> Path:
-    """The file of a scenario: one that comes with the simulator by its name, any other by its path.
+    """Return the file of a scenario: of one that comes with the simulator by its name, of any other by its path.
 
     Raises: UsageError for a name that is neither.
     """

@@ -1,4 +1,4 @@
-"""What may be said from a handful of replications, and how surely.
+"""Statistics of a handful of replications, and how sure they are.
 
 Replications of two policies share their random streams, so they are compared pair by pair: the arrivals, the
 jitter and most of the noise cancel. Compared are log ratios, for "twice as slow" means the same at any load.
@@ -35,7 +35,7 @@ class Ratio(NamedTuple):
 
 
 def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Mean:
-    """Mean with its Student-t half width, `t(n - 1) * s / sqrt(n)`. Source: Student, Biometrika 6, 1908.
+    """Return the mean and its Student-t half width, `t(n - 1) * s / sqrt(n)`. Source: Student, Biometrika 6, 1908.
 
     Raises: UsageError if `samples` is empty.
     """
@@ -46,7 +46,7 @@ def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Mean:
 
 
 def samples_needed(samples: Sequence[float], half_width: float, confidence: float = 0.95) -> int:
-    """How many samples that vary like these it takes for an interval of this half width; at least as many as there are.
+    """Return how many samples that vary like these give an interval of this half width; at least those there are.
 
     Raises: UsageError for less than two samples, or a half width of 0.
     """
@@ -60,7 +60,7 @@ def samples_needed(samples: Sequence[float], half_width: float, confidence: floa
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """How many times as large `a` is as `b`, from the mean of `log(a[i] / b[i])` and its interval.
+    """Return how many times as large `a` is as `b`, from the mean of `log(a[i] / b[i])` and its interval.
 
     Raises: UsageError unless both have the same number of samples, at least one, all above zero.
     """
@@ -71,7 +71,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.9
 
 
 def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """Chance of such a mean log ratio, or one further from zero, if `a` and `b` were alike (paired t test).
+    """Return the chance of such a mean log ratio, or one further from zero, if both were alike (paired t test).
 
     1.0 for a single pair, which can show nothing.
     Raises: UsageError as `paired_ratio` does.
@@ -84,7 +84,7 @@ def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for having made so many comparisons, in the order given; compare each with 0.05.
+    """Correct p values for having made so many comparisons, in the order given; compare each with 0.05.
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scand. J. of Statistics 6, 1979.
     """
@@ -97,7 +97,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def percentile(samples: Sequence[float] | npt.NDArray[np.int64 | np.float64], percent: float) -> float:
-    """The smallest sample that at least `percent` % of the samples do not exceed (nearest rank).
+    """Return the smallest sample that at least `percent` % of the samples do not exceed (nearest rank).
 
     Always a value that was observed, never one between two. `percent` runs from 0 (least) to 100 (largest).
     Source: Hyndman and Fan, Sample Quantiles in Statistical Packages, 1996, definition 1.
@@ -109,7 +109,7 @@ def percentile(samples: Sequence[float] | npt.NDArray[np.int64 | np.float64], pe
 
 
 def _mean_and_error(samples: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; None for the error of one sample."""
+    """Return the mean and its standard error; None for the error of one sample."""
     if not len(samples):
         raise UsageError("expected at least one sample, came none")
     mean = float(np.mean(samples))

@@ -1,4 +1,4 @@
-"""Every chance of a simulation, one independent stream for each thing that has chance in it."""
+"""Every chance of a simulation comes from an independent stream, one for each thing that has chance in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def stream(seed: int, entity: str, purpose: str) -> np.random.Generator:
-    """The generator of `purpose` ("jitter") of `entity` ("request/7") under `seed`; the same on each call.
+    """Return the generator of `purpose` ("jitter") of `entity` ("request/7") under `seed`; the same on each call.
 
     The Philox key is a hash of all three, so a stream depends on nothing else: not on the order in which
     streams are made, not on how much others draw, not on PYTHONHASHSEED. That keeps the arrivals where they

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar at a terminal, a line now and then elsewhere."""
+"""Progress of a long command: a bar at a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINES = 5
 
 
 class Told:
-    """Says on stderr how far each activity is; nothing when `quiet`."""
+    """A reporter on stderr of how far each activity is; silent when `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -31,7 +31,7 @@ class Told:
         self._progress.stop()
 
     def say(self, activity: str, done: int, of: int, detail: str = "") -> None:
-        """`done` of `of` steps are done; `of` may grow."""
+        """Report that `done` of `of` steps are done; `of` may grow."""
         if activity != self._activity:
             self._activity, self._said = activity, -1.0
         if self._bar:

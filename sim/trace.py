@@ -44,12 +44,12 @@ class Trace:
 
     @property
     def requests(self) -> int:
-        """Number of requests."""
+        """The number of requests."""
         return len(self.timestamp_ms)
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Read a whole trace. O(bytes), a tenth of a second for 12,000 requests.
+    """Read a whole trace: a tenth of a second for 12,000 requests.
 
     Raises: TraceError with file, line, field, what was expected and what came, at the first malformed line.
     """
@@ -65,7 +65,7 @@ def read_trace(path: str | Path) -> Trace:
 
 
 class _Reader:
-    """Columns growing line by line."""
+    """The columns of a trace, which grow line by line."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -107,12 +107,13 @@ class _Reader:
         return ids
 
     def trace(self, sha256: str) -> Trace:
+        """Return the trace of all lines."""
         columns = (self.timestamp_ms, self.input_length, self.output_length, self.offsets, self.hash_ids)
         return Trace(self.file, sha256, *(np.array(column, dtype=np.int64) for column in columns))
 
 
 def bucket_width_ms(trace: Trace) -> int:
-    """Width of the buckets that the time stamps were rounded to, in ms; 0 if they were not.
+    """Return the width of the buckets that the time stamps were rounded to, in ms; 0 if they were not.
 
     The published conversation trace has 12,031 requests on 1,180 stamps about 3,000 ms apart. Replayed as
     given, its bursts make the mean wait 2 to 8 times too long. The rule: at least 10 distinct stamps, two or
@@ -128,7 +129,7 @@ def bucket_width_ms(trace: Trace) -> int:
 
 
 def spread(timestamp_ms: Int64Array, width_ms: int, chance: np.random.Generator) -> Int64Array:
-    """Arrival times in picoseconds after the first stamp, uniform inside each bucket; int64[n], ascending.
+    """Spread arrivals evenly inside each bucket; return picoseconds after the first stamp, int64[n], ascending.
 
     One draw a request, then sorted, so that requests keep their order. A width of 0 spreads nothing.
     """
@@ -137,7 +138,7 @@ def spread(timestamp_ms: Int64Array, width_ms: int, chance: np.random.Generator)
 
 
 def uncached_tokens(trace: Trace) -> Int64Array:
-    """Input tokens of each request that an infinite prefix cache does not have; int64[n].
+    """Count the input tokens of each request that an infinite prefix cache does not have; int64[n].
 
     A block is found if all before it in the request are, and an earlier request had it. The cache starts
     empty and sees the whole trace in order. Of the conversation trace's tokens it has 37.4 %.

@@ -38,7 +38,7 @@ class Dimension(NamedTuple):
     units: dict[str, int]  # base units in one of each, smallest unit first
 
     def parse(self, value: object) -> int:
-        """The quantity as an integer of the base unit.
+        """Read a quantity as an integer of the base unit.
 
         Raises: UsageError for anything but a string of a decimal number and a known unit, for a quantity that
         is not a whole number of base units, and for one outside `least` to `most`.
@@ -57,7 +57,7 @@ class Dimension(NamedTuple):
         return int(exact)
 
     def _scale(self, unit: str) -> int | None:
-        """Base units in one of a unit, which may be all in small or all in capital letters: 200gbps, 64kib.
+        """Return the base units in one of a unit, which may be all in small or capital letters: 200gbps, 64kib.
 
         Mixed cases stand as they are written: in Mb the b is a bit.
         """
@@ -66,7 +66,7 @@ class Dimension(NamedTuple):
         return next((scale for name, scale in self.units.items() if name.lower() == unit.lower()), None)
 
     def spell(self, value: int) -> str:
-        """The shortest exact spelling of a value that `parse` returned; `parse(spell(value)) == value`."""
+        """Return the shortest exact spelling of a value that `parse` returned; `parse(spell(value)) == value`."""
         exact = (f"{value // scale}{unit}" for unit, scale in self.units.items() if value % scale == 0)
         return min(exact, key=len)
 
@@ -109,7 +109,7 @@ _TOKENS = {"k": 1 << 10, "m": 1 << 20}
 
 
 def parse_tokens(value: object) -> object:
-    """A number of tokens as context lengths are written: 8k is 8,192, 1M is 1,048,576; else left as it is."""
+    """Read a number of tokens as context lengths are written: 8k is 8,192, 1M is 1,048,576; leave others."""
     match = re.fullmatch(r"([0-9]{1,9})([kKmM]?)", value, re.ASCII) if isinstance(value, str) else None
     return value if match is None else int(match[1]) * _TOKENS.get(match[2].lower(), 1)
 
@@ -123,7 +123,7 @@ FlopRate = Annotated[int, BeforeValidator(FLOP_RATE.parse), PlainSerializer(FLOP
 
 
 def format_duration(ps: float) -> str:
-    """For people: three digits and the largest unit not above the value, such as "1.50 us" or "-240 ms"."""
+    """Format a duration for people: three digits and the largest unit not above it: "1.50 us", "-240 ms"."""
     for unit, scale in reversed(DURATION.units.items()):
         if abs(ps) >= scale:
             value = ps / scale

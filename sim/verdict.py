@@ -1,4 +1,4 @@
-"""What a comparison comes to: which placement to choose, why the worst is the worst, and what is about to run out.
+"""The verdict of a comparison: which placement to choose, why the worst is the worst, and what is about to run out.
 
 A layer passes four stages, and each is a mechanism of its own. Those that take longer than the next layer is computed
 in fall behind; what comes before the last layer's arrival delays a response even where nothing does.
@@ -31,7 +31,7 @@ FULL = 0.9  # of a stage's time, or of the pool
 
 @dataclass(frozen=True)
 class Stages:
-    """What one layer of one rank takes of each stage under a pair, ms, beside what there is until the next one."""
+    """The time of each stage for one layer of one rank under a pair, ms, beside that until the next layer."""
 
     compute: float  # of the next layer
     submit: float  # caller: allocate and fill
@@ -43,7 +43,7 @@ class Stages:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the time a layer is computed in; that of the callers only where they do not wait for the others."""
+        """The share of each stage in a layer's compute time; the callers' only where they do not wait for others."""
         found = {"worker": self.worker / self.compute, "wire": self.wire / self.compute}
         if max(found.values()) < FULL:
             found["callers"] = self.caller / self.compute
@@ -51,7 +51,7 @@ class Stages:
 
 
 def stages(scenario: Scenario, workload: Workload, policy: PolicyResult) -> Stages:
-    """The stages of a mean layer, from what the pair was found to take."""
+    """Return the stages of a mean layer, from the pair's figures."""
     requests = workload.requests
     slices = float(np.mean([request.slices for request in requests]))
     nic = nics_of(scenario)[0]
@@ -70,7 +70,7 @@ def stages(scenario: Scenario, workload: Workload, policy: PolicyResult) -> Stag
 
 
 def verdict(scenario: Scenario, workload: Workload, policies: Sequence[PolicyResult]) -> str:
-    """Which placement to choose, which hurts most, and by which mechanism."""
+    """Say which placement to choose, which hurts most, and by which mechanism."""
     freeing = [p for p in policies if p.policy != "leak"]
     if not freeing:
         return "Only leaking engines were compared: each runs out of memory in the end."
@@ -93,7 +93,7 @@ def _interval(policy: PolicyResult) -> str:
 
 
 def mechanism(scenario: Scenario, worst: Stages, best: Stages) -> str:
-    """Why a placement adds what it adds, from its own figures. What the wire takes is no reason: all have the same."""
+    """Explain by a placement's own figures what it adds. The wire's time is no reason: all have the same."""
     if worst.worker > max(worst.compute, worst.wire):
         share = worst.freeing / worst.worker
         return (
@@ -116,7 +116,7 @@ def mechanism(scenario: Scenario, worst: Stages, best: Stages) -> str:
 
 
 def warnings(scenario: Scenario, workload: Workload, policies: Sequence[PolicyResult]) -> list[str]:
-    """What is saturated, or about to run out, and under which pairs."""
+    """Yield what is saturated, or about to run out, and under which pairs."""
     pool, found = scenario.engine.pool_slices, []
     leaking = [p.name for p in policies if p.policy == "leak" and p.leaked_slices // workload.ranks >= pool]
     if leaking:

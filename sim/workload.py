@@ -1,4 +1,4 @@
-"""What a scenario asks for, in numbers: when requests arrive, what they send, how long their layers compute.
+"""The workload of a scenario in numbers: when requests arrive, what they send, how long their layers compute.
 
 All chance is drawn here, from streams of (seed, entity, purpose), before any policy is simulated. So every
 policy of a replication gets the same requests at the same picosecond.
@@ -57,12 +57,12 @@ class Workload:
 
     @property
     def total_slices(self) -> int:
-        """Slices of all requests, layers and ranks."""
+        """The slices of all requests, layers and ranks."""
         return self.layers * self.ranks * sum(request.slices for request in self.requests)
 
     @property
     def compute_ps(self) -> int:
-        """Time that all layers of all requests compute, one after the other."""
+        """The time that all layers of all requests compute, one after the other."""
         return sum(int(request.layer_ps.sum()) for request in self.requests)
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class Workload:
 
 
 def build_workload(scenario: config.Scenario, seed: int) -> Workload:
-    """The requests of one replication: the same for the same scenario and seed, whatever the policy.
+    """Build the requests of one replication: the same for the same scenario and seed, whatever the policy.
 
     Raises: TraceError for a malformed trace; UsageError for a request that could never be served, because a
     layer of it has more slices than the engine's pool or its prompt more pages than the decode side.
@@ -91,7 +91,7 @@ def build_workload(scenario: config.Scenario, seed: int) -> Workload:
 
 
 class _Prompts(NamedTuple):
-    """Row i is request i."""
+    """The requests of a workload as columns; row i is request i."""
 
     arrival_ps: Int64Array  # int64[n]  ascending
     tokens: Int64Array  # int64[n]
@@ -101,7 +101,7 @@ class _Prompts(NamedTuple):
 
 
 def _of_shape(scenario: config.Scenario, shape: config.Shape, seed: int) -> Workload:
-    """Every request alike. Tokens and pages are those of page 1 with K and V apart: two slices a token."""
+    """Make requests that are all alike. Tokens and pages are those of page 1 with K and V apart: two slices a token."""
     tokens = math.ceil(shape.slices / 2)
     layer_time = scenario.prefill.layer_time or 0
     requests = [
@@ -123,7 +123,7 @@ def _of_shape(scenario: config.Scenario, shape: config.Shape, seed: int) -> Work
 def _of_prompts(
     scenario: config.Scenario, cache: config.Model | config.Trace, prompts: _Prompts, seed: int
 ) -> Workload:
-    """Prompts on a model: token counts become slices, pages and compute time."""
+    """Make requests of prompts on a model: token counts become slices, pages and compute time."""
     model, prefill = cache.model, scenario.prefill
     layout = (cache.page, cache.ranks, cache.mean_run, cache.dtype, scenario.engine.slice_bytes)
     requests = []
@@ -148,7 +148,7 @@ def _of_prompts(
 
 
 def _model_prompts(asked: config.Model, seed: int) -> _Prompts:
-    """Prompts of one length."""
+    """Make prompts of one length."""
     computed = max(1, asked.tokens - round(asked.cached * asked.tokens))
     arrival = _arrivals(asked.arrival, asked.requests, seed)
     same = np.full_like
@@ -158,7 +158,7 @@ def _model_prompts(asked: config.Model, seed: int) -> _Prompts:
 
 
 def _trace_prompts(asked: config.Trace, seed: int) -> _Prompts:
-    """Requests `start` to `start + limit` of the trace; time zero is when the first of them arrives.
+    """Take requests `start` to `start + limit` of the trace; time zero is when the first of them arrives.
 
     Buckets are detected, and prefixes remembered, over the whole trace: what came before `start` has filled
     the cache.
@@ -191,7 +191,7 @@ def _trace_prompts(asked: config.Trace, seed: int) -> _Prompts:
 
 
 def _arrivals(arrival: config.Arrival, requests: int, seed: int) -> Int64Array:
-    """Arrival times in picoseconds, ascending; int64[requests]. One more request moves none of the others."""
+    """Return arrival times in picoseconds, ascending; int64[requests]. One more request moves none of the others."""
     if requests * arrival.every > _ARRIVALS_PS_MAX:
         longest = format_duration(_ARRIVALS_PS_MAX)
         raise UsageError(
@@ -205,7 +205,7 @@ def _arrivals(arrival: config.Arrival, requests: int, seed: int) -> Int64Array:
 
 
 def _jittered(layer_time: int, layers: int, variation: float, seed: int, index: int) -> Int64Array:
-    """Picoseconds each layer computes, int64[layers]: lognormal of that mean and coefficient of variation."""
+    """Draw the picoseconds each layer computes, int64[layers]: lognormal of that mean and coefficient of variation."""
     variance = math.log1p(variation**2)
     draws = stream(seed, f"request/{index}", "jitter").standard_normal(layers)
     factors: npt.NDArray[np.float64] = np.exp(math.sqrt(variance) * draws - variance / 2)

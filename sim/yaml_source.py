@@ -67,7 +67,7 @@ def read_yaml(text: bytes | str, locate: Callable[[int], str]) -> Source:
 
 
 def _plain(node: yaml.Node, key: str, where: dict[str, str], seen: set[int], locate: Callable[[int], str]) -> object:
-    """The node as dicts, lists and scalars; notes the place of each key on the way."""
+    """Return the node as dicts, lists and scalars; note the place of each key on the way."""
 
     def refuse(expected: str, what: str, key: str = key, node: yaml.Node = node) -> ConfigError:
         place = locate(node.start_mark.line + 1)

@@ -1,4 +1,4 @@
-"""`mooncache bench beside`: what small writes cost their caller while their worker moves a stream.
+"""`mooncache bench beside` measures what small writes cost their caller while their worker moves a stream.
 
     near   main thread   [ write 1 | write 2 | write 4 ... blocks, each waited for ]   what is timed is `write` alone
            thread        [ sleep 1 ms ][ sleep 1 ms ] ...                              how late it is: who has the GIL?
@@ -40,7 +40,7 @@ OPERATIONS, MOST_OPERATIONS = 3000, 100_000
 
 
 class Sides:
-    """The two processes, and what they have measured."""
+    """The two processes of a run, and the calls that make a round of them."""
 
     def __init__(self, stack: ExitStack, provider: str) -> None:
         self.near, self.far = (stack.enter_context(Process("mooncache.bench.ends.beside")) for _ in range(2))
@@ -52,7 +52,7 @@ class Sides:
         self.far.ask(do="connect", there=own)
 
     def round(self, calls: int, seed: int, *, beside: bool) -> dict[str, Any]:
-        """One round; raises FingerprintError unless all bytes arrived, and the stream moved all the while."""
+        """Run one round. Raises FingerprintError unless all bytes arrived and the stream moved all the while."""
         if beside:
             self.sender.ask(do="fill_stream", seed=seed)
             self.sender.ask(do="stream")
@@ -65,7 +65,7 @@ class Sides:
 
 
 def measure(provider: str, operations: int, seeds: count[int], bar: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A provider's rows, and how late its sleeps were."""
+    """Measure one provider; return its rows, and how late its sleeps ended."""
     each = -(-operations // ROUNDS)
     with ExitStack() as stack:
         sides = Sides(stack, provider)
@@ -112,7 +112,7 @@ def measure(provider: str, operations: int, seeds: count[int], bar: Any) -> tupl
 
 
 def run(providers: Sequence[str], operations: int) -> dict[str, Any]:
-    """Measure each provider; the report that `--json` prints."""
+    """Measure each provider; return the report that `--json` prints."""
     if jit.cold():
         jit.prewarm()
     rows, sleeps, seeds = [], [], count(SEED)
@@ -125,7 +125,7 @@ def run(providers: Sequence[str], operations: int) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     figures = "call\np50 µs", "call\np99 µs", "of the\nlargest's", "quiet\np50 µs", "quiet\np99 µs"
     rows = [
         [
@@ -151,5 +151,5 @@ def command(
     ),
     json: bool = JSON,
 ) -> None:
-    """How long the call of a small write takes beside a stream that keeps the worker busy."""
+    """Measure how long the call of a small write takes beside a stream that keeps the worker busy."""
     answer(run(names(provider), operations), json, show)

@@ -1,4 +1,4 @@
-"""`mooncache bench finality`: transfers that end early, at random moments; does anything land in pages called safe?
+"""`mooncache bench finality` ends transfers early, at random moments: does anything land in pages called safe?
 
     initiator   writes all its pages    [..........]   is cancelled, closed, late, stopped or killed somewhere in there
     target      lies there, is stopped, or fences [..........]
@@ -47,7 +47,7 @@ END = "mooncache.bench.ends.finality"
 
 
 class Fight:
-    """Two processes, and what was seen so far."""
+    """Two processes, and what was seen of them so far."""
 
     def __init__(self, provider: str, seed: int) -> None:
         self.provider, self.nbytes = provider, NBYTES[provider]
@@ -70,7 +70,7 @@ class Fight:
         self._open_initiator()
 
     def _open_initiator(self) -> None:
-        """With one transfer that arrives: else the cases would prove nothing."""
+        """Open the initiator, and let one transfer arrive: else the cases would prove nothing."""
         self.here = self.initiator.ask(do="open", provider=self.provider, nbytes=self.nbytes)
         self._write()
         self._hear("wait")
@@ -78,7 +78,7 @@ class Fight:
         self.target.ask(do="fill", value=CANARY)
 
     def case(self) -> None:
-        """One case, from a quiet moment to the next."""
+        """Run one case, from a quiet moment to the next."""
         names = list(self.kinds)
         kind = names[int(self.chance.choice(len(names), p=[weight for weight, _ in self.kinds.values()]))]
         self.seen[kind] += 1
@@ -145,14 +145,14 @@ class Fight:
         time.sleep(float(self.chance.uniform(0, MOMENT_S)))
 
     def _fenced(self, peer: str) -> bool:
-        """Whether the target could say that its pages are safe; it has used them again then."""
+        """Fence the peer at the target; return whether it could say that its pages are safe, and then reuses them."""
         said = self.target.ask(do="fence", peer=self.here["name"])
         self.fences[peer].append(said["seconds"])
         self.refused += "refused" in said
         return "refused" not in said
 
     def _hear(self, how: str, safe: bool = True) -> None:
-        """The initiator learns how its batch ended, and waits until that is final at both ends."""
+        """Wait until the initiator's batch has ended and is final at both ends."""
         self.outcomes[self.initiator.ask(do="end", how=how)["outcome"]] += 1
         expect("a batch to be quiesced at", self.initiator.ask(do="settle"), "BOTH")
         if not safe:
@@ -160,7 +160,7 @@ class Fight:
 
 
 def measure(provider: str, cases: int, step: Callable[[], None]) -> dict[str, Any]:
-    """All cases of one provider; its row of the report."""
+    """Run all cases of one provider; return its row of the report."""
     fight = Fight(provider, SEED)
     try:
         for _ in range(cases):
@@ -184,14 +184,14 @@ def measure(provider: str, cases: int, step: Callable[[], None]) -> dict[str, An
 
 
 def run(providers: Sequence[str], cases: int) -> dict[str, Any]:
-    """Try every provider; the report that `--json` prints."""
+    """Try every provider; return the report that `--json` prints."""
     with progress("finality", cases * len(providers)) as bar:
         results = [measure(name, cases, bar) for name in providers]
     return {"bench": "finality", "results": results, "seed": SEED, "provenance": provenance()}
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = (
         "provider",
         "cases",
@@ -222,7 +222,8 @@ def command(
     cases: int = typer.Option(CASES, min=1, max=MOST_CASES, help="Transfers that end early, of each provider."),
     json: bool = JSON,
 ) -> None:
-    """Cancel, close, let time out, stop, kill and fence in the middle of transfers: does anything land afterwards?
+    """Cancel, close, let time out, stop, kill and fence in the middle of transfers, and count bytes that land
+    afterwards.
 
     Exit status 1 if any byte does.
     """

@@ -1,4 +1,4 @@
-"""`mooncache bench gil`: does a busy Python thread slow a running transfer, or the calls that feed it?
+"""`mooncache bench gil` measures whether a busy Python thread slows a running transfer, or the calls that feed it.
 
     lanes   [ batch 0 ][ batch 1 ] ... [ batch 7 ]    all in flight; the oldest is waited for and sent again
 
@@ -48,7 +48,7 @@ NS_PER_S = 10**9
 
 @contextmanager
 def busy_thread(wanted: bool) -> Iterator[None]:
-    """A thread that runs Python and nothing else, meanwhile, if wanted."""
+    """Run a thread that executes Python and nothing else, meanwhile, if wanted."""
     stop = threading.Event()
 
     def count() -> None:
@@ -69,7 +69,7 @@ def busy_thread(wanted: bool) -> Iterator[None]:
 
 
 class Round(NamedTuple):
-    """What was seen in one round."""
+    """The figures of one round."""
 
     sent_bytes: int
     elapsed_ns: int
@@ -103,7 +103,7 @@ class Transfer:
         self.traffic.source_buffer.view(np.int64)[:] = np.arange(self.traffic.source_buffer.size // WORD) ^ number << 32
 
     def verify(self) -> None:
-        """Compare every byte that was sent in this round with what lies at the target."""
+        """Compare every byte that was sent in this round with the bytes at the target."""
         blocks = [
             buffer.reshape(-1, SLICE_BYTES)[(addresses - buffer.ctypes.data) // SLICE_BYTES]
             for buffer, addresses in (
@@ -116,14 +116,14 @@ class Transfer:
             raise FingerprintError(f"expected {LANES * SLICES} slices to arrive unchanged, {wrong} did not")
 
     def submit(self, lane: int) -> tuple[Batch, int]:
-        """Send a lane; returns its batch and how long the call took, ns."""
+        """Send a lane; return its batch and how long the call took, ns."""
         source, target = self.traffic.source[self.lanes[lane]], self.traffic.target[self.lanes[lane]]
         begin = perf_counter_ns()
         batch = self.engine.write(self.sink, source, target, SLICE_BYTES)
         return batch, perf_counter_ns() - begin
 
     def round(self, seconds: float) -> Round:
-        """Keep all lanes in flight for a while."""
+        """Keep all lanes in flight for a while; return the figures."""
         submits: list[int] = []
         sent, taken = 0, taken_ns(self.engine)
         begin = perf_counter_ns()
@@ -143,7 +143,7 @@ class Transfer:
 
 
 def run(seconds: float) -> dict[str, Any]:
-    """Measure alone and beside a busy thread in turn; the report that `--json` prints."""
+    """Measure alone and beside a busy thread in turn; return the report that `--json` prints."""
     rounds = max(1, round(seconds / ROUND_S / 2))
     seen: dict[bool, list[Round]] = {False: [], True: []}
     with (
@@ -184,7 +184,7 @@ def run(seconds: float) -> dict[str, Any]:
 
 
 def figures(rounds: list[Round]) -> dict[str, Any]:
-    """What one way of running gave: medians over rounds, quantiles over submits."""
+    """Summarise one way of running: medians over rounds, quantiles over submits."""
     submits = [ns for one in rounds for ns in one.submits_ns]
     return {
         "gb_per_s": round(median([one.gb_per_s for one in rounds]), 3),
@@ -198,7 +198,7 @@ def figures(rounds: list[Round]) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     rows: list[list[Any]] = [
         [name, *(report[key][column] for column in ("gb_per_s", "core_taken_share", "submit_us_p50", "submit_us_p99"))]
         for name, key in (("alone", "alone"), ("beside a busy Python thread", "beside_busy_thread"))
@@ -217,7 +217,7 @@ def command(
     seconds: float = typer.Option(10.0, min=0.1, help="How long to measure, both ways together."),
     json: bool = JSON,
 ) -> None:
-    """A running transfer and its submits, without and with a busy Python thread beside them.
+    """Measure a running transfer and its submits, without and with a busy Python thread beside them.
 
     Python threads run on one core and the worker on another, if there are two: it is the GIL that is measured.
     """

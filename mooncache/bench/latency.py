@@ -1,4 +1,4 @@
-"""`mooncache bench latency`: one small operation at a time, waited for, against a ping-pong over plain sockets.
+"""`mooncache bench latency` times one small operation at a time, waited for, against a ping-pong over plain sockets.
 
     wire       [ write 8 bytes, wait ][ write 8 bytes, wait ] ...       each op takes the next of 64 blocks in turn
     reference  [ sendall, recv(1)    ][ sendall, recv(1)    ] ...       the same blocks, between two plain programs
@@ -38,14 +38,14 @@ REFERENCE = "plain socket"
 
 
 def two_cores() -> tuple[int, int]:
-    """Two cores of this process, if there is a choice not hardware threads of one; with a single one twice that."""
+    """Return two cores of this process, not hardware threads of one if there is a choice; a single one twice."""
     first, *others = sorted(os.sched_getaffinity(0))
     siblings = siblings_of(first)
     return first, ([core for core in others if core not in siblings] or others or [first])[0]
 
 
 def measure(case: Case, crew: Crew, operations: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """Measure one case; its row of the report. A wire within one process has its reference in two others."""
+    """Measure one case; return its row of the report. A wire within one process has its reference in two others."""
     wire = Trial(case, crew, REFERENCE)
     plain = Trial(replace(case, provider="", transport="tcp"), crew, REFERENCE) if case.provider == "loopback" else wire
     each, cores = -(-operations // ROUNDS), two_cores()
@@ -76,7 +76,7 @@ def measure(case: Case, crew: Crew, operations: int, seeds: Iterator[int]) -> di
 
 
 def run(providers: Sequence[str], ops: Sequence[str], blocks: Sequence[str], operations: int) -> dict[str, Any]:
-    """Measure every combination; the report that `--json` prints."""
+    """Measure every combination; return the report that `--json` prints."""
     chosen = [
         Case(provider, "" if provider == "auto" else provider, op, 1, 1, PLACES, size, 1)
         for provider, op, size in product(providers, ops, dict.fromkeys(map(size_of, blocks)))
@@ -91,7 +91,7 @@ def run(providers: Sequence[str], ops: Sequence[str], blocks: Sequence[str], ope
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = ("provider", "op", "block", "p50\nµs", "p99\nµs", "socket\np50 µs", "socket\np99 µs", "ratio\nof p50")
     rows = [
         [
@@ -120,5 +120,5 @@ def command(
     ),
     json: bool = JSON,
 ) -> None:
-    """One small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
+    """Time one small operation at a time, waited for, against a ping-pong over plain Python sockets in the same run."""
     answer(run(names(provider), names(op), block, operations), json, show)

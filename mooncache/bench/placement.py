@@ -1,4 +1,4 @@
-"""`mooncache bench placement`: the incident, really run: how much worker time goes into freeing slices?
+"""`mooncache bench placement` runs the incident for real: how much worker time goes into freeing slices?
 
 Each rank is an engine, its peer and a Python thread of its own, which sends layer after layer over an
 emulated 400 Gb/s NIC with few layers in flight, as a layer-wise prefill does. Who frees shows in the engines'
@@ -43,7 +43,7 @@ FIELDS = ("seconds", "worker_busy_s", "worker_freeing_s", "caller_freeing_s", "r
 
 
 def send(engine: Engine, sink: str, traffic: Traffic, layers: int, start: Barrier) -> None:
-    """One rank: submit, wait, close, layer after layer."""
+    """Submit, wait for and close one rank's layers, one after the other."""
     flying: deque[Batch] = deque()
     start.wait()
     for _ in range(layers):
@@ -55,7 +55,7 @@ def send(engine: Engine, sink: str, traffic: Traffic, layers: int, start: Barrie
 
 
 def once(store: str, policy: str, layers: int, ranks: int, traffic: Traffic) -> dict[str, float]:
-    """All ranks' transfers under one pair; the times of one round, summed over the ranks."""
+    """Run all ranks' transfers under one pair; return the times of the round, summed over the ranks."""
     batches = layers if policy == "leak" else 2 * IN_FLIGHT
     slots = batches * slots_of(int(traffic.source.size)) + CACHE_SLICES
     nic = Nic(move_bytes=False)
@@ -94,7 +94,7 @@ def once(store: str, policy: str, layers: int, ranks: int, traffic: Traffic) -> 
 
 
 def pair_of(name: str) -> tuple[str, str]:
-    """`"heap+inline"` -> `("heap", "inline")`."""
+    """Read a pair: `"heap+inline"` -> `("heap", "inline")`. Raises UsageError for names that do not exist."""
     store, _, policy = name.partition("+")
     if store not in STORES or policy not in POLICIES:
         stores, policies = ", ".join(STORES), ", ".join(POLICIES)
@@ -103,7 +103,7 @@ def pair_of(name: str) -> tuple[str, str]:
 
 
 def run(layers: int, slices: int, ranks: int, names: Sequence[str], quick: bool) -> dict[str, Any]:
-    """Measure each pair, in rounds; the report that `--json` prints."""
+    """Measure each pair, in rounds; return the report that `--json` prints."""
     pairs = [pair_of(name) for name in dict.fromkeys(names)]
     rounds = 1 if quick else ROUNDS
     layers = min(layers, QUICK_LAYERS) if quick else layers
@@ -127,14 +127,14 @@ def run(layers: int, slices: int, ranks: int, names: Sequence[str], quick: bool)
 
 
 def row(store: str, policy: str, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Medians over the rounds."""
+    """Return the pair's row of the report: medians over the rounds."""
     values = {name: round(median([one[name] for one in rounds]), 4) for name in FIELDS}
     share = median([one["worker_freeing_s"] / one["worker_busy_s"] for one in rounds])
     return {"store": store, "policy": policy, **values, "worker_free_share": round(share, 4)}
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = (
         "store", "policy", "wall\ns", "workers\nbusy s", "workers\nfreeing s", "callers\nfreeing s",
         "reapers\nfreeing s", "freeing share\nof workers",
@@ -158,5 +158,5 @@ def command(
     quick: bool = typer.Option(False, "--quick", help="At most 10 layers, one round instead of three."),
     json: bool = JSON,
 ) -> None:
-    """The incident with the real engine on an emulated NIC: how much of a worker's time goes into freeing?"""
+    """Run the incident with the real engine on an emulated NIC: how much of a worker's time goes into freeing?"""
     answer(run(layers, slices, ranks, pair, quick), json, show)

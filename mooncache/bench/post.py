@@ -1,4 +1,4 @@
-"""`mooncache bench post`: what a worker pays a slice to build, chain and post work requests and to take completions.
+"""`mooncache bench post` measures what a worker pays for a slice: work requests, chains, posting and completions.
 
     per round   | post: all chains that the queue has room for | poll: until all of them are answered |
                                                       ^ one reading of the clock each ^
@@ -89,7 +89,7 @@ def post_send(qp, wr, bad_wr):
 
 @callback("int32(int64, int32, int64)")
 def poll_cq(cq, entries, wc):
-    """Report them, in order."""
+    """Report the remembered ids, in order."""
     stub = stub_at(ibv_cq_at(cq).cq_context)
     ids, tail, mask = i64(behind(stub)), stub.tail, stub.mask
     n = min(np.int64(entries), stub.head - tail)
@@ -103,7 +103,7 @@ def poll_cq(cq, entries, wc):
 
 @kernel("int64(int64, int64)", nogil=True)
 def work_off(ctl, times):
-    """Be the worker until all is answered, or nothing moves; adds ns of posting and of polling to int64[2] at `times`.
+    """Work until all is answered or nothing moves; add ns of posting and of polling to int64[2] at `times`.
 
     Returns the rounds it took.
     """
@@ -144,7 +144,7 @@ class Stub:
 
 @dataclass
 class Rig:
-    """One engine's memory without threads, over a stub, and what its worker's stages took, ns."""
+    """One engine's memory without threads, over a stub, and the times of its worker's stages, ns."""
 
     signal: int
     traffic: Traffic
@@ -174,11 +174,11 @@ class Rig:
 
     @property
     def slices(self) -> int:
-        """Slices of its batch."""
+        """The slices of its batch."""
         return int(self.traffic.source.size)
 
     def live(self, counted: bool) -> None:
-        """One batch: submit, post and poll, check, close."""
+        """Submit, post, poll, check and close one batch."""
         times = np.zeros(2, np.int64)
         self.states[:] = Slice.FREE
         handle = submit(self.caller.ctl, 0, Opcode.WRITE, 0, self.traffic.source, self.traffic.target, self.length)
@@ -192,7 +192,7 @@ class Rig:
             self.poll.append(times[POLL] / self.slices)
 
     def check(self, handle: int) -> None:
-        """Find that all of the batch was posted as it should be, and answered."""
+        """Raise FingerprintError unless all of the batch was posted as it should be, and answered."""
         expect("status of the batch", calls.status(self.caller.ctl, handle), Status.OK)
         expect("slices done", int(np.count_nonzero(self.states == Slice.DONE)), self.slices)
         for what, came in self.fingerprint.items():
@@ -215,7 +215,7 @@ class Rig:
 
     @property
     def fingerprint(self) -> dict[str, int]:
-        """What was counted of that, by the engine and by the stub, for all batches together."""
+        """The counts of the engine and of the stub, for all batches together."""
         counts = words_of(Kind, self.caller.counters + self.worker.counters)
         stub = {
             "posted_to_the_stub": "requests",
@@ -252,26 +252,28 @@ class Rig:
 
 
 def counts_of(slices: int, chain: int, signal: int) -> tuple[int, int]:
-    """(doorbells, completions) of a batch: each chain is full but the last, and asks for a completion at its end."""
+    """Return (doorbells, completions) of a batch: chains are full but the last, and each ends in a completion."""
     full, rest = divmod(slices, chain)
     return full + (rest > 0), full * -(-chain // signal) + -(-rest // signal)
 
 
 def halves(buffer: np.ndarray) -> list[tuple[int, int]]:
-    """(address, length) of the lower and the upper half of one of the traffic's buffers; no request lies in both."""
+    """Return (address, length) of the lower and the upper half of one of the traffic's buffers; no request lies in
+    both.
+    """
     middle = buffer.size // 2
     return [(address_of(buffer), middle), (address_of(buffer) + middle, buffer.size - middle)]
 
 
 def keys_of(buffer: np.ndarray, places: np.ndarray, keys: tuple[int, int]) -> np.ndarray:
-    """The key of the half that each address lies in."""
+    """Return the key of the half that each address lies in."""
     return np.where(places < address_of(buffer) + buffer.size // 2, *keys)
 
 
 # ------------------------------------------------------------------------------ the reference
 @dataclass
 class Reference:
-    """pyverbs' objects for some of the same slices, and what they took, ns a slice."""
+    """pyverbs' objects for some of the same slices, and the times they took, ns a slice."""
 
     rig: Rig
     took: list[float] = field(default_factory=list)
@@ -282,7 +284,7 @@ class Reference:
         self.slices = list(zip(traffic.source[:n].tolist(), traffic.target[:n].tolist(), strict=True))
 
     def live(self, counted: bool) -> None:
-        """Build and drop them all once."""
+        """Build and drop all objects once."""
         if self.missing is not None:
             return
         chain, signal, n = self.rig.chain, self.rig.signal, len(self.slices)
@@ -300,7 +302,10 @@ class Reference:
 
 # ------------------------------------------------------------------------------ the report
 def run(slices: int, repeats: int) -> dict[str, Any]:
-    """Measure; the report that `--json` prints. Everything takes turns, so that a disturbance hits all alike."""
+    """Measure, and return the report that `--json` prints.
+
+    Everything takes turns, so that a disturbance hits all alike.
+    """
     traffic = scattered(slices, SLICE_BYTES)
     rigs = [Rig(signal, traffic) for signal in SIGNALS]
     references = [Reference(rig) for rig in rigs]
@@ -326,7 +331,7 @@ def run(slices: int, repeats: int) -> dict[str, Any]:
 
 
 def result(rig: Rig, reference: Reference) -> dict[str, Any]:
-    """One row of the report."""
+    """Return one row of the report."""
     request, completion = median(rig.post), median(rig.poll)
     objects = median(reference.took) if reference.took else None
     return {
@@ -340,7 +345,7 @@ def result(rig: Rig, reference: Reference) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = ("completion\nevery", "work request\nns", "completion\nns", "pyverbs\nns per slice", "ratio")
     keys = ("signal", "ns_per_work_request", "ns_per_completion", "pyverbs_ns_per_slice", "ratio")
     rows = [["-" if row[key] is None else row[key] for key in keys] for row in report["results"]]

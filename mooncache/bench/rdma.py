@@ -1,4 +1,4 @@
-"""`mooncache bench rdma`: the engine over an RDMA device, against perftest over the same device in the same run.
+"""`mooncache bench rdma` measures the engine over an RDMA device, against perftest on the same device in the same run.
 
     ours     [ initiator ] --- port, one queue pair ---> [ target ]      Mooncache: two processes
     theirs   [ client    ] --- port, one queue pair ---> [ server ]      ib_write_bw, ib_read_bw, ib_write_lat
@@ -60,7 +60,7 @@ class Measured(str, Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is the same for all that is measured in a run."""
+    """The settings that are the same for all that is measured in a run."""
 
     iterations: int
     repeats: int
@@ -69,27 +69,27 @@ class Plan:
 
     @property
     def chain(self) -> int:
-        """Work requests behind one doorbell of ours; see `Settings.chain_length`."""
+        """The work requests behind one doorbell of ours; see `Settings.chain_length`."""
         return min(CHAIN, self.depth // 2)
 
     @property
     def batch(self) -> int:
-        """Slices of one batch."""
+        """The slices of one batch."""
         return BATCH_CHAINS * self.chain
 
     @property
     def operations(self) -> int:
-        """Writes that are waited for one by one."""
+        """The number of writes that are waited for one by one."""
         return max(perftest.FEWEST, self.iterations // ONE_IN)
 
     @property
     def places(self) -> int:
-        """Blocks that a stream moves over and over."""
+        """The number of blocks that a stream moves over and over."""
         return min(PLACES, self.iterations)
 
     @property
     def counts(self) -> dict[str, int]:
-        """What a stream's counts must be: doorbells and completions, each chain ending in one."""
+        """The counts that a stream must have: doorbells and completions, each chain ending in one."""
         chains, rest = divmod(self.iterations, self.chain)
         completions = chains * -(-self.chain // self.signal) + -(-rest // self.signal)
         whole = {"work_requests": self.iterations, "completed": self.iterations, "completions": completions}
@@ -117,7 +117,7 @@ class Ours:
         return self._processes[role].answer(patience)
 
     def stream(self, op: str, block: int, seed: int) -> tuple[float, dict[str, int]]:
-        """One sample, checked where it arrived and by its counts; seconds, and the counts."""
+        """Move one sample, checked where it arrived and by its counts; return seconds, and the counts."""
         sender, receiver = ("initiator", "target") if op == "write" else ("target", "initiator")
         which = {"seed": seed, "block": block, "places": self.plan.places}
         self._ask(sender, do="fill", **which)
@@ -130,7 +130,7 @@ class Ours:
         return sample["ns"] / 1e9, counts
 
     def each(self, block: int, seed: int) -> list[float]:
-        """Writes that are waited for one by one, checked where they arrived; seconds of each."""
+        """Write one by one, each waited for and checked where it arrived; return the seconds of each."""
         which = {"seed": seed, "block": block, "places": min(PLACES, self.plan.operations)}
         self._ask("initiator", do="fill", **which)
         took = self._ask("initiator", do="each", block=block, operations=self.plan.operations)
@@ -148,14 +148,14 @@ class Ours:
 
 
 class Theirs:
-    """perftest on one port. `why` says of a test why it gives no figures any more: missing, refused, or none true."""
+    """perftest on one port. `why` holds, by test, the reason for which it gives no figures."""
 
     def __init__(self, choice: Choice, plan: Plan, found: dict[str, Any]) -> None:
         self._choice, self._plan, self._found = choice, plan, found
         self.why: dict[str, str] = {}
 
     def command(self, test: str, block: int) -> list[str]:
-        """A test's command line, at either end."""
+        """Return a test's command line, at either end."""
         (port, gid), plan = self._choice, self._plan
         words = [
             TESTS[test], "-F", "-d", port.device, "-i", port.number, "-s", block, "-m", self._found["mtu"],
@@ -170,7 +170,7 @@ class Theirs:
         return [str(word) for word in words]
 
     def _figures(self, test: str, block: int, read: Callable[[str], Found]) -> Found | None:
-        """One run of a test; None, and `why`, if it cannot be had: it is not tried again then."""
+        """Run a test once; return None, and note `why`, if it has no figures: then it is not tried again."""
         if test not in self.why and not perftest.installed(TESTS[test]):
             self.why[test] = perftest.CURE
         for left in reversed(range(ATTEMPTS)):
@@ -184,17 +184,17 @@ class Theirs:
         return None
 
     def stream(self, test: str, block: int) -> perftest.Bandwidth | None:
-        """One sample of bandwidth."""
+        """Run the bandwidth test once."""
         return self._figures(test, block, perftest.read_bandwidth)
 
     def each(self, block: int) -> perftest.Latency | None:
-        """One sample of latency."""
+        """Run the latency test once."""
         return self._figures("latency", block, perftest.read_latency)
 
 
 # ------------------------------------------------------------------------------ rows
 def stream(ours: Ours, theirs: Theirs, test: str, block: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """Bandwidth and message rate of one size; its row of the report."""
+    """Measure bandwidth and message rate of one size; return its row of the report."""
     plan = ours.plan
     ours.stream(test, block, next(seeds))  # uncounted: pages are touched, clocks and caches warm up
     seconds, references = [], []
@@ -224,7 +224,7 @@ def stream(ours: Ours, theirs: Theirs, test: str, block: int, seeds: Iterator[in
 
 
 def each(ours: Ours, theirs: Theirs, block: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """The time of a write that is waited for; its row of the report."""
+    """Measure the time of a write that is waited for; return its row of the report."""
     plan = ours.plan
     ours.each(block, next(seeds))  # uncounted, as above
     took: list[float] = []
@@ -248,7 +248,7 @@ def each(ours: Ours, theirs: Theirs, block: int, seeds: Iterator[int]) -> dict[s
 
 
 def measure(ours: Ours, theirs: Theirs, test: str, size: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """A row of the report, and why there is nothing to compare it with."""
+    """Measure one test and size; return a row of the report, with the reason if there is nothing to compare it with."""
     row = each(ours, theirs, size, seeds) if test == "latency" else stream(ours, theirs, test, size, seeds)
     why = {"reference_error": theirs.why[test]} if test in theirs.why else {}
     return {"test": test, "reference": TESTS[test]} | row | {"repeats": ours.plan.repeats} | why
@@ -258,7 +258,7 @@ def measure(ours: Ours, theirs: Theirs, test: str, size: int, seeds: Iterator[in
 def run(
     devices: Sequence[str], tests: Sequence[str], sizes: Sequence[str], gid_index: int | None, plan: Plan
 ) -> dict[str, Any]:
-    """Measure every combination on each port; the report that `--json` prints."""
+    """Measure every combination on each port; return the report that `--json` prints."""
     if not 1 <= plan.signal <= max(1, plan.depth // 2):
         raise UsageError(
             f"expected --signal in 1 .. {max(1, plan.depth // 2)}, got {plan.signal}: a chain, at most half the depth, "
@@ -299,14 +299,14 @@ def run(
 
 
 def prewarm() -> None:
-    """Compile what the processes will need, here and once, if it is not yet."""
+    """Compile the kernels that the processes will need, here and once, unless they are compiled."""
     if jit.cold():
         import_module("mooncache.providers.rdma.provider")  # its kernels
         jit.prewarm()
 
 
 def described(choice: Choice, found: dict[str, Any]) -> dict[str, Any]:
-    """A port, and what both sides keep to on it."""
+    """Return a port's settings, which both sides keep to."""
     port, gid = choice
     return {
         "device": port.name,
@@ -321,7 +321,7 @@ def described(choice: Choice, found: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------ for people
 def show(report: dict[str, Any]) -> None:
-    """The report for people: streams, then the latency."""
+    """Print the report for people: streams, then the latency."""
     from rich.markup import escape
 
     streams = [row for row in report["results"] if row["test"] != "latency"]
@@ -340,7 +340,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def stream_table(found: Sequence[dict[str, Any]]) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
-    """Columns, and rows."""
+    """Return columns and rows of the streams."""
     columns = (
         "device", "test", "block", "GB/s", "M/s", "perftest\nGB/s", "perftest\nM/s", "ratio", "work\nrequests",
         "door-\nbells", "comple-\ntions",
@@ -356,7 +356,7 @@ def stream_table(found: Sequence[dict[str, Any]]) -> tuple[Sequence[str], Sequen
 
 
 def single_table(found: Sequence[dict[str, Any]]) -> tuple[Sequence[str], Sequence[Sequence[object]]]:
-    """Columns, and rows."""
+    """Return columns and rows of the single writes."""
     columns = ("device", "block", "p50\nµs", "p99\nµs", "perftest\np50 µs", "perftest\np99 µs", "ratio\nof p50")
     return columns, [
         [
@@ -368,7 +368,7 @@ def single_table(found: Sequence[dict[str, Any]]) -> tuple[Sequence[str], Sequen
 
 
 def cell(value: float | None, factor: float = 1.0) -> float | str:
-    """A figure of the table, "-" where there is none."""
+    """Format a figure of the table, "-" where there is none."""
     return "-" if value is None else value * factor
 
 
@@ -392,7 +392,7 @@ def command(
     gid_index: int | None = typer.Option(None, min=0, help="Entry of the port's GID table [default: the best]."),
     json: bool = JSON,
 ) -> None:
-    """Over an RDMA device, against perftest (ib_write_bw, ib_read_bw, ib_write_lat) on it in the same run.
+    """Measure over an RDMA device, against perftest (ib_write_bw, ib_read_bw, ib_write_lat) on it in the same run.
 
     Without perftest its figures are null. In a guest under emulation: --iterations 500 --repeat 3.
     """

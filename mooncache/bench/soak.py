@@ -1,4 +1,4 @@
-"""`mooncache bench soak`: many layers, two threads, one worker; nothing may grow, nothing be lost.
+"""`mooncache bench soak` submits many layers from two threads to one worker; nothing may grow, nothing be lost.
 
 At a *quiet point* both threads wait for what they have in flight. Twice they look at the pool: while each
 still holds a finished batch (free + live = capacity), and after both have closed it (free = capacity).
@@ -39,7 +39,7 @@ MIB = 1 << 20
 
 
 class Soak:
-    """What the submitting threads share, and what was seen at the quiet points."""
+    """The state that the submitting threads share, and what was seen at the quiet points."""
 
     def __init__(self, engine: Engine, sink: Engine, layers: int, traffic: Traffic) -> None:
         self.engine, self.sink, self.traffic = engine, sink.name, traffic
@@ -55,7 +55,7 @@ class Soak:
         )
 
     def submitter(self) -> None:
-        """One thread's layers, with a quiet point every `period` of them."""
+        """Submit one thread's layers, with a quiet point every `period` of them."""
         flying: deque[Batch] = deque()
         try:
             for layer in range(1, self.each + 1):
@@ -85,12 +85,12 @@ class Soak:
         self.released.wait(PATIENCE_S)
 
     def look_holding(self) -> None:
-        """Both threads hold a finished batch."""
+        """Look while both threads hold a finished batch."""
         self.expect_free(sum(slots_of(batch.slices) for batch in self.held), "finished and not closed")
         self.held.clear()
 
     def look_released(self) -> None:
-        """Neither thread holds anything."""
+        """Look while neither thread holds anything."""
         self.expect_free(0, "closed")
         self.samples.append((self.layers_done, resident_bytes()))
 
@@ -105,7 +105,7 @@ class Soak:
 
 
 def run(layers: int, slices: int) -> dict[str, Any]:
-    """Soak the engine; the report that `--json` prints. `violations` is empty when all went well."""
+    """Soak the engine; return the report that `--json` prints. `violations` is empty when all went well."""
     if layers % SUBMITTERS:
         raise UsageError(f"expected --layers to be a multiple of {SUBMITTERS}, the submitting threads, got {layers}")
     traffic = scattered(slices, 512)
@@ -164,14 +164,14 @@ def check_end(soak: Soak, layers: int, slices: int, stats: Any) -> None:
 
 
 def growth_bytes(samples: list[tuple[int, int]], layers: int) -> int:
-    """How far resident memory rose above what it was after the first layers (half of them in a short run)."""
+    """Return how far resident memory rose above that after the first layers (half of them in a short run)."""
     warm = min(WARM_LAYERS, layers // 2)
     later = [size for layer, size in samples if layer >= warm]
     return max(later) - later[0]
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     sizes = [size for _, size in report["rss_mib"]]
     columns = (
         "layers",
@@ -196,7 +196,7 @@ def command(
     slices: int = typer.Option(30_000, min=1, max=1_000_000, help="Slices of a batch."),
     json: bool = JSON,
 ) -> None:
-    """Two submitting threads, one worker, many layers: does memory stay flat, does every slot come back?
+    """Submit many layers from two threads to one worker: does memory stay flat, does every slot come back?
 
     Exit status 1 if not.
     """

@@ -1,4 +1,4 @@
-"""`mooncache bench turnover`: peers come and go beside a steady load, memory is mapped anew; nothing may grow.
+"""`mooncache bench turnover` lets peers come and go beside a steady load, and maps memory anew; nothing may grow.
 
 One engine lives throughout. A thread of it keeps batches in flight to a peer that lives as long, in another process. In
 that process other engines open, one after another, are connected to, written to and closed; and the steady peer
@@ -48,12 +48,12 @@ class Provider(str, Enum):
 
 
 def small(provider: str) -> Engine:
-    """An engine that costs little to open."""
+    """Open an engine that costs little to open."""
     return Engine(provider=provider, slices=4096, batches=64, peers=PEERS_AT_ONCE)
 
 
 class Usage(NamedTuple):
-    """What a process holds."""
+    """The resources that a process holds."""
 
     descriptors: int
     threads: int
@@ -62,7 +62,7 @@ class Usage(NamedTuple):
 
 
 def look() -> Usage:
-    """At this process."""
+    """Return what this process holds."""
     gc.collect()
     return Usage(
         len(os.listdir("/proc/self/fd")),
@@ -74,7 +74,7 @@ def look() -> Usage:
 
 # ------------------------------------------------------------------------------ the other process
 class Others:
-    """The steady peer, and the one that comes and goes."""
+    """The steady peer, and the peer that comes and goes."""
 
     def __init__(self) -> None:
         self.steady: Engine | None = None
@@ -82,33 +82,33 @@ class Others:
         self.fresh: tuple[Region, np.ndarray] | None = None
 
     def open(self, provider: str) -> list[Any]:
-        """The steady peer; its address and where its memory is."""
+        """Open the steady peer; return its address and that of its memory."""
         self.steady = small(provider)
         self.memory = allocate(BLOCKS * BLOCK)
         return [self.steady.address, self.steady.register(self.memory).address]
 
     def come(self, provider: str) -> list[Any]:
-        """Another peer, with memory of a block."""
+        """Open another peer with memory of one block; return the address of each."""
         self.passing = small(provider)
         self.block = allocate(BLOCK)
         return [self.passing.address, self.passing.register(self.block).address]
 
     def go(self) -> int:
-        """It ends; the sum of what was written to it."""
+        """Close the passing peer; return the sum of what was written to it."""
         assert self.passing is not None
         self.passing.close()
         self.passing = None
         return int(self.block.sum())
 
     def map(self) -> int:
-        """New memory of the steady peer."""
+        """Register new memory of the steady peer; return its address."""
         assert self.steady is not None
         memory = allocate(FRESH_BYTES)
         self.fresh = self.steady.register(memory), memory
         return self.fresh[0].address
 
     def unmap(self) -> int:
-        """It is withdrawn; the sum of what was written to it."""
+        """Unregister that memory; return the sum of what was written to it."""
         assert self.fresh is not None
         region, memory = self.fresh
         region.unregister()
@@ -116,19 +116,19 @@ class Others:
         return int(memory.sum())
 
     def look(self) -> list[float]:
-        """At this process."""
+        """Return what this process holds."""
         return list(look())
 
 
 def main() -> None:
-    """What the other process runs."""
+    """Answer commands until stdin ends: the other process."""
     others = Others()
     serve({name: getattr(others, name) for name in ("open", "come", "go", "map", "unmap", "look")})
 
 
 # ------------------------------------------------------------------------------ this one
 class Load:
-    """Batches in flight to the steady peer, from a thread of their own, until `end`."""
+    """A thread that keeps batches in flight to the steady peer, until `end`."""
 
     def __init__(self, engine: Engine, peer: str, operands: tuple[np.ndarray, np.ndarray]) -> None:
         self._engine, self._peer, self._operands = engine, peer, operands
@@ -151,7 +151,7 @@ class Load:
             self.error = f"{type(error).__name__}: {error}"
 
     def end(self, batches: int) -> None:
-        """Once so many are done."""
+        """End the load once so many batches are done."""
         while self.batches < batches and not self.error:
             sleep(PAUSE_S)
         self._stop.set()
@@ -170,13 +170,13 @@ class Turnover:
         self.map_ms: list[float] = []
 
     def come_and_go(self) -> None:
-        """One peer: connect, write, end."""
+        """Let one peer open, write to it, and let it close."""
         address, base = self.others.ask(do="come", provider=self.provider)
         self.engine.write(address, self.local, base, BLOCK, timeout=PATIENCE_S).wait(PATIENCE_S).close()
         self._expect(self.others.ask(do="go"), BLOCK)
 
     def map_anew(self) -> None:
-        """New memory of the steady peer: written to, and withdrawn."""
+        """Let the steady peer register new memory, write to it, and let it unregister the memory."""
         base = self.others.ask(do="map")
         since = perf_counter()
         self.engine.write(self.address, self.local, base, FRESH_BYTES, timeout=PATIENCE_S).wait(PATIENCE_S).close()
@@ -188,7 +188,7 @@ class Turnover:
             raise FingerprintError(f"{found} of {wanted} bytes arrived")
 
     def look(self, before: list[Usage]) -> list[Usage]:
-        """At both processes; a peer that just ended may take a moment to be noticed."""
+        """Return what both processes hold; a peer that just ended may take a moment to be noticed."""
         for _ in range(TRIES):
             seen = [look(), Usage(*self.others.ask(do="look"))]
             if not before or all(now.descriptors <= then.descriptors for now, then in zip(seen, before, strict=True)):
@@ -198,7 +198,7 @@ class Turnover:
 
 
 def run(provider: str, peers: int, batches: int, maps: int) -> dict[str, Any]:
-    """Let peers come and go; the report that `--json` prints. `violations` is empty when nothing grew."""
+    """Let peers come and go; return the report that `--json` prints. `violations` is empty when nothing grew."""
     steps = max(peers, maps)
     period = max(1, steps // LOOKS)
     seen: list[tuple[int, list[Usage]]] = []
@@ -231,7 +231,7 @@ def report(
     provider: str, peers: int, maps: int, load: Load, map_ms: list[float], seen: list[tuple[int, list[Usage]]],
     seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """What `--json` prints."""
+    """Return what `--json` prints."""
     first = next(usage for at, usage in seen if at >= min(WARM * seen[-1][0], seen[-1][0]))
     growth = {
         who: {name: round(float(now - then), 2) for name, now, then in zip(Usage._fields, last, warm, strict=True)}
@@ -261,7 +261,7 @@ def report(
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = ("provider", "peers", "batches", "maps", "process", *(name.replace("_", " ") for name in Usage._fields))
     counts = [report[name] for name in ("provider", "peers", "batches", "maps")]
     rows = [[*counts, who, *(figures[name] for name in Usage._fields)] for who, figures in report["growth"].items()]
@@ -276,7 +276,7 @@ def command(
     maps: int = typer.Option(100, min=0, help="Times that one registers new memory, which is written to."),
     json: bool = JSON,
 ) -> None:
-    """Peers come and go beside a steady load: do descriptors, threads, mappings and memory stay flat?
+    """Let peers come and go beside a steady load: do descriptors, threads, mappings and memory stay flat?
 
     Exit status 1 if not.
     """

@@ -19,14 +19,14 @@ FAULT, INTERRUPTED = 2, 130  # exit statuses: the caller's or the machine's faul
 
 
 class Commands(Found):
-    """Own commands first, then entry points."""
+    """The package's own commands first, then those of entry points."""
 
     def found(self) -> dict[str, Place]:
-        """The commands that entry points add."""
+        """Return the commands that entry points add."""
         return {name: Place(point.load, needs(point)) for name, point in plugins.offered(plugins.COMMANDS).items()}
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; what it refuses becomes one line on stderr."""
+        """Run a command; print its refusal as one line on stderr."""
         try:
             return super().invoke(ctx)
         except MooncacheError as error:
@@ -37,7 +37,7 @@ class Commands(Found):
 
 
 def needs(point: EntryPoint) -> str:
-    """What pip installs for an entry point to be imported: its distribution, with the extras that it names."""
+    """Return what pip installs for an entry point to be imported: its distribution, with the extras that it names."""
     return f"{point.dist.name}[{','.join(point.extras)}]" if point.dist is not None and point.extras else ""
 
 
@@ -64,5 +64,5 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; exits with its status."""
+    """Run the command line; exit with its status."""
     app(prog_name="mooncache")

@@ -14,16 +14,16 @@ from mooncache.cli.found import Found, Place
 
 
 class Benches(Found):
-    """One bench a file. Its kernels are compiled only for those who run it."""
+    """The benches as commands, one a file. A bench's kernels are compiled only when it is run."""
 
     def found(self) -> dict[str, Place]:
-        """The benches by name."""
+        """Return the benches by name."""
         files = [module.name for module in iter_modules(benches.__path__) if not module.ispkg]
         return {name: Place(partial(command, name)) for name in files}
 
 
 def command(name: str) -> Callable[..., None]:
-    """The function that runs a bench; its parameters are the options."""
+    """Return the function that runs a bench; its parameters are the options."""
     function: Callable[..., None] = import_module(f"{benches.__name__}.{name}").command
     return function
 

@@ -1,4 +1,4 @@
-"""`mooncache doctor`: what this machine can do, what is wrong, and what to type to put it right."""
+"""`mooncache doctor` says what this machine can do, what is wrong, and what to type to put it right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def doctor(
     warm: bool = typer.Option(False, "--warm", help="First compile all kernels, on all cores; say how long it took."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout."),
 ) -> None:
-    """What this machine can do, what is wrong with it, and what to type to put it right.
+    """Say what this machine can do, what is wrong with it, and what to type to put it right.
 
     Exit status 1 if there is an error; warnings say what works less well.
     """
@@ -53,7 +53,7 @@ def doctor(
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """The findings as a table; the cures follow it in whole lines, so that they can be copied."""
+    """Print the findings as a table; the cures follow it in whole lines, so that they can be copied."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -75,7 +75,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many are how bad."""
+    """Count the errors and warnings in words."""
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     spelled = [f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts.items() if count]
     return (", ".join(spelled) or "Nothing is wrong") + "."

@@ -15,7 +15,7 @@ from mooncache.errors import UsageError
 
 
 class Place(NamedTuple):
-    """Where a command comes from."""
+    """The place that a command is loaded from."""
 
     load: Callable[[], Callable[..., None]]
     """Imports it; returns the function whose parameters are its options."""
@@ -24,26 +24,26 @@ class Place(NamedTuple):
 
 
 class Found(TyperGroup):
-    """Commands that were added to the group first, then those that it finds."""
+    """A group of the commands that were added to it, and after them of those that it finds."""
 
     @abstractmethod
     def found(self) -> Mapping[str, Place]:
-        """What there is, by the name of the command."""
+        """Return the commands there are, by name."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of all commands."""
+        """Return the names of all commands."""
         own = super().list_commands(ctx)
         return [*own, *sorted(self.found().keys() - set(own))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None."""
+        """Return the command of that name, or None."""
         own = super().get_command(ctx, cmd_name)
         if own is None and (place := self.found().get(cmd_name)) is not None:
             return imported(cmd_name, place)
         return own
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is to be run; one that is not there is refused with what was probably meant."""
+        """Return the command to run. Refuse one that does not exist, with the name that is most alike."""
         if args and self.get_command(ctx, args[0]) is None:
             close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             if close:
@@ -52,7 +52,7 @@ class Found(TyperGroup):
 
 
 def imported(name: str, place: Place) -> Any:
-    """A command that was found. One that cannot be imported is still listed, and says why when it is run."""
+    """Import a command. One that cannot be imported is still listed, and says why when it is run."""
     settings: dict[str, Any] = {}
     try:
         function = place.load()
@@ -65,7 +65,7 @@ def imported(name: str, place: Place) -> Any:
 
 
 def absent(name: str, needs: str, error: Exception) -> Callable[..., None]:
-    """What stands in for a command that cannot be imported: it takes whatever options, and refuses."""
+    """Make a command that stands for one that cannot be imported: it takes any options, and refuses."""
     if needs and isinstance(error, ModuleNotFoundError):
         why = f"needs more than the engine does: pip install '{needs}' ({error})"
     else:

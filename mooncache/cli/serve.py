@@ -1,4 +1,4 @@
-"""`mooncache serve`: a target with a scratch region, to write into and read from.
+"""`mooncache serve` runs a target with a scratch region, to write into and read from.
 
 terminal 1   mooncache serve --listen 127.0.0.1:7777 --bytes 1GiB
 terminal 2   engine = Engine(provider="auto"); peer = engine.connect("127.0.0.1:7777"); peer.regions[0].address
@@ -66,7 +66,7 @@ def serve(
 
 
 def secret_of(file: Path | None) -> str | None:
-    """The secret from the file, else from the environment; None without either."""
+    """Return the secret from the file, else from the environment; None without either."""
     if file is None:
         return os.environ.get(SECRET) or None
     try:
@@ -80,7 +80,7 @@ def secret_of(file: Path | None) -> str | None:
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set meanwhile, instead of what else they do."""
+    """Yield an event that SIGINT and SIGTERM set meanwhile, instead of what else they do."""
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in STOPS}
     try:
@@ -91,7 +91,7 @@ def stopping() -> Iterator[threading.Event]:
 
 
 def announce(engine: Engine, address: int, length: int, as_json: bool) -> None:
-    """Say where it is and how to reach it."""
+    """Print where the region is and how to reach it."""
     if as_json:
         ready: dict[str, Any] = {
             "name": engine.name,

@@ -1,4 +1,4 @@
-"""Compiling all kernels of the engine beforehand, on all cores: for images, and to see how long it takes.
+"""All kernels of the engine are compiled beforehand, on all cores: for images, and to see how long it takes.
 
 `python -m mooncache.cli.warm` is one of the compilers; processes share the work (`jit.prewarm`).
 """
@@ -31,7 +31,7 @@ class WarmError(MooncacheError):
 
 
 class Warmed(NamedTuple):
-    """What was compiled, and what it took."""
+    """The kernels that were compiled, and what that took."""
 
     kernels: int  # that the cache holds
     compiled: int  # of them, just now
@@ -40,7 +40,7 @@ class Warmed(NamedTuple):
 
 
 def modules(folder: Path, package: str) -> Iterator[str]:
-    """The modules below a folder that declare kernels, by name."""
+    """Yield the names of the modules below a folder that declare kernels."""
     for file in sorted(folder.rglob("*.py")):
         if DECLARES.search(file.read_text()):
             yield ".".join([package, *file.relative_to(folder).with_suffix("").parts])
@@ -54,7 +54,7 @@ def load() -> None:
 
 
 def warm() -> Warmed:
-    """Compile what has yet to be compiled here, with a process a core. Raises WarmError."""
+    """Compile the kernels that are not compiled here yet, with a process a core. Raises WarmError."""
     load()
     before, began, spent = _stored(), monotonic(), _cpu_seconds()
     if jit.cold():
@@ -64,7 +64,7 @@ def warm() -> Warmed:
 
 
 def compile_by(command: Sequence[str], folder: Path | None = None) -> None:
-    """Run a command that compiles what is missing, once a core; the first says how far it is. Raises WarmError."""
+    """Run a command that compiles missing kernels, once a core; the first says how far it is. Raises WarmError."""
     others = len(os.sched_getaffinity(0)) - 1
     running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)]
     with tempfile.TemporaryFile() as said:  # what the others say would be mixed with that
@@ -77,7 +77,7 @@ def compile_by(command: Sequence[str], folder: Path | None = None) -> None:
 
 
 def _stored() -> int:
-    """How many kernels the cache holds."""
+    """Count the kernels that the cache holds."""
     where = jit.place()
     if where is None:
         raise WarmError("no directory for compiled kernels can be written: each process compiles for itself")

@@ -1,1 +1,1 @@
-"""The other processes of benches: one end of a wire each, which does what its stdin asks for."""
+"""The other processes of benches: each is one end of a wire, and does what its stdin asks for."""

@@ -1,4 +1,4 @@
-"""One process of `mooncache bench beside`: the near side, that is measured, or the far one."""
+"""One process of `mooncache bench beside`: the near side, which is measured, or the far side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLEEPS = 100  # beside the stream alone, of each round
 
 
 class Side:
-    """An engine with one worker, blocks of each size of batch, and blocks of the stream."""
+    """An engine with one worker, the blocks of each size of batch, and the blocks of the stream."""
 
     def __init__(self, role: str, provider: str) -> None:
         slices = STREAM_UNDER_WAY * STREAM_BLOCKS + max(BATCHES)
@@ -47,32 +47,32 @@ class Side:
         self.streaming: Stream | None = None
 
     def place(self) -> dict[str, Any]:
-        """What the other side has to know."""
+        """Return the address of this engine and of its blocks, for the other side."""
         return {"address": self.engine.address, **{name: at.tolist() for name, at in self.addresses.items()}}
 
     def connect(self, there: dict[str, Any]) -> None:
-        """Reach the other side."""
+        """Connect to the other side, and keep the addresses of its blocks."""
         self.peer = self.engine.connect(there["address"])
         self.there = {name: np.array(there[name], np.int64) for name in self.addresses}
 
     # ------------------------------------------------------------------------------ what moves
     def fill(self, name: str, seed: int) -> None:
-        """Write what a round is to move."""
+        """Write the bytes of a round into the blocks `name`: small or stream."""
         at = self.addresses[name]
         blocks.fill(address_of(at), at.size, STREAM_BLOCK if name == "stream" else BLOCK, seed)
 
     def count_wrong(self, name: str, seed: int) -> int:
-        """Blocks here that are not those of the round."""
+        """Count the blocks here that do not hold the bytes of the round."""
         at = self.addresses[name]
         return int(blocks.count_wrong(address_of(at), at.size, STREAM_BLOCK if name == "stream" else BLOCK, seed))
 
     def stream(self) -> None:
-        """Begin to send the stream, in a thread; returns when it is under way."""
+        """Begin to send the stream in a thread; return when it is under way."""
         self.streaming = Stream(self)
         self.streaming.under_way.wait(PATIENCE_S)
 
     def end_stream(self) -> dict[str, Any]:
-        """Let it end; what it has moved."""
+        """End the stream; return its batches, bytes and seconds."""
         assert self.streaming is not None
         self.streaming.ends = True
         self.streaming.join(PATIENCE_S)
@@ -84,7 +84,7 @@ class Side:
 
     # ------------------------------------------------------------------------------ what is measured
     def measure(self, calls: int, seed: int) -> dict[str, Any]:
-        """Sleeps without writes, then beside writes of each size in turn; how late, and how long the calls took, ns."""
+        """Time sleeps without writes, then sleeps and calls with writes of each size in turn; return both, ns."""
         self.fill("small", seed)
         without = Sleeper()
         while len(without.late) < SLEEPS:
@@ -112,7 +112,7 @@ class Side:
 
 
 class Stream(threading.Thread):
-    """Sends the stream's blocks over and over."""
+    """A thread that sends the stream's blocks over and over."""
 
     def __init__(self, side: Side) -> None:
         super().__init__(daemon=True)
@@ -121,7 +121,7 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Until it is to end."""
+        """Send until `ends` is set."""
         side, begin = self.side, time.monotonic()
         operands = side.addresses["stream"], side.there["stream"], STREAM_BLOCK
         running: deque[Batch] = deque()
@@ -135,7 +135,7 @@ class Stream(threading.Thread):
 
 
 class Sleeper(threading.Thread):
-    """Another Python thread: how much later than asked for its sleeps end, ns."""
+    """A second Python thread, which measures how much later than asked for its sleeps end, ns."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -144,14 +144,14 @@ class Sleeper(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Until it is to end."""
+        """Sleep, and note the delay, until `end` is called."""
         while not self._ended:
             begin = time.perf_counter_ns()
             time.sleep(SLEEP_S)
             self.late.append(time.perf_counter_ns() - begin - round(SLEEP_S * 1e9))
 
     def end(self) -> None:
-        """Let it end."""
+        """End the thread, and wait for it."""
         self._ended = True
         self.join(PATIENCE_S)
 
@@ -160,7 +160,7 @@ _sides: list[Side] = []
 
 
 def open_side(role: str, provider: str) -> dict[str, Any]:
-    """Make this process's side; what the other has to know of it."""
+    """Make this process's side; return its addresses for the other one."""
     _sides.append(Side(role, provider))
     return _sides[0].place()
 

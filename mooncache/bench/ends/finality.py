@@ -1,4 +1,4 @@
-"""One process of `mooncache bench finality`: an engine with pages, that does what each line asks for.
+"""One process of `mooncache bench finality`: an engine with pages, which does what each line of stdin asks for.
 
 The initiator writes pages of one value; once its batch says that its own pages are free, it fills them with another,
 REUSED. The target fills its pages with CANARY as soon as they are known to be safe; whatever differs later landed late.
@@ -27,7 +27,7 @@ class End:
         self.batch: Batch | None = None
 
     def open(self, provider: str, nbytes: int) -> dict[str, Any]:
-        """Open the engine; returns where it is."""
+        """Open the engine; return its address, and that of its pages."""
         self.provider, self.nbytes = provider, nbytes
         self.engine = engine = Engine(provider=provider, slices=1 << 16, batches=64)
         self.pages = engine.allocate(nbytes) if provider == "shm" else np.zeros(nbytes, np.uint8)
@@ -40,7 +40,7 @@ class End:
         self.pages[:] = value
 
     def connect(self, peer: str, base: int) -> None:
-        """Move a byte and wait for it, so that a connection stands: the peer may just have ended the last one."""
+        """Move a byte and wait for it, so that a connection stands even if the last case ended the peer's."""
         assert self.engine is not None
         while True:
             with self.engine.write(peer, self.region.address, base, 1) as batch, suppress(TransferFailed):
@@ -48,14 +48,14 @@ class End:
                 return
 
     def write(self, peer: str, base: int, block: int, timeout: float | None) -> None:
-        """Submit all pages to a peer's, block by block."""
+        """Submit one write of all pages to a peer's pages, block by block."""
         assert self.engine is not None
         self.fill(WRITTEN)
         at = np.arange(0, self.nbytes, block, dtype=np.int64)
         self.batch = self.engine.write(peer, self.region.address + at, base + at, block, timeout=timeout)
 
     def end(self, how: str) -> dict[str, Any]:
-        """End the batch early; returns once this engine's pages are free, and reuses them at once."""
+        """End the batch early, wait until this engine's pages are free, and reuse them at once."""
         assert self.batch is not None
         since = time.perf_counter()
         if how == "cancel":
@@ -70,7 +70,7 @@ class End:
         return {"outcome": outcome, "seconds": done}
 
     def outcome(self) -> str:
-        """How the batch ended: ARRIVED, or the name of the first failure's status."""
+        """Return how the batch ended: ARRIVED, or the name of the first failure's status."""
         assert self.batch is not None
         try:
             self.batch.wait(60)
@@ -79,7 +79,7 @@ class End:
         return "ARRIVED"
 
     def settle(self) -> str:
-        """Wait until the batch is final at both ends; returns what `quiesced` says."""
+        """Wait until the batch is final at both ends; return what `quiesced` says."""
         assert self.batch is not None
         self.batch.wait_quiesced(SETTLE_S)
         said = self.batch.quiesced.name
@@ -87,7 +87,7 @@ class End:
         return said
 
     def fence(self, peer: str) -> dict[str, Any]:
-        """Fence a peer and give the pages to somebody else at once."""
+        """Fence a peer, and give the pages another value at once."""
         assert self.engine is not None
         since = time.perf_counter()
         try:
@@ -99,12 +99,12 @@ class End:
         return {"seconds": seconds, "ended": ended}
 
     def late(self) -> dict[str, int]:
-        """Bytes that are not the canary: of pages as they were written, and of pages that were in use again."""
+        """Count the bytes that are not the canary: in pages as they were written, and in pages in use again."""
         changed = self.pages[self.pages != CANARY]
         return {"written": int((changed != REUSED).sum()), "reused": int((changed == REUSED).sum())}
 
 
 def main() -> None:
-    """The process."""
+    """Answer commands until stdin ends."""
     end = End()
     serve({name: getattr(end, name) for name in ("open", "fill", "connect", "write", "end", "settle", "fence", "late")})

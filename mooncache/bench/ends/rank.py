@@ -1,4 +1,4 @@
-"""One process of a transfer bench: one half of a pair, or, where the wire stays within a process, both.
+"""One process of a transfer bench: half of a pair, or both halves where the wire stays within a process.
 
     initiator   its wire, a buffer of blocks, its half of the reference; times what it does
     target      likewise, at the other end; tells whether the right bytes came, from the sample's number alone
@@ -30,7 +30,7 @@ QUIET_POINTS = 100  # looks at both processes' memory and descriptors over the l
 
 # ------------------------------------------------------------------------------ the reference's two halves
 class PlainSockets:
-    """One TCP connection between the very pages that the wire moves."""
+    """One TCP connection between the same pages that the wire moves."""
 
     def __init__(self, side: Side) -> None:
         self.blocks = sockets.Blocks(side.buffer, side.offsets, side.case.block)
@@ -46,11 +46,11 @@ class PlainSockets:
         return int(self.listener.getsockname()[1])
 
     def move(self) -> None:
-        """This side's part of one batch; the initiator's ends when all has arrived."""
+        """Do this side's part of one batch; the initiator waits until all of it has arrived."""
         self.blocks.exchange(self._connected(), self.sends, self.initiates)
 
     def move_one(self, at: int) -> None:
-        """This side's part of moving one block."""
+        """Do this side's part of moving one block."""
         self.blocks.exchange(self._connected(), self.sends, self.initiates, at)
 
     def _connected(self) -> socket.socket:
@@ -67,7 +67,7 @@ class PlainSockets:
 
 
 class Memcpy:
-    """One thread of the initiator copies block by block, from or into the target's memory, which it has mapped."""
+    """One thread of the initiator, which copies block by block from or into the target's memory, mapped here."""
 
     def __init__(self, side: Side) -> None:
         self.place = blocks.place_of(side.buffer)
@@ -87,7 +87,7 @@ class Memcpy:
         raise UsageError("single operations are compared with a ping-pong over sockets")
 
     def close(self) -> None:
-        """Unmap."""
+        """Unmap the target's memory."""
         if self.mapped is not None:
             self.mapped.close()
 
@@ -97,7 +97,7 @@ REFERENCES: dict[str, type[PlainSockets] | type[Memcpy]] = {"plain socket": Plai
 
 # ------------------------------------------------------------------------------ one side
 class Side:
-    """Half a pair: its end of the wire, its buffer, its half of the reference.
+    """Half a pair: its end of the wire, its buffer, and its half of the reference.
 
     `target` is what the initiator has been told of the target, None there. Memory is ordinary for TCP, else such as
     another process can map.
@@ -119,21 +119,21 @@ class Side:
         self.reference = REFERENCES[reference](self)
 
     def found(self) -> dict[str, Any]:
-        """What the initiator has to know of this target."""
+        """Return the addresses and the port that the initiator has to know of this target."""
         base, place = address_of(self.buffer), self.reference.place
         return {"address": self.wire.address, "base": base, "reference": place, "pid": os.getpid()}
 
     def fill(self, seed: int) -> None:
-        """Write what sample `seed` is to move."""
+        """Write the bytes of sample `seed`."""
         blocks.fill(address_of(self.addresses), self.addresses.size, self.case.block, seed)
 
     def count_wrong(self, seed: int) -> int:
-        """Blocks here that are not those of sample `seed`."""
+        """Count the blocks here that do not hold the bytes of sample `seed`."""
         return int(blocks.count_wrong(address_of(self.addresses), self.addresses.size, self.case.block, seed))
 
     # -------------------------------------------------------------------------- samples
     def transfer(self, start: int) -> dict[str, Any]:
-        """Move the sample over the wire, from monotonic time `start` on; when that began and ended, ns."""
+        """Move the sample over the wire from monotonic time `start` on; return when that began and ended, ns."""
         looks = []
         period = max(1, self.case.layers // QUIET_POINTS)
         begin = wait_until(start)
@@ -148,12 +148,12 @@ class Side:
         return {"begin": begin, "end": end, "looks": looks}
 
     def _look(self) -> list[int]:
-        """Resident bytes and open descriptors of the initiator, then of the target."""
+        """Return resident bytes and open descriptors of the initiator, then of the target."""
         assert self.target is not None
         return [figure for pid in (os.getpid(), self.target["pid"]) for figure in (resident(pid), descriptors(pid))]
 
     def refer(self, start: int) -> dict[str, Any]:
-        """Move the sample by the reference; when that began and ended, ns. Only the initiator's times mean anything."""
+        """Move the sample by the reference; return when that began and ended, ns. Only the initiator's times count."""
         begin = wait_until(start)
         for _ in range(self.case.layers):
             self.reference.move()
@@ -161,7 +161,7 @@ class Side:
 
     # -------------------------------------------------------------------------- one at a time
     def each(self, what: str, count: int, start: int, core: int) -> list[int]:
-        """Move blocks one at a time, in turn, each waited for; how long each took, ns.
+        """Move blocks one at a time, each waited for; return how long each took, ns.
 
         This thread stays on one core meanwhile. The engine's threads, started before, run where Linux likes.
         """
@@ -188,25 +188,25 @@ class Side:
         self.wire.check(self.moved_batches, self.moved_blocks)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Close the wire and the reference."""
         self.wire.close()
         self.reference.close()
 
 
 def wait_until(start: int) -> int:
-    """Sleep until that monotonic time, ns, which processes can agree on; returns the time it is then."""
+    """Sleep until a monotonic time, ns, on which processes can agree; return the time it is then."""
     while (left := start - time.monotonic_ns()) > 0:
         time.sleep(left / 1e9)
     return time.monotonic_ns()
 
 
 def resident(pid: int) -> int:
-    """Resident bytes of a process."""
+    """Return the resident bytes of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def descriptors(pid: int) -> int:
-    """Open file descriptors of a process."""
+    """Count the open file descriptors of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
@@ -217,13 +217,13 @@ _sides: dict[str, Side] = {}
 def open_side(
     role: str, case: dict[str, Any], reference: str, target: dict[str, Any] | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """Make a side; what the other, or the bench, has to know of it."""
+    """Make a side; return what the other process, or the bench, has to know of it."""
     side = _sides[role] = Side(role, Case(**case), reference, target)
     return side.found() if target is None else {"transport": side.wire.transport}
 
 
 def close(role: str) -> None:
-    """Give a side back."""
+    """Close a side."""
     _sides.pop(role).close()
     gc.collect()  # an engine and its regions hold each other, and these the buffers
 

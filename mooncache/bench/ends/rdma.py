@@ -31,7 +31,7 @@ COUNTED = ("work_requests", "doorbells", "completions", "completed", "polls", "f
 
 
 class Side:
-    """One end. The initiator is told where the target's buffer lies."""
+    """One end: an engine on one port and its blocks. The initiator is told where the target's buffer lies."""
 
     def __init__(
         self, role: str, *, port: str, gid_index: int, depth: int, signal: int, block: int, slices: int,
@@ -49,24 +49,24 @@ class Side:
             self.peer = self.engine.connect(target["address"])
 
     def found(self) -> dict[str, Any]:
-        """What the other side, or the bench, has to know of this one."""
+        """Return the addresses and port settings that the other side, or the bench, has to know of this one."""
         base = address_of(self.buffer)
         return {"address": self.engine.address, "base": base, "mtu": self.nic.mtu, "rd_atomic": self.nic.rd_atomic}
 
     def _addresses(self, n: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the first n blocks lie here, and at the target: int64[n] each."""
+        """Return where the first n blocks lie here and at the target: int64[n] each."""
         here, there = blocks.places(PLACES, block)
         base = self.target["base"] if self.target is not None else address_of(self.buffer)
         local = here if self.role == "initiator" else there
         return address_of(self.buffer) + local[:n], base + there[:n]
 
     def fill(self, seed: int, block: int, places: int) -> None:
-        """Write what sample `seed` is to move."""
+        """Write the bytes of sample `seed`."""
         addresses, _ = self._addresses(places, block)
         blocks.fill(address_of(addresses), places, block, seed)
 
     def count_wrong(self, seed: int, block: int, places: int) -> int:
-        """Blocks here that are not those of sample `seed`."""
+        """Count the blocks here that do not hold the bytes of sample `seed`."""
         addresses, _ = self._addresses(places, block)
         return int(blocks.count_wrong(address_of(addresses), places, block, seed))
 
@@ -91,7 +91,7 @@ class Side:
         return {"ns": took, "counts": {kind: after[kind] - before[kind] for kind in COUNTED}}
 
     def each(self, block: int, operations: int) -> list[int]:
-        """Write blocks one at a time, in turn, each waited for; how long each took, ns."""
+        """Write blocks one at a time, each waited for; return how long each took, ns."""
         ends = [[int(a) for a in end] for end in self._addresses(min(PLACES, operations), block)]
         turns = list(zip(*ends, strict=True))
         took = []
@@ -105,12 +105,12 @@ class Side:
         return took
 
     def close(self) -> None:
-        """Give everything back."""
+        """Close the engine."""
         self.engine.close()
 
 
 def slices_of(iterations: int, batch: int) -> int:
-    """Slots that the batches of one sample occupy together."""
+    """Return how many slots the batches of one sample occupy together."""
     return -(-iterations // batch) * slots_of(batch)
 
 
@@ -119,13 +119,13 @@ _sides: dict[str, Side] = {}
 
 
 def open_side(role: str, **how: Any) -> dict[str, Any]:
-    """Make a side; what the other, or the bench, has to know of it."""
+    """Make a side; return what the other process, or the bench, has to know of it."""
     side = _sides[role] = Side(role, **how)
     return side.found()
 
 
 def close(role: str) -> None:
-    """Give a side back."""
+    """Close a side."""
     _sides.pop(role).close()
 
 

@@ -1,1 +1,1 @@
-"""What the benches share: traffic, counts that must agree, processes, references, options and tables."""
+"""The parts that benches share: traffic, counts that must agree, processes, references, options and tables."""

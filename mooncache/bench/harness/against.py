@@ -1,4 +1,4 @@
-"""Other packages' own wheels, each in a virtual environment of its own, for `mooncache bench transfer --against`.
+"""Other packages' wheels, each in a virtual environment of its own, for `mooncache bench transfer --against`.
 
 Made once, below the user's cache directory, with venv and pip. The packages see ours through PYTHONPATH, so that the
 very same process measures them and us.
@@ -20,7 +20,7 @@ INSTALL_S = 900.0
 
 
 class Package(NamedTuple):
-    """What to install, how to see that it works, and what it can be asked for."""
+    """One package: how to install it, how to see that it works, and what it can be asked for."""
 
     requirements: tuple[str, ...]
     module: str
@@ -44,20 +44,20 @@ PACKAGES = {
 
 
 def folder(name: str) -> Path:
-    """Where the package's environment lies; another one for other requirements or another Python."""
+    """Return where the package's environment lies; other requirements, or another Python, have another one."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     version = PACKAGES[name].requirements[-1].replace("==", "-")
     return Path(base) / "mooncache" / f"against-{version}-py{sys.version_info.major}{sys.version_info.minor}"
 
 
 def options(name: str, transport: str) -> dict[str, Any]:
-    """How to start a `Process` that can import the package."""
+    """Return how to start a `Process` that can import the package."""
     return {"python": str(folder(name) / "bin/python"), "environment": PACKAGES[name].transports[transport]}
 
 
 @cache
 def prepare(name: str) -> None:
-    """Install the package unless it is. Raises ProcessError, which says why, if it cannot be installed or imported."""
+    """Install the package unless it is. Raises ProcessError, with the reason, if it cannot be installed or imported."""
     package, home = PACKAGES[name], folder(name)
     python = str(home / "bin/python")
     if not (home / "installed").exists():
@@ -69,7 +69,7 @@ def prepare(name: str) -> None:
 
 
 def _run(what: str, *command: str) -> None:
-    """Run a command that needs no answer; its last line of complaint goes into the error."""
+    """Run a command whose answer is not needed; the error quotes the last line of its complaint."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""Blocks of memory that the transfer benches send: where they lie, what is in them, and copying them by memcpy.
+"""The blocks of memory that transfer benches send: their places, their bytes, and a memcpy of them.
 
 What belongs into word w of block b is a function of (seed, b, w), so the process that received blocks can tell by
 itself whether they are the right ones, in the right places, and of this sample:
@@ -25,7 +25,7 @@ SEEDS, BLOCKS, STEPS = 0x6C8E944D1F5B2A63, 0x2545F4914F6CDD1D, 0x1B873593CC9E2D5
 
 # ------------------------------------------------------------------------------ where
 def places(n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of n blocks in the source and in the target buffer: those of `scattered`; int64[n] each."""
+    """Return the offsets of n blocks in the source and in the target buffer, as in `scattered`; int64[n] each."""
     traffic = scattered(n, length)
     return tuple(  # type: ignore[return-value]
         addresses - buffer.ctypes.data
@@ -34,14 +34,14 @@ def places(n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def span(n: int, length: int) -> int:
-    """Bytes from the first to the end of the last of n blocks, each followed by a gap of its own size."""
+    """Return the bytes from the first to the end of the last of n blocks, each followed by a gap of its own size."""
     return (2 * n - 1) * length
 
 
 # ------------------------------------------------------------------------------ what
 @kernel("int64(int64, int64, int64, int64)", nogil=True)
 def fill(addresses: int, n: int, length: int, seed: int) -> int:
-    """Write what belongs into n blocks at int64[n] `addresses`."""
+    """Write the bytes of sample `seed` into n blocks at int64[n] `addresses`."""
     for b in range(n):
         address = i64(addresses)[b]
         word = seed * SEEDS + b * BLOCKS
@@ -57,7 +57,7 @@ def fill(addresses: int, n: int, length: int, seed: int) -> int:
 
 @kernel("int64(int64, int64, int64, int64)", nogil=True)
 def count_wrong(addresses: int, n: int, length: int, seed: int) -> int:
-    """How many of n blocks hold anything else than what belongs there."""
+    """Count those of n blocks that hold other bytes than sample `seed` has there."""
     wrong = 0
     for b in range(n):
         address = i64(addresses)[b]
@@ -77,7 +77,7 @@ def count_wrong(addresses: int, n: int, length: int, seed: int) -> int:
 # ------------------------------------------------------------------------------ memcpy
 @kernel("int64(int64, int64, int64, int64)", nogil=True)
 def copy_blocks(targets: int, sources: int, n: int, length: int) -> int:
-    """One memcpy a block, in this thread: the reference for everything that stays on one host."""
+    """Copy each block by one memcpy, in this thread: the reference for everything that stays on one host."""
     for b in range(n):
         copy(i64(targets)[b], i64(sources)[b], length)
     return 0
@@ -95,12 +95,12 @@ class Mapped:
         self.address = address_of(np.frombuffer(self._map, np.uint8))
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the memory."""
         self._map.close()
 
 
 def place_of(array: np.ndarray) -> str:
-    """Where `Mapped` finds an array made by `memory.allocate`, as long as it lives."""
+    """Return where `Mapped` finds an array made by `memory.allocate`, as long as the array lives."""
     segment = segment_of(address_of(array), array.nbytes)
     assert segment is not None
     return f"/proc/{os.getpid()}/fd/{segment.descriptor}"

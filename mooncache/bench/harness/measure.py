@@ -1,4 +1,4 @@
-"""What the benches share: the traffic they send, counts that must agree, and how figures are shown."""
+"""The traffic that benches send, counts that must agree, and the circumstances and quantiles of what they measure."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Traffic(NamedTuple):
 
     @property
     def operands(self) -> tuple[Operand, Operand, int]:
-        """What `Engine.write` takes: arrays, or integers for a single request."""
+        """The operands of `Engine.write`: arrays, or integers for a single request."""
         if self.source.size == 1:
             return int(self.source[0]), int(self.target[0]), self.length
         return self.source, self.target, self.length
 
 
 def scattered(requests: int, length: int) -> Traffic:
-    """Traffic in an order drawn from SEED. The buffers cost memory only once somebody touches them."""
+    """Make traffic in an order drawn from SEED. The buffers cost memory only once somebody touches them."""
     chance = np.random.Generator(np.random.Philox(key=[SEED, requests]))
     source, target = (np.empty(2 * requests * length, np.uint8) for _ in range(2))
     sources, targets = (b.ctypes.data + 2 * length * chance.permutation(requests) for b in (source, target))
@@ -59,7 +59,7 @@ def scattered(requests: int, length: int) -> Traffic:
 
 
 def slots_of(slices: int) -> int:
-    """Slots that a batch of `slices` occupies: whole chunks."""
+    """Return the slots that a batch of `slices` occupies: whole chunks."""
     return -(-slices // CHUNK_SLICES) * CHUNK_SLICES
 
 
@@ -92,7 +92,7 @@ def expect_counts(stats: Stats, slices: int, batches: int, store: str, policy: s
 
 
 def wait_until_quiet(engine: Engine) -> Stats:
-    """Wait until the engine holds no batch, so that all slots are back; returns its stats from then on."""
+    """Wait until the engine holds no batch, so that all slots are back; return its stats from then on."""
     deadline = time.monotonic() + QUIET_S
     while (holds := engine.stats().open_batches) > 0:
         if time.monotonic() > deadline:
@@ -125,13 +125,13 @@ def on_own_cores() -> Iterator[Callable[[Engine], None]]:
 
 
 def threads_of(engine: Engine) -> list[int]:
-    """Linux's ids of an engine's own threads: workers and reaper."""
+    """Return Linux's ids of an engine's own threads: workers and reaper."""
     names = f"{engine.name}-worker-", f"{engine.name}-reaper"
     return [t.native_id for t in threading.enumerate() if t.name.startswith(names) and t.native_id]
 
 
 def taken_ns(engine: Engine) -> int:
-    """How long an engine's threads, ready to run, have waited for a core that another process had.
+    """Return how long an engine's threads, ready to run, have waited for a core that another process had.
 
     Threads that may share a core with the caller are left out: they wait for this process as well.
     """
@@ -152,15 +152,15 @@ def no_collections() -> Iterator[None]:
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """The q-quantile, linearly interpolated."""
+    """Return the q-quantile, linearly interpolated."""
     return float(np.quantile(np.asarray(samples), q))
 
 
 def median(samples: Sequence[float]) -> float:
-    """The middle one."""
+    """Return the median."""
     return quantile(samples, 0.5)
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -33,30 +33,30 @@ FEWEST = 5  # iterations that perftest accepts
 
 
 class NoFigures(ProcessError):
-    """A test ended well and told nothing that can be true; it may the next time."""
+    """A test ended well and printed no figure that can be true; the next run may."""
 
 
 class Bandwidth(NamedTuple):
-    """What a bandwidth test found."""
+    """The figures of a bandwidth test."""
 
     bytes_per_s: float
     messages_per_s: float
 
 
 class Latency(NamedTuple):
-    """What a latency test found, of one way: half of there and back. Seconds."""
+    """The figures of a latency test, one way, which is half of there and back. Seconds."""
 
     typical: float  # the median
     p99: float
 
 
 def installed(*programs: str) -> bool:
-    """Whether all of them are on PATH."""
+    """Return whether all of them are on PATH."""
     return all(shutil.which(program) for program in programs)
 
 
 def version() -> str | None:
-    """What it calls itself; None when it is not installed or says nothing."""
+    """Return the version that perftest prints; None when it is not installed or prints none."""
     if not installed("ib_write_bw"):
         return None
     said = subprocess.run(["ib_write_bw", "--version"], capture_output=True, text=True, check=False)
@@ -66,7 +66,7 @@ def version() -> str | None:
 
 # ------------------------------------------------------------------------------ reading what it prints
 def _table(text: str) -> dict[str, str]:
-    """The last line of figures by its column's heading; headings are cut at "]" or at spaces before the next one."""
+    """Read the last line of figures by column heading; headings end at "]" or at spaces before the next one."""
     lines = [line.strip() for line in text.splitlines()]
     heads = [at for at, line in enumerate(lines) if line.startswith("#bytes")]
     for head in reversed(heads):
@@ -80,7 +80,7 @@ def _table(text: str) -> dict[str, str]:
 
 
 def _figure(table: dict[str, str], name: str) -> float:
-    """A positive figure of the table."""
+    """Read a positive figure of the table."""
     try:
         value = float(table[name])
     except KeyError:
@@ -91,12 +91,12 @@ def _figure(table: dict[str, str], name: str) -> float:
 
 
 def _digits(cell: str) -> int:
-    """How many digits of a cell count: it is printed with a fixed number behind the point."""
+    """Count the digits of a cell that mean something: it is printed with a fixed number behind the point."""
     return len(cell.replace(".", "").lstrip("0"))
 
 
 def read_bandwidth(text: str) -> Bandwidth:
-    """The average of a bandwidth test, from the column that has more digits left: slow wires leave few in each."""
+    """Read the average of a bandwidth test from the column that has more digits left: slow wires leave few in each."""
     table = _table(text)
     size = _figure(table, "#bytes")
     name = next((name for name in table if name.startswith("BW average")), "BW average[MB/sec]")
@@ -112,14 +112,17 @@ def read_bandwidth(text: str) -> Bandwidth:
 
 
 def read_latency(text: str) -> Latency:
-    """The median and 99th percentile of a latency test."""
+    """Read the median and the 99th percentile of a latency test."""
     table = _table(text)
     return Latency(_figure(table, "t_typical[usec]") / 1e6, _figure(table, "99% percentile[usec]") / 1e6)
 
 
 # ------------------------------------------------------------------------------ running it
 def run(command: Sequence[str]) -> str:
-    """Run a test between two processes; what the client printed. Raises ProcessError. Leaves no process behind."""
+    """Run a test between two processes; return what the client printed.
+
+    Raises ProcessError. Leaves no process behind.
+    """
     port = free_port()
     words = [*command, "-p", str(port)]
     end = monotonic() + PATIENCE_S
@@ -140,7 +143,7 @@ def run(command: Sequence[str]) -> str:
 
 @contextmanager
 def _started(words: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """A process and what it prints; killed on the way out unless it has ended."""
+    """Start a process and collect what it prints; kill it on the way out unless it has ended."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -162,14 +165,17 @@ def _failed(command: Sequence[str], who: str, process: subprocess.Popen[bytes], 
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """Return a TCP port on which nothing listens at this moment."""
     with socket.socket() as plain:
         plain.bind(("", 0))
         return int(plain.getsockname()[1])
 
 
 def listens(port: int, root: str = "/proc/net") -> bool:
-    """Whether somebody listens on a TCP port. Looked up, not tried: the server would take a try for its client."""
+    """Return whether somebody listens on a TCP port.
+
+    It is looked up, not tried: the server would take a try for its client.
+    """
     end = f":{port:04X}"
     for name in ("tcp", "tcp6"):
         file = Path(root, name)

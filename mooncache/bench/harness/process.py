@@ -27,7 +27,7 @@ class ProcessError(MooncacheError):
 
 
 class Process:
-    """A Python process that runs `serve` in a module of ours.
+    """A Python process that runs `serve` in a module of this package.
 
     It has an interpreter of its own choice, so that it can see packages that this one does not; ours come first there.
     What it writes to stderr is kept, and quoted if it dies.
@@ -58,7 +58,10 @@ class Process:
             raise self._died() from error
 
     def answer(self, patience: float = PATIENCE_S) -> Any:
-        """What it answers. Raises ProcessError if that is an error, if it is gone, or if it takes too long."""
+        """Return the process's answer.
+
+        Raises ProcessError if it is an error, if the process is gone or takes too long.
+        """
         assert self._child.stdout is not None
         end = monotonic() + patience
         while b"\n" not in self._came:
@@ -87,7 +90,7 @@ class Process:
         return ProcessError(f"a process of the bench ended with status {status}: {last}")
 
     def close(self) -> None:
-        """Ask it to leave by closing its stdin; kill it if it stays."""
+        """Ask the process to leave by closing its stdin; kill it if it stays."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         with suppress(OSError):  # it is gone, and what was still to be sent to it with it
@@ -101,7 +104,7 @@ class Process:
         self._errors.close()
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the process at once."""
         self._child.kill()
 
     def pause(self, paused: bool) -> None:
@@ -118,7 +121,7 @@ class Process:
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """The child's side: run what each line of stdin asks for in "do", until stdin ends.
+    """Run what each line of stdin asks for in "do", until stdin ends: the child's side of `Process`.
 
     Answers have stdout for themselves; whatever else prints there goes to stderr.
     """

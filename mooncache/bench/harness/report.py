@@ -1,4 +1,4 @@
-"""What the benches print: one JSON object, or a table and the sentence that says what it means."""
+"""The output of benches: one JSON object, or a table and the sentence that says what it means."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def answer(report: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any
 
 
 def show_json(report: dict[str, Any]) -> None:
-    """The report as the one object on stdout."""
+    """Print the report as the one object on stdout."""
     json.dump(report, sys.stdout, indent=2)
     print()
 
 
 def figure(cell: object) -> str:
-    """A cell as text: floats with three digits that count, or all those before the point."""
+    """Format a cell: floats with three digits that count, or all those before the point."""
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], says: str) -> None:
-    """A table of figures, the sentence that says what they mean, and where they were measured."""
+    """Print a table of figures, the sentence that says what they mean, and where they were measured."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -56,7 +56,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 @contextmanager
 def progress(what: str, steps: int) -> Iterator[Any]:
-    """A bar on stderr, redrawn only at `bar()`: between measurements only. Silent without a terminal."""
+    """Show a bar on stderr, redrawn only at `bar()`: between measurements only. Silent without a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -68,18 +68,18 @@ def progress(what: str, steps: int) -> Iterator[Any]:
 
 
 def named(row: dict[str, Any]) -> str:
-    """The provider, and what carries it where that has another name."""
+    """Return the provider's name, and that of what carries it where that is another."""
     return row["provider"] if row["transport"] in ("", row["provider"]) else f"{row['provider']} ({row['transport']})"
 
 
 def between(ratios: Sequence[float]) -> str:
-    """The range they span."""
+    """Format the range that figures span."""
     low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
     return low if low == high else f"{low} to {high}"
 
 
 def provenance() -> dict[str, Any]:
-    """Where and with what the figures were measured."""
+    """Return where and with what the figures were measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
     return {

@@ -1,4 +1,4 @@
-"""What the transfer benches run a case in: processes in pairs, and samples that are checked where they arrive."""
+"""A case of a transfer bench: pairs of processes, and samples that are checked where they arrive."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def ends(op: str) -> tuple[str, str]:
-    """Which role an operation's bytes come from, and which one they go to."""
+    """Return the role that an operation's bytes come from, and the role that they go to."""
     return ("initiator", "target") if op == "write" else ("target", "initiator")
 
 
@@ -44,7 +44,7 @@ class Crew:
         self._pairs: dict[tuple[str, str, int], Pair] = {}
 
     def pair(self, case: Case, rank: int) -> Pair:
-        """The processes of this rank that can run the case."""
+        """Return the processes of this rank that can run the case, started if need be."""
         package, alone = packages.PACKAGES.get(case.provider), case.provider == "loopback"
         kind = (case.provider, case.transport) if package else ("loopback" if alone else "ours", "")
         if (key := (*kind, rank)) not in self._pairs:
@@ -80,7 +80,7 @@ class Trial:
         self.looks: list[list[list[int]]] = [[] for _ in self.pairs]
 
     def sample(self, what: str, seed: int) -> float:
-        """Send one sample by "wire" or "reference", in all ranks at once; seconds from first begin to last end."""
+        """Send one sample by "wire" or "reference", in all ranks at once; return seconds from first begin to end."""
         sender, receiver = ends(self.case.op)
         self._all(sender, do="fill", seed=seed)
         start = monotonic_ns() + START_NS
@@ -97,7 +97,7 @@ class Trial:
         return float(max(one["end"] for one in times) - min(one["begin"] for one in times)) / 1e9
 
     def each(self, what: str, count: int, seed: int, cores: tuple[int, int]) -> list[int]:
-        """Move `count` blocks one at a time by "wire" or "reference", of one rank; how long each took, ns.
+        """Move `count` blocks one at a time by "wire" or "reference", of one rank; return how long each took, ns.
 
         The initiator's Python runs on the first of the cores meanwhile, the target's on the other.
         """
@@ -128,24 +128,26 @@ class Trial:
         return [getattr(pair, role).answer(self.patience) for pair in self.pairs]
 
     def _all(self, role: str, **command: Any) -> list[Any]:
-        """What all processes of that role answer, having worked at the same time."""
+        """Send a command to all processes of a role; return their answers. They work at the same time."""
         self._tell(role, **command)
         return self._answers(role)
 
     def pause(self, paused: bool) -> None:
-        """Stop all its processes, or let them go on."""
+        """Stop all processes of the trial, or let them go on."""
         for pair in self.pairs:
             for process in pair:
                 process.pause(paused)
 
     def close(self) -> None:
-        """Check what the engines counted, and give everything back."""
+        """Check what the engines counted, and close them."""
         self._all("initiator", do="check")
         self._all("initiator", do="close")
         self._all("target", do="close")
 
     def growth(self) -> dict[str, float]:
-        """How resident memory (MiB) and descriptors of both sides grew after the first quarter, at worst of ranks."""
+        """Return how resident memory (MiB) and descriptors of both sides grew after the first quarter, at worst of
+        ranks.
+        """
         grown: list[float] = []
         for at in range(len(GROWING)):
             series = [[look[at] for look in looks] for looks in self.looks]
@@ -156,7 +158,7 @@ class Trial:
 
 @contextmanager
 def paused(trial: Trial) -> Iterator[None]:
-    """Nothing in the trial's processes runs meanwhile."""
+    """Stop the trial's processes meanwhile."""
     trial.pause(True)
     try:
         yield

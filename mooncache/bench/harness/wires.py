@@ -1,4 +1,4 @@
-"""What the transfer benches measure: our engine, and other packages in its place, behind one small interface.
+"""The wires that transfer benches measure: our engine, and other packages in its place, behind one small interface.
 
 A `Wire` is one process's end. The initiator's moves a plan of blocks, the target's lends its memory.
 """
@@ -40,12 +40,12 @@ class Case:
 
     @property
     def sample_bytes(self) -> int:
-        """What all ranks together move in a sample."""
+        """The bytes that all ranks together move in a sample."""
         return self.ranks * self.layers * self.slices * self.block
 
 
 class Plan(NamedTuple):
-    """Blocks to move: int64[n] addresses here and at the target, and their length."""
+    """The blocks to move: int64[n] addresses here and at the target, and their length."""
 
     local: np.ndarray
     remote: np.ndarray
@@ -53,50 +53,50 @@ class Plan(NamedTuple):
 
 
 class Wire(ABC):
-    """One end. `transfer` is what is timed; everything that can be prepared is prepared in `plan`."""
+    """One end of a wire. `transfer` is timed; everything that can be prepared is prepared in `plan`."""
 
     @property
     def transport(self) -> str:
-        """What carries the bytes, where only the connected initiator's end knows; else ""."""
+        """The transport that carries the bytes, where only the connected initiator's end knows it; else ""."""
         return ""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """What the initiator needs to find this target."""
+        """The address by which the initiator finds this target."""
 
     @abstractmethod
     def register(self, buffer: np.ndarray) -> None:
-        """Let transfers use it."""
+        """Make a buffer usable by transfers."""
 
     @abstractmethod
     def connect(self, address: str) -> None:
-        """Reach the target."""
+        """Connect to the target."""
 
     @abstractmethod
     def plan(self, op: str, plan: Plan) -> None:
-        """What each `transfer` is to move."""
+        """Prepare what each `transfer` is to move."""
 
     @abstractmethod
     def transfer(self) -> None:
-        """Move it all; returns when the bytes are in the target's memory (of a read: here)."""
+        """Move the whole plan; return when the bytes are in the target's memory (of a read: in this end's)."""
 
     def transfer_one(self, at: int) -> None:
         """Move the plan's block `at` alone."""
         raise UsageError(f"{type(self).__name__} is not measured with single operations")
 
     def release(self) -> None:  # noqa: B027  (not all hold anything)
-        """Give back what the last transfer held."""
+        """Release what the last transfer held."""
 
     def check(self, batches: int, blocks: int) -> None:  # noqa: B027  (not all count)
-        """Raise FingerprintError unless this end counted exactly that."""
+        """Raise FingerprintError unless this end counted exactly so many batches and blocks."""
 
     def close(self) -> None:  # noqa: B027  (not all can be closed before their process ends)
-        """Give everything back."""
+        """Close this end."""
 
 
 def slices_of(length: int) -> int:
-    """Slices that the engine cuts one request of so many bytes into."""
+    """Return how many slices the engine cuts one request of so many bytes into."""
     return 1 + max(0, -(-(length - SLICE_BYTES - TAIL_BYTES) // SLICE_BYTES))
 
 
@@ -111,37 +111,37 @@ class Ours(Wire):
 
     @property
     def address(self) -> str:
-        """Where the engine answers; its name in this process."""
+        """The address of the engine; within one process its name."""
         return self.engine.name if self.case.provider == "loopback" else self.engine.address
 
     @property
     def transport(self) -> str:
-        """By its own words, of which the first says it."""
+        """The transport that the engine's description of its peer names."""
         wire: str = self.engine.describe()["peers"][self.peer.name]
         return wire.partition(",")[0]
 
     def register(self, buffer: np.ndarray) -> None:
-        """With the engine."""
+        """Register a buffer with the engine."""
         self.engine.register(buffer)
 
     def connect(self, address: str) -> None:
-        """With the engine."""
+        """Connect the engine to the target."""
         self.peer = self.engine.connect(address)
 
     def plan(self, op: str, plan: Plan) -> None:
-        """`write` takes local and remote addresses, `read` remote and local ones."""
+        """Prepare operands: `write` takes local and remote addresses, `read` remote and local ones."""
         self.move = self.engine.write if op == "write" else self.engine.read
         ends = (plan.local, plan.remote) if op == "write" else (plan.remote, plan.local)
         self.each = [(*pair, plan.length) for pair in zip(*(end.tolist() for end in ends), strict=True)]
         self.operands: tuple[Operand, Operand, int] = (*ends, plan.length) if len(self.each) > 1 else self.each[0]
 
     def transfer(self) -> None:
-        """Submit and wait."""
+        """Submit the plan as one batch, and wait for it."""
         self.batch = self.move(self.peer, *self.operands)
         self.batch.wait(PATIENCE_S)
 
     def transfer_one(self, at: int) -> None:
-        """Submit and wait."""
+        """Submit one block as a batch, and wait for it."""
         self.batch = self.move(self.peer, *self.each[at])
         self.batch.wait(PATIENCE_S)
 
@@ -152,7 +152,7 @@ class Ours(Wire):
         self.batch = None
 
     def check(self, batches: int, blocks: int) -> None:
-        """By the engine's counters."""
+        """Compare the engine's counters."""
         slices = blocks * slices_of(self.case.block)
         expect_counts(wait_until_quiet(self.engine), slices, batches, "pool", "bulk")
 
@@ -167,16 +167,16 @@ class Nothing(Wire):
     address = ""
 
     def register(self, buffer: np.ndarray) -> None:
-        """Nobody to register it with."""
+        """Do nothing."""
 
     def connect(self, address: str) -> None:
-        """Nobody to connect to."""
+        """Do nothing."""
 
     def plan(self, op: str, plan: Plan) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def transfer(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 # ------------------------------------------------------------------------------ other packages
@@ -192,25 +192,25 @@ class Mooncake(Wire):
 
     @property
     def address(self) -> str:
-        """Its session's id."""
+        """The id of its session."""
         return f"127.0.0.1:{self.engine.get_rpc_port()}"
 
     def register(self, buffer: np.ndarray) -> None:
-        """One region."""
+        """Register a buffer as one region."""
         if code := self.engine.register_memory(buffer.ctypes.data, buffer.nbytes):
             raise ProcessError(f"mooncake's engine does not register memory: {code}")
 
     def connect(self, address: str) -> None:
-        """It connects when it first transfers."""
+        """Keep the address: the package connects at the first transfer."""
         self.session = address
 
     def plan(self, op: str, plan: Plan) -> None:
-        """It takes lists."""
+        """Make the lists that the package takes."""
         self.move = getattr(self.engine, f"batch_transfer_sync_{op}")
         self.lists = plan.local.tolist(), plan.remote.tolist(), [plan.length] * plan.local.size
 
     def transfer(self) -> None:
-        """One call."""
+        """Move the plan by one call."""
         if code := self.move(self.session, *self.lists):
             raise ProcessError(f"mooncake's engine refuses {len(self.lists[0])} slices with {code}")
 
@@ -229,11 +229,11 @@ class Nixl(Wire):
 
     @property
     def address(self) -> str:
-        """Its metadata, as text."""
+        """The agent's metadata, as text."""
         return base64.b64encode(self.agent.get_agent_metadata()).decode()
 
     def register(self, buffer: np.ndarray) -> None:
-        """One region."""
+        """Register a buffer as one region."""
         descriptors = self.agent.get_reg_descs([(buffer.ctypes.data, buffer.nbytes, 0, "")], "DRAM")
         self.agent.register_memory(descriptors)
 
@@ -253,7 +253,7 @@ class Nixl(Wire):
         self.lists = prepared("NIXL_INIT_AGENT", plan.local), prepared(self.target, plan.remote)
 
     def transfer(self) -> None:
-        """Post and poll."""
+        """Post the transfer, and poll until it is done."""
         local, remote = self.lists
         self.handle = self.agent.make_prepped_xfer(self.op, local, self.indices, remote, self.indices)
         state = self.agent.transfer(self.handle)
@@ -268,13 +268,13 @@ class Nixl(Wire):
         self.handle = None
 
     def close(self) -> None:
-        """Give the descriptors back; the agent ends with its process."""
+        """Release the descriptors; the agent ends with its process."""
         for prepared in self.lists:
             self.agent.release_dlist_handle(prepared)
 
 
 def open_wire(case: Case, role: str) -> Wire:
-    """One end of what the case asks for. Role: initiator or target."""
+    """Open one end of the wire that the case names. Role: initiator or target."""
     others: dict[str, Callable[[Case, str], Wire]] = {
         "": lambda case, role: Nothing(), "mooncake": Mooncake, "nixl": Nixl,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `mooncache doctor` looks at: one file a subject, in the order of the report."""
+"""The checks of `mooncache doctor`: one file a subject, in the order of the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mooncache.kernels import jit
 
 
 def examine(need: str, root: Path = ROOT) -> list[Finding]:
-    """All findings about this machine.
+    """Run all checks; return their findings about this machine.
 
     Args:
         need: auto, tcp, shm or rdma: the wire that has to work, whose lack is an error.

@@ -1,4 +1,4 @@
-"""What a check answers, and what checks share: reading the system's files, and saying so when they cannot be read."""
+"""The answer of a check, and what checks share: reading the system's files, and findings about unreadable ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding:
 
 
 def check(name: str) -> Callable[[Callable[P, Iterator[Finding]]], Callable[P, list[Finding]]]:
-    """Make a check of a generator of findings: what the system does not let it read becomes a finding as well."""
+    """Make a check of a generator of findings; a file that cannot be read becomes a finding as well."""
 
     def decorate(look: Callable[P, Iterator[Finding]]) -> Callable[P, list[Finding]]:
         @wraps(look)
@@ -51,18 +51,18 @@ def check(name: str) -> Callable[[Callable[P, Iterator[Finding]]], Callable[P, l
 
 
 def unreadable(name: str, error: OSError | ValueError) -> Finding:
-    """The finding that something could not be found out."""
+    """Return the finding that something could not be found out."""
     why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     return Finding(name, "warning", f"cannot be told: {why}")
 
 
 def read(path: Path) -> str:
-    """What a file of the system says, without the newline."""
+    """Read a file of the system, without the last newline."""
     return path.read_text().strip()
 
 
 def read_if_there(path: Path) -> str | None:
-    """The same, or None where there is no such file."""
+    """Read a file of the system; return None where there is no such file."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_if_there(path: Path) -> str | None:
 
 
 def number(path: Path, base: int = 10) -> int:
-    """The whole number that a file of the system says."""
+    """Read the whole number that a file of the system holds."""
     text = read(path)
     try:
         return int(text, base)
@@ -79,12 +79,12 @@ def number(path: Path, base: int = 10) -> int:
 
 
 def listed(names: list[str], none: str = "none") -> str:
-    """Names as a sentence has them: `a, b and c`."""
+    """Format names for a sentence: `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or none
 
 
 def attempt(name: str, look: Callable[[], Iterable[T]]) -> tuple[list[T], list[Finding]]:
-    """What several checks need, or nothing and the finding that says why."""
+    """Look something up for several checks; return it, or None and the finding that says why not."""
     try:
         return list(look()), []
     except (OSError, ValueError) as error:

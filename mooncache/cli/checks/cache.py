@@ -15,7 +15,7 @@ COMPILE = "mooncache doctor --warm"
 
 @check("kernel cache")
 def cache(place: Place | None, cold: bool) -> Iterator[Finding]:
-    """Whether the machine code of these sources is there, and stays there.
+    """Check that the machine code of these sources is there, and stays there.
 
     Args:
         place: where it lies, `jit.place()`.
@@ -38,7 +38,7 @@ def cache(place: Place | None, cold: bool) -> Iterator[Finding]:
 
 
 def mb_of(*directories: Path) -> str:
-    """What the files below directories take. Those that vanish meanwhile take nothing."""
+    """Sum the sizes of the files below directories, MB. Files that vanish meanwhile count nothing."""
     size = 0
     for directory in directories:
         for file in directory.rglob("*"):

@@ -1,4 +1,4 @@
-"""The clock: deadlines and figures are read from it, in kernels as well."""
+"""The clock, from which deadlines and figures are read, in kernels as well."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READS, ROUNDS = 2000, 5
 
 
 def read_ns() -> float:
-    """What one read of the monotonic clock costs, in ns, Python's call included: the best of several rounds."""
+    """Measure one read of the monotonic clock, ns, Python's call included: the best of several rounds."""
     clock, monotonic = time.clock_gettime_ns, time.CLOCK_MONOTONIC
     best = float("inf")
     for _ in range(ROUNDS):
@@ -33,7 +33,7 @@ def read_ns() -> float:
 
 @check("clock")
 def clock(cost_ns: float, root: Path = ROOT) -> Iterator[Finding]:
-    """The clock's source, and what a read was measured to cost."""
+    """Check the clock's source, and what a read costs."""
     sources = root / "sys/devices/system/clocksource/clocksource0"
     source = read_if_there(sources / "current_clocksource")
     text = f"{source or 'unknown source'}; one read takes {cost_ns:.0f} ns from Python"

@@ -13,7 +13,7 @@ CORES = 4  # one engine's worker, which polls; the caller's thread; the listener
 
 
 def quota(root: Path = ROOT) -> float:
-    """Cores' worth of time that this process's control groups (version 2) grant; infinite without a limit."""
+    """Return how many cores' time this process's control groups (version 2) grant; infinite without a limit."""
     lines = (read_if_there(root / "proc/self/cgroup") or "").splitlines()
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     top = root / "sys/fs/cgroup"
@@ -27,7 +27,7 @@ def quota(root: Path = ROOT) -> float:
 
 @check("cores")
 def cores(allowed: set[int], root: Path = ROOT) -> Iterator[Finding]:
-    """The cores that this process may use (`os.sched_getaffinity`) against what a polling worker needs."""
+    """Compare the cores that this process may use (`os.sched_getaffinity`) with what a polling worker needs."""
     there, granted = cpus_of(root / "sys/devices/system/cpu/online") or allowed, quota(root)
     text = f"{len(allowed)} of {len(there)} cores may be used"
     if granted < len(allowed):
@@ -46,7 +46,7 @@ def cores(allowed: set[int], root: Path = ROOT) -> Iterator[Finding]:
 
 @check("cpu frequency")
 def frequency(allowed: set[int], root: Path = ROOT) -> Iterator[Finding]:
-    """What keeps the frequency of the cores that this process may use."""
+    """Check the governors that keep the frequency of the cores that this process may use."""
     files = [root / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_governor" for core in sorted(allowed)]
     governors = Counter(governor for governor in map(read_if_there, files) if governor)
     spelled = ", ".join(f"{name} on {count} cores" for name, count in governors.most_common())

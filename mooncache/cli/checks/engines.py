@@ -1,4 +1,4 @@
-"""Engines that are open on this machine, as far as they answer this user: what is wrong in their background."""
+"""The engines that are open on this machine and answer this user: their background threads' trouble."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ASK_S = 2.0
 
 
 def ask(name: str) -> dict[str, Any]:
-    """What the engine at this Unix socket says of itself. Raises MooncacheError: it does not answer this user."""
+    """Ask the engine at a Unix socket to describe itself. Raises MooncacheError if it does not answer this user."""
     answer = dial(f"unix:{name}", "trouble", {}, caller="doctor", generation=1, secret=None, deadline=Deadline(ASK_S))
     answer.sock.close()
     return answer.body
 
 
 def listening(root: Path) -> list[str]:
-    """Names of the abstract Unix sockets that engines listen at."""
+    """Return the names of the abstract Unix sockets that engines listen at."""
     rows = [line.split() for line in (read_if_there(root / "proc/net/unix") or "").splitlines()[1:]]
     ours = [row for row in rows if len(row) == 8 and row[7].startswith(f"@{UNIX_PREFIX}")]
     return sorted(row[7][1:] for row in ours if int(row[3], 16) & LISTENS)
@@ -35,7 +35,7 @@ def listening(root: Path) -> list[str]:
 
 @check("engines")
 def engines(root: Path = ROOT) -> Iterator[Finding]:
-    """What engines of this user say of their trouble. Those with a secret tell it to nobody but `engine.stats()`."""
+    """Report the trouble of this user's engines. Engines with a secret tell it by `engine.stats()` only."""
     told, silent = 0, 0
     for name in listening(root):
         try:

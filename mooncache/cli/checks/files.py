@@ -16,7 +16,7 @@ ASK = 65_536  # what the cures set: all 16 workers, and the descriptors of the s
 
 @check("open files")
 def descriptors(soft: int, hard: int) -> Iterator[Finding]:
-    """The limits of open files (RLIMIT_NOFILE) against the connections of a fleet."""
+    """Compare the limits of open files (RLIMIT_NOFILE) with the connections of a fleet."""
     unlimited = soft == resource.RLIM_INFINITY
     text = "unlimited" if unlimited else f"{soft:,} at once"
     if unlimited or soft >= ENOUGH:

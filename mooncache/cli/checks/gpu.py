@@ -25,12 +25,12 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        """What findings call it."""
+        """The name that findings have for it."""
         return f"GPU {self.address}"
 
 
 def gpus(root: Path = ROOT) -> list[Gpu]:
-    """The GPUs of this machine, by address. Raises OSError or ValueError for what cannot be read."""
+    """Return the GPUs of this machine, by address. Raises OSError or ValueError for what cannot be read."""
     found = []
     for device in sorted((root / "sys/bus/pci/devices").glob("*")):
         vendor = VENDORS.get(number(device / "vendor", 16))
@@ -42,7 +42,7 @@ def gpus(root: Path = ROOT) -> list[Gpu]:
 
 @check("gpu")
 def peer_memory(devices: list[Gpu], root: Path = ROOT) -> Iterator[Finding]:
-    """Whether an RDMA device may reach GPU memory directly: a peer memory module, or dma-buf."""
+    """Check whether an RDMA device may reach GPU memory directly: by a peer memory module, or dma-buf."""
     if not devices:
         yield Finding("gpu", "ok", "none")
     for vendor in sorted({device.vendor for device in devices}):
@@ -51,7 +51,7 @@ def peer_memory(devices: list[Gpu], root: Path = ROOT) -> Iterator[Finding]:
 
 
 def nvidia(what: str, linux: tuple[int, int], root: Path) -> Finding:
-    """NVIDIA's ways: nvidia-peermem, or dma-buf by the open kernel modules."""
+    """Check NVIDIA's ways: nvidia-peermem, or dma-buf by the open kernel modules."""
     driver = read_if_there(root / "proc/driver/nvidia/version")
     if driver is None:
         return Finding("gpu", "warning", f"{what}, without a driver (no /proc/driver/nvidia)", "modprobe nvidia")
@@ -67,7 +67,7 @@ def nvidia(what: str, linux: tuple[int, int], root: Path) -> Finding:
 
 
 def amd(what: str, linux: tuple[int, int], root: Path) -> Finding:
-    """AMD's way: dma-buf by amdgpu."""
+    """Check AMD's way: dma-buf by amdgpu."""
     if not (root / "sys/module/amdgpu").is_dir():
         return Finding("gpu", "warning", f"{what}, without a driver (amdgpu is not loaded)", "modprobe amdgpu")
     if linux >= DMA_BUF:

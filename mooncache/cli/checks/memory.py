@@ -22,14 +22,14 @@ SHARED_WIRES = ("auto", "shm")
 
 
 def capable(bit: int, root: Path = ROOT) -> bool:
-    """Whether this process has a capability that counts for the whole machine, not only in a user namespace."""
+    """Return whether this process has a capability for the whole machine, not only in a user namespace."""
     held = re.search(r"^CapEff:\s*([0-9a-f]+)$", read(root / "proc/self/status"), re.MULTILINE)
     everybody = (read_if_there(root / "proc/self/uid_map") or "").split() in ([], ["0", "0", "4294967295"])
     return everybody and held is not None and bool(int(held[1], 16) >> bit & 1)
 
 
 def total_bytes(root: Path = ROOT) -> int:
-    """Memory of this machine."""
+    """Return the memory of this machine."""
     found = re.search(r"^MemTotal:\s*(\d+) kB$", read(root / "proc/meminfo"), re.MULTILINE)
     if found is None:
         raise ValueError(f"expected MemTotal in {root / 'proc/meminfo'}")
@@ -38,7 +38,7 @@ def total_bytes(root: Path = ROOT) -> int:
 
 @check("locked memory")
 def locked(need: str, limit: int, root: Path = ROOT) -> Iterator[Finding]:
-    """The limit of locked memory (RLIMIT_MEMLOCK, in bytes): registered memory is locked while a NIC may use it."""
+    """Check the limit of locked memory (RLIMIT_MEMLOCK, bytes): registered memory is locked while a NIC may use it."""
     spelled = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / (1 << 20):,g} MiB"
     if limit == resource.RLIM_INFINITY or limit >= total_bytes(root):
         yield Finding("locked memory", "ok", spelled)
@@ -51,7 +51,7 @@ def locked(need: str, limit: int, root: Path = ROOT) -> Iterator[Finding]:
 
 @check("huge pages")
 def huge(root: Path = ROOT) -> Iterator[Finding]:
-    """Pages of 2 MiB: those set aside, which `engine.allocate(huge=True)` takes, and transparent ones."""
+    """Check pages of 2 MiB: those set aside, which `engine.allocate(huge=True)` takes, and transparent ones."""
     kinds = root / "sys/kernel/mm"
     pages = kinds / f"hugepages/hugepages-{HUGE_BYTES >> 10}kB"
     automatic = chosen(kinds / "transparent_hugepage/enabled")
@@ -70,14 +70,14 @@ def huge(root: Path = ROOT) -> Iterator[Finding]:
 
 
 def chosen(path: Path) -> str:
-    """The setting in brackets: `always [madvise] never` -> madvise; unknown where the kernel tells none."""
+    """Return the setting in brackets: `always [madvise] never` -> madvise; unknown where the kernel tells none."""
     found = re.search(r"\[(\w+)\]", read_if_there(path) or "")
     return found[1] if found else "unknown"
 
 
 @check("shared memory")
 def shareable(need: str) -> Iterator[Finding]:
-    """Whether memory can be made that peers on this host can map: one page is allocated and given back."""
+    """Check whether memory can be made that peers on this host can map: allocate one page and free it."""
     try:
         allocate(mmap.PAGESIZE)
     except (CapacityError, TransportError) as error:

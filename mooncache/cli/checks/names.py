@@ -13,7 +13,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {"redis": ("redis",), "etcd": ("etcd3gw"
 
 @check("discovery")
 def names(extras: Mapping[str, tuple[str, ...]] = EXTRAS) -> Iterator[Finding]:
-    """Which stores of names this environment can talk to. None is needed: peers can be called by host:port."""
+    """Check which stores of names this environment can talk to. None is needed: peers can be called by host:port."""
     for extra, packages in extras.items():
         try:
             there = ", ".join(f"{package} {version(package)}" for package in packages)

@@ -1,4 +1,4 @@
-"""NUMA nodes: which of them NICs, GPUs and this process's cores are on."""
+"""NUMA nodes: the nodes of NICs, of GPUs and of this process's cores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAR = "bytes and doorbells cross the link between the nodes"
 
 @check("numa")
 def numa(allowed: set[int], nics: Mapping[str, int], gpus: Mapping[str, int], root: Path = ROOT) -> Iterator[Finding]:
-    """Whether what works together is on one node.
+    """Check whether NICs, GPUs and cores that work together are on one node.
 
     Args:
         allowed: the cores that this process may use.
@@ -38,10 +38,10 @@ def numa(allowed: set[int], nics: Mapping[str, int], gpus: Mapping[str, int], ro
 
 
 def node_name(node: int) -> str:
-    """A node as a sentence has it."""
+    """Format a node for a sentence."""
     return f"node {node}" if node >= 0 else "an unknown node"
 
 
 def nodes_named(nodes: list[int]) -> str:
-    """Several of them."""
+    """Format several nodes for a sentence."""
     return f"node{'s' if len(nodes) > 1 else ''} {listed([str(node) for node in nodes])}"

@@ -1,4 +1,4 @@
-"""Reading another process's memory, as the shm wire does with memory that no engine has allocated."""
+"""Reading another process's memory, as the shm wire does with memory that was not made by `engine.allocate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ SCOPES = {"1": "its descendants only", "2": "CAP_SYS_PTRACE only", "3": "nobody,
 
 
 def refusal() -> int:
-    """Why another process may not read this one's memory, as an errno; 0 if it may. Raises OSError: it did not tell."""
+    """Return why another process may not read this one's memory, as an errno, or 0.
+
+    Raises OSError without an answer.
+    """
     word = ctypes.c_int64()
     command = [sys.executable, "-I", "-c", PROBE, str(os.getpid()), str(ctypes.addressof(word))]
     try:
@@ -44,7 +47,7 @@ def refusal() -> int:
 
 @check("process memory")
 def process_memory(refused: int | None = None, root: Path = ROOT) -> Iterator[Finding]:
-    """Whether processes may read each other's memory.
+    """Check whether processes may read each other's memory.
 
     Args:
         refused: the errno with which it was refused, 0 for none; by default it is tried.

@@ -1,4 +1,4 @@
-"""RDMA devices: ports and what they are set to, access to them, and the library that talks to them."""
+"""RDMA devices: ports and their settings, access to them, and the library that talks to them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ GIVE = "docker: docker run --device=/dev/infiniband ..."
 
 
 def devices(root: Path = ROOT) -> Path:
-    """Where the kernel lists RDMA devices."""
+    """Return the folder where Linux lists RDMA devices."""
     return root / "sys/class/infiniband"
 
 
 def found_ports(root: Path = ROOT) -> list[Port]:
-    """Every port of every RDMA device. Raises ValueError for what cannot be understood."""
+    """Return every port of every RDMA device. Raises ValueError for what cannot be understood."""
     return all_ports(str(devices(root)))
 
 
 def usable(port: Port) -> bool:
-    """Whether the engine could send through it."""
+    """Return whether the engine could send through a port."""
     return port.state == ACTIVE and port.link_layer != "iWARP"
 
 
 def severity(need: str) -> Level:
-    """How bad it is that RDMA does not work."""
+    """Return how bad it is that RDMA does not work."""
     return "error" if need == "rdma" else "warning"
 
 
 def ports(need: str, found: Sequence[Port], root: Path = ROOT) -> list[Finding]:
-    """All ports of all devices; that there is none is an error only where RDMA has to work."""
+    """Check all ports of all devices; a lack of any is an error only where RDMA has to work."""
     if not found:
         text = "no RDMA device; tcp and shm work"
         return [Finding("rdma", severity(need), text, DRIVER if need == "rdma" else None)]
@@ -58,7 +58,7 @@ def ports(need: str, found: Sequence[Port], root: Path = ROOT) -> list[Finding]:
 
 @check("rdma")
 def link(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
-    """Whether a port is up, and what it is; `level` says how bad it is if it is not."""
+    """Check whether a port is up, and say what it is; `level` says how bad it is if it is not."""
     name = f"rdma {port.name}"
     physical = read_if_there(devices(root) / f"{port.device}/ports/{port.number}/phys_state") or "unknown"
     parts = [
@@ -82,7 +82,9 @@ def link(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
 
 @check("rdma mtu")
 def mtu(port: Port, root: Path = ROOT) -> Iterator[Finding]:
-    """The MTU of a port: on RoCE it follows that of the netdev, less some 60 bytes, rounded down to a power of two."""
+    """Check the MTU of a port: on RoCE it follows that of the netdev, less some 60 bytes, rounded down to a power of
+    two.
+    """
     name = f"rdma {port.name} mtu"
     if port.link_layer == "InfiniBand":
         yield Finding(name, "ok", "as the subnet manager sets it")
@@ -101,7 +103,7 @@ def mtu(port: Port, root: Path = ROOT) -> Iterator[Finding]:
 
 @check("rdma gid")
 def gids(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
-    """Which GIDs a port has, and by which of them peers will reach it; `level` says how bad it is to have none."""
+    """Check which GIDs a port has, and by which of them peers reach it; `level` says how bad it is to have none."""
     name = f"rdma {port.name} gid"
     address = f"ip addr add ADDRESS/PREFIX dev {port.netdev or 'NETDEV'}"
     try:
@@ -122,7 +124,7 @@ def gids(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
 
 @check("rdma access")
 def access(need: str, found: Sequence[Port], root: Path = ROOT) -> Iterator[Finding]:
-    """Whether this process may open the devices: a container has them only if it was given them."""
+    """Check whether this process may open the devices: a container has them only if it was given them."""
     classes = root / "sys/class/infiniband_verbs"
     nodes = {read(node / "ibdev"): root / "dev/infiniband" / node.name for node in sorted(classes.glob("uverbs*"))}
     for device in dict.fromkeys(port.device for port in found):
@@ -144,7 +146,7 @@ def access(need: str, found: Sequence[Port], root: Path = ROOT) -> Iterator[Find
 
 @check("rdma library")
 def library(need: str, found: Sequence[Port], what: Installed | None = None) -> Iterator[Finding]:
-    """pyverbs beside rdma-core; without a device it is missed only where RDMA has to work."""
+    """Check pyverbs beside rdma-core; without a device it is missed only where RDMA has to work."""
     seen = installed() if what is None else what
     if seen.problem is None:
         yield Finding("rdma library", "ok", f"pyverbs {seen.pyverbs} beside libibverbs of rdma-core {seen.rdma_core}")

@@ -1,4 +1,4 @@
-"""Buffers of sockets: how much of a TCP connection may be under way, which over a distance bounds its rate."""
+"""Buffers of sockets: they limit how much of a TCP connection is under way, and so its rate over a distance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CURE = "as root: sysctl -w net.ipv4.tcp_rmem='4096 131072 33554432' net.ipv4.tcp
 
 @check("socket buffers")
 def sockets(root: Path = ROOT) -> Iterator[Finding]:
-    """Whether connections get enough of them, by the system's tuning or by asking."""
+    """Check whether connections get large buffers, by the system's tuning or by asking."""
     given = {direction: buffers(direction, root / "proc/sys/net") for direction in "wr"}
     most = min(max(each) for each in given.values())
     text = f"{most / 2**20:.1f} MiB of a TCP connection may be under way"

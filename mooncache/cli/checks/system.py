@@ -1,4 +1,4 @@
-"""The operating system and the Python that everything stands on."""
+"""The operating system and the Python that the engine runs on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTAINERS = {".dockerenv": "Docker", "run/.containerenv": "Podman", "run/system
 
 
 def release(root: Path = ROOT) -> tuple[int, int]:
-    """Major and minor version of the running Linux. Raises ValueError where it says something else."""
+    """Return major and minor version of the running Linux. Raises ValueError for a text that is no version."""
     text = read(root / "proc/sys/kernel/osrelease")
     numbers = re.match(r"(\d+)\.(\d+)", text)
     if numbers is None:
@@ -29,7 +29,7 @@ def release(root: Path = ROOT) -> tuple[int, int]:
 
 @check("system")
 def system(root: Path = ROOT, machine: str = platform.machine()) -> Iterator[Finding]:
-    """Linux, the machine's architecture, and whether this is a container."""
+    """Check Linux, the machine's architecture, and whether this is a container."""
     around = next((engine for file, engine in CONTAINERS.items() if (root / file).exists()), None)
     inside = f", in a container ({around})" if around else ""
     what = f"Linux {read(root / 'proc/sys/kernel/osrelease')} on {machine}{inside}"
@@ -41,7 +41,7 @@ def system(root: Path = ROOT, machine: str = platform.machine()) -> Iterator[Fin
 
 @check("python")
 def python(running: tuple[int, int] = sys.version_info[:2], supported: str | None = None) -> Iterator[Finding]:
-    """Python against what this package supports, and the packages that make the machine code.
+    """Compare Python with what this package supports, and name the packages that make the machine code.
 
     Args:
         supported: as in the package's metadata, such as ">=3.10,<3.14", where it is read from by default.
@@ -59,5 +59,5 @@ def python(running: tuple[int, int] = sys.version_info[:2], supported: str | Non
 
 
 def packaged(name: str) -> str:
-    """A package and its version."""
+    """Format a package and its version."""
     return f"{name} {version(name)}"
