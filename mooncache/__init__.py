@@ -1,4 +1,4 @@
-"""Moves LLM KV cache between machines, and predicts what that will cost. See README.md."""
+"""Mooncache moves LLM KV cache between machines, and predicts what that will cost. See README.md."""
 
 from mooncache.batch import Batch, Quiesced
 from mooncache.engine import Engine

@@ -1,4 +1,4 @@
-"""`await batch`: one eventfd an engine, watched by every event loop that awaits its batches, or room for another.
+"""Event loops await batches, or room for another, by one eventfd an engine, which every such loop watches.
 
 A worker that finishes an awaited batch writes to the eventfd, and so does whoever gives back awaited slots; the loop
 that wakes resolves the futures of all finished batches and of all who wait for slots, in whichever loop they are.
@@ -47,22 +47,21 @@ class Awaiting:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Let go of the eventfd and the loops in a forked child; see `forks.Holder`."""
         self._closed, self._lock = True, threading.Lock()
         self._waiters.clear()
         self._loops.clear()
         forks.drop([self.event_fd])
 
     def finished(self, handle: int) -> asyncio.Future[None]:
-        """A future of the running event loop that is resolved when the batch is done, closed, or its engine is."""
+        """Return a future of the running event loop, resolved when the batch is done or closed, or its engine is."""
         future = self._enter(handle)
         if not future.done() and calls.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
             future.set_result(None)
         return future
 
     async def room(self, seen: int, timeout: float | None) -> None:
-        """Return when slots or batch rows came back since the capacity bell was `seen`, the engine closed, or so many
-        seconds have passed."""
+        """Return when slots or batch rows came back since the capacity bell was `seen`, at close, or after so long."""
         future = self._enter(ROOM)
         if not future.done() and calls.await_capacity(self.ctl, seen):
             future.set_result(None)
@@ -83,7 +82,7 @@ class Awaiting:
         return future
 
     def _announce(self) -> None:
-        """The eventfd was written: resolve the futures of all batches that are done, and of who waits for room."""
+        """Resolve the futures of batches that are done, and of coroutines that wait for room."""
         with suppress(BlockingIOError):  # another event loop was faster
             os.eventfd_read(self.event_fd)
         for waiter in list(self._waiters.values()):
@@ -95,12 +94,12 @@ class Awaiting:
             self._waiters.pop(id(waiter.future), None)
 
     def release(self) -> None:
-        """The engine has closed: let go of everybody who still waits."""
+        """Resolve all futures: the engine has closed."""
         for waiter in list(self._waiters.values()):
             self._resolve(waiter)
 
     def close(self) -> None:
-        """Close the eventfd, after every loop that watches it has stopped to: numbers of closed files are reused."""
+        """Close the eventfd after every loop has stopped to watch it: numbers of closed files are reused."""
         with self._lock:
             self._closed = True
             self._loops = {loop for loop in self._loops if _tell(loop, self._leave, loop)}
@@ -108,7 +107,7 @@ class Awaiting:
                 self._close_descriptor()
 
     def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a loop: stop watching. The last one closes the eventfd."""
+        """Stop watching, in a loop. The last loop to leave closes the eventfd."""
         with self._lock:
             loop.remove_reader(self.event_fd)
             self._loops.discard(loop)
@@ -121,7 +120,7 @@ class Awaiting:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:
-    """Have a function called in an event loop; False when that loop is closed."""
+    """Have a function called in an event loop; return False when that loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Threads that work for an engine in the background: none of them ends in silence.
+"""Threads that work for an engine in the background. One that fails is logged, begun again and shown as trouble.
 
 Nobody waits for such a thread, so an exception in it would only be printed, and whatever the thread looked after would
 stand still. Here it is logged with its traceback, kept as `trouble` for `Engine.stats`, and told to what depended
@@ -34,14 +34,14 @@ class Background:
 
     @property
     def trouble(self) -> tuple[str, ...]:
-        """What is wrong now, or was and could not be set right, a sentence each; empty when all is well."""
+        """The present trouble, and what could not be set right, a sentence each; empty when all is well."""
         with self._lock:
             return tuple(f"{what}: {why}" for what, why in self._trouble.items())
 
     def start(
         self, name: str, run: Callable[[], object], failed: Callable[[Exception], object] | None = None
     ) -> threading.Thread:
-        """Do work in a new daemon thread of this name; returns the thread.
+        """Do work in a new daemon thread of this name; return the thread.
 
         Args:
             run: all of the work. It returns when there is no more to do, or its owner closes. An exception is noted,
@@ -85,14 +85,17 @@ class Background:
             log.error("what depends on background thread %r could not be failed", name, exc_info=another)
 
     def note(self, what: str, why: str) -> bool:
-        """Something is wrong with `what`, until it is `settled`. Returns whether that is news, to be logged."""
+        """Note that something is wrong with `what`, until it is `settled`.
+
+        Return whether that is news, to be logged.
+        """
         with self._lock:
             news = self._trouble.get(what) != why
             self._trouble[what] = why
             return news
 
     def settled(self, what: str) -> bool:
-        """All is well with `what`. Returns whether it was not before."""
+        """Note that all is well with `what`. Return whether it was not before."""
         with self._lock:
             return self._trouble.pop(what, None) is not None
 
@@ -101,12 +104,12 @@ class Background:
         self._closing.set()
 
     def close(self, seconds: float = threading.TIMEOUT_MAX) -> bool:
-        """Wait for all threads, which must have been told to end; not from one of them. Returns whether all have."""
+        """Wait for all threads, which must have been told to end; not from one of them. Return whether all have."""
         self.stop()
         return self.join(seconds=seconds)
 
     def join(self, name: str = "", seconds: float = threading.TIMEOUT_MAX) -> bool:
-        """Wait for all threads, or those of this name, to end. Returns whether they have."""
+        """Wait for all threads, or those of this name, to end. Return whether they have."""
         with self._lock:
             threads = [thread for thread in self._threads if name in ("", thread.name)]
         end = monotonic() + seconds

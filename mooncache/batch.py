@@ -1,4 +1,4 @@
-"""A batch: what `Engine.write` and `.read` return, and all that can be done with it."""
+"""A batch is the answer of `Engine.write` and `read`: it is waited for, asked, cancelled and closed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAP_S, NAP_MOST_S = 1e-4, 5e-3
 
 
 class Quiesced(IntEnum):
-    """Where no byte of a batch can move any more. True only for BOTH."""
+    """The ends at which no byte of a batch can move any more. True only for BOTH."""
 
     NO = 0  # slices are without an answer: neither range may be touched
     SOURCE = 1  # this engine touches its own ranges no more, but what was sent may still land at the peer
@@ -66,17 +66,17 @@ class Batch:
 
     @property
     def peer(self) -> str:
-        """Name of the peer."""
+        """The name of the peer."""
         return self._to.name
 
     @property
     def done(self) -> bool:
-        """Whether every slice is answered: arrived, failed or cancelled. A closed batch counts as done."""
+        """True once every slice is answered: arrived, failed or cancelled. A closed batch counts as done."""
         return self._closed or calls.status(self._engine.ctl, self._handle) != Status.NOT_FINISHED
 
     @property
     def quiesced(self) -> Quiesced:
-        """Whether, and at which ends, no more bytes can move, so that the ranges may be used again.
+        """The ends at which no more bytes can move, so that the ranges there may be used again.
 
         True (`Quiesced.BOTH`) once every slice is answered and, if a connection ended with slices of this time on it,
         the peer has confirmed that nothing of it lands any more, or is known to be dead: its host refuses connections
@@ -90,7 +90,7 @@ class Batch:
         return self._quiesced
 
     def _arrived(self) -> bool:
-        """Whether it is known that all has arrived."""
+        """Return whether it is known that all has arrived."""
         return self._failures == () or (not self._closed and int(calls.failed(self._engine.ctl, self._handle)) == 0)
 
     def wait_quiesced(self, timeout: float | None = None) -> None:
@@ -113,7 +113,7 @@ class Batch:
 
     @property
     def slices(self) -> int:
-        """Slices the requests were cut into; 0 once closed."""
+        """The slices that the requests were cut into; 0 once closed."""
         return max(0, int(calls.slices(self._engine.ctl, self._handle)) - self._notes)
 
     @property
@@ -132,7 +132,7 @@ class Batch:
         return self._failures
 
     def _learn(self) -> int:
-        """Note the outcome in `_failures` if it can be known. Returns what `calls.failed` does.
+        """Note the outcome in `_failures` if it can be known. Return what `calls.failed` does.
 
         Another thread may close the batch at any moment, but notes the outcome first.
         """
@@ -152,7 +152,7 @@ class Batch:
         return int(count)
 
     def _reason(self, status: Status, local: int, remote: int, length: int) -> str:
-        """Why a request failed; where memory is at fault, which, and whose."""
+        """Explain why a request failed; where memory is at fault, name the range and its owner."""
         if status == Status.LOCAL_ERROR:
             return f"{REASON[status]}: {length} bytes at {local:#x} of engine {self._engine.name!r}"
         if status == Status.REMOTE_ERROR:
@@ -199,7 +199,7 @@ class Batch:
         return EngineClosed(f"engine {self._engine.name!r} was closed while {self!r} was open")
 
     def _tell(self) -> None:
-        """The batch is done or closed: return if all arrived, else raise."""
+        """Return if all arrived, else raise: the batch is done or closed."""
         if self._learn() == STALE:
             if self._engine.closed:
                 raise self._engine_closed()
@@ -228,7 +228,7 @@ class Batch:
             raise self._engine_closed()
 
     def close(self) -> None:
-        """Give the batch's slices back, as the engine's reclaim policy says. Once; a second close is an error.
+        """Delete the batch's slices, as the engine's reclaim policy says. Once; a second close is an error.
 
         A batch that is not done is cancelled and detached: the worker gives it back when the NIC has answered for
         the last slice. Until `quiesced` its buffers must not be used again.

@@ -1,4 +1,4 @@
-"""What workers of a wire of descriptors sleep on: one epoll set each, over the wire's own set and a bell."""
+"""Workers of a wire of descriptors sleep on bells: one epoll set each, over the wire's own set and an eventfd."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Bells:
             row["serves"], row["spins"] = 1, spins
 
     def close(self) -> None:
-        """Close them. The workers must have left."""
+        """Close the epoll sets and eventfds. The workers must have left."""
         for epoll in self._epolls:
             epoll.close()
         while self._bells:
             os.close(self._bells.pop())
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close nothing in a forked child; see `forks.Holder`."""
         for epoll in self._epolls:
             epoll.close()
         forks.drop(self._bells)

@@ -1,4 +1,4 @@
-"""Whether memory is a GPU's. Asks the driver only where this process has loaded it: else it has no such memory.
+"""CUDA's driver is asked for the kind of an address only where this process has loaded it: else nothing is a GPU's.
 
 Source: NVIDIA, CUDA Driver API 12.4.
 """
@@ -16,19 +16,19 @@ MEMORY_DEVICE = 2  # CUmemorytype
 
 
 def memory_kind(address: int) -> str:
-    """Whose memory an address is in: "host", "gpu", or "managed" (which moves between both)."""
+    """Return the kind of memory an address is in: "host", "gpu", or "managed" (which moves between both)."""
     if pointer(address, POINTER_IS_MANAGED):
         return "managed"
     return "gpu" if pointer(address, POINTER_MEMORY_TYPE) == MEMORY_DEVICE else "host"
 
 
 def device_of(address: int) -> str:
-    """The GPU whose memory an address is in, as torch names it ("cuda:0"); empty where the host can reach it."""
+    """Return the GPU whose memory an address is in, as torch names it ("cuda:0"); empty where the host can reach it."""
     return f"cuda:{pointer(address, POINTER_DEVICE_ORDINAL)}" if memory_kind(address) == "gpu" else ""
 
 
 def pointer(address: int, attribute: int) -> int:
-    """An attribute of the memory at an address; 0 where CUDA does not know the address."""
+    """Read an attribute of the memory at an address; 0 where CUDA does not know the address."""
     cuda, value = library(), ctypes.c_uint()
     if cuda and cuda.cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(address)) == SUCCESS:
         return value.value
@@ -36,7 +36,7 @@ def pointer(address: int, attribute: int) -> int:
 
 
 def library() -> ctypes.CDLL | None:
-    """The driver's library, if this process has it."""
+    """Return the driver's library, if this process has it."""
     try:
         return ctypes.CDLL(LIBCUDA, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:

@@ -1,4 +1,4 @@
-"""When a call has to be back: one object, handed to everything on the way that may have to wait."""
+"""A deadline is the time by which a call has to be back: one object, handed to all steps that may have to wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mooncache.errors import EngineClosed
 
 
 class _Shared:
-    """What a deadline and all that were taken from it have in common."""
+    """The state that a deadline shares with all that were taken from it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -23,7 +23,7 @@ class _Shared:
 
 
 class Deadline:
-    """So many seconds from now, or no limit.
+    """A time so many seconds from now, or no limit.
 
     Another thread may end it early: whoever waits under it is told at once, also in the middle of a `recv`.
 
@@ -41,11 +41,11 @@ class Deadline:
         self._shared = shared or _Shared()
 
     def within(self, seconds: float) -> Deadline:
-        """A part of it: that many seconds from now, unless this one ends before."""
+        """Return a part of the deadline: so many seconds from now, unless this one ends before."""
         return Deadline(min(seconds, max(0.0, self._end - monotonic())), shared=self._shared)
 
     def left(self, most: float = threading.TIMEOUT_MAX) -> float:
-        """Seconds until then, at most that many. Raises TimeoutError when there are none, EngineClosed if ended."""
+        """Return the seconds until the deadline, at most so many. Raises TimeoutError at 0, EngineClosed if ended."""
         if self._shared.ended.is_set():
             raise EngineClosed(self._shared.why)
         left = min(most, self._end - monotonic())
@@ -55,20 +55,20 @@ class Deadline:
 
     @property
     def ended(self) -> str:
-        """Why it was ended early; empty when it was not."""
+        """The reason for which it was ended early; empty when it was not."""
         return self._shared.why
 
     @property
     def over(self) -> bool:
-        """Whether nobody should wait any more."""
+        """True once nobody should wait any more."""
         return self._shared.ended.is_set() or monotonic() >= self._end
 
     def sleep(self, seconds: float) -> None:
-        """Let that time pass, or what is left; ends at once with the deadline."""
+        """Sleep for that time, or what is left; return at once when the deadline is ended."""
         self._shared.ended.wait(max(0.0, min(seconds, self._end - monotonic())))
 
     def until(self, condition: Callable[[], bool], pause: float = 1e-3) -> bool:
-        """Look again and again until the condition holds; False when it does not in time. Raises EngineClosed."""
+        """Look again and again until the condition holds; return False at the deadline. Raises EngineClosed."""
         while not condition():
             if self._shared.ended.is_set():
                 raise EngineClosed(self._shared.why)
@@ -80,16 +80,16 @@ class Deadline:
     # -------------------------------------------------------------------------- what is waited for
     @property
     def waiting(self) -> str:
-        """What was waited for last, in words for a message."""
+        """The last thing that was waited for, in words for a message."""
         return self._shared.waiting
 
     def waits_for(self, what: str) -> None:
-        """Say what is waited for from now on."""
+        """Note what is waited for from now on."""
         self._shared.waiting = what
 
     @contextmanager
     def over_socket(self, sock: socket.socket) -> Iterator[None]:
-        """While a socket is waited for: it is shut down when the deadline is ended."""
+        """Guard a wait for a socket: it is shut down when the deadline is ended."""
         with self._shared.lock:
             self._shared.socks.add(sock)
         try:
@@ -100,7 +100,7 @@ class Deadline:
                 self._shared.socks.discard(sock)
 
     def end(self, why: str) -> None:
-        """It is over now, because the engine closes: whoever waits raises EngineClosed, saying why."""
+        """End the deadline now, because the engine closes: waits raise EngineClosed with the reason."""
         shared = self._shared
         shared.why = why
         shared.ended.set()

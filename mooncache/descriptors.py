@@ -1,4 +1,4 @@
-"""File descriptors: what is said when there are none left."""
+"""File descriptors: the error for when there are none left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mooncache.errors import CapacityError
 
 
 def none_left(error: OSError, what: str) -> CapacityError | None:
-    """What to raise instead when `error` says that no file descriptor is left; None when it says something else.
+    """Return the error to raise when `error` says that no file descriptor is left; None when it says something else.
 
     Args:
         what: could not be done, as the beginning of a sentence.

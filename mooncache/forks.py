@@ -1,4 +1,4 @@
-"""Forks: what an engine holds stays with the process that opened it.
+"""Forks: an engine's resources stay with the process that opened it.
 
 A child of os.fork (multiprocessing's "fork", a data loader's worker) has a copy of every object and shares every open
 file, but has none of the threads. Used there, an engine would read from its parent's sockets; ending there, it would
@@ -23,10 +23,10 @@ from typing import Protocol, TypeVar
 
 
 class Holder(Protocol):
-    """Whoever holds what a child must not have."""
+    """An owner of resources that a forked child must not have."""
 
     def disown(self) -> None:
-        """In a forked child, once: let go of it, see above. It may have been forked while it was opened or closed."""
+        """Let go of the resources in a forked child, once. They may have been half opened or half closed."""
 
 
 T = TypeVar("T", bound="Holder | socket.socket")
@@ -34,13 +34,13 @@ _private: weakref.WeakSet[Holder | socket.socket] = weakref.WeakSet()
 
 
 def private(thing: T) -> T:
-    """Enter a holder or a socket, until it is garbage; returns it. In a child a socket is closed, a holder disowns."""
+    """Enter a holder or a socket, until it is garbage; return it. In a child a socket is closed, a holder disowns."""
     _private.add(thing)
     return thing
 
 
 def drop(descriptors: Iterable[int]) -> None:
-    """For `disown`: close what a thread of the parent had not closed yet; below 0: none."""
+    """Close what a thread of the parent had not closed yet, for `disown`; below 0: none."""
     for descriptor in descriptors:
         if descriptor >= 0:
             with suppress(OSError):

@@ -38,7 +38,7 @@ class Notification(NamedTuple):
 
 
 def pack(message: object, most: int = NOTE_BYTES) -> np.ndarray:
-    """As it travels, uint8. Raises UsageError for one of more than `most` bytes."""
+    """Encode a message as it travels, uint8. Raises UsageError for one of more than `most` bytes."""
     if isinstance(message, str):
         try:
             message = message.encode()
@@ -56,14 +56,14 @@ def pack(message: object, most: int = NOTE_BYTES) -> np.ndarray:
 
 
 def unpack(entry: bytes) -> Notification:
-    """An entry of the inbox: what `kernels.sender` wrote of the sender, then what `pack` made, or a stranger sent."""
+    """Decode an entry of the inbox: the sender that `kernels.sender` wrote, then the message of `pack`."""
     first = kernels.LENGTH_BYTES
     end = first + int.from_bytes(entry[:first], "little")
     return Notification(entry[first:end].decode(errors="replace"), entry[end + len(MARK) :])
 
 
 class Inbox:
-    """What has arrived and was not fetched yet, up to the setting notes; a batch whose message finds no room fails.
+    """The notifications that have arrived and were not fetched yet. A batch whose message finds no room fails.
 
     A sender finds room as long as it has fewer messages there than places are free.
 
@@ -89,7 +89,7 @@ class Inbox:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close the eventfd in a forked child; see `forks.Holder`."""
         self._closed = self._inherited = True
         self._lock = threading.Lock()
         forks.drop([self._event_fd, *self._lent])
@@ -110,7 +110,7 @@ class Inbox:
         return None if length == kernels.EMPTY else unpack(buffer[:length].tobytes())
 
     def get(self, timeout: float | None = None) -> Notification:
-        """The oldest one; waits for it.
+        """Return the oldest notification; wait for it.
 
         Args:
             timeout: seconds, or None for no limit.
@@ -130,7 +130,7 @@ class Inbox:
 
     @contextmanager
     def _watched(self) -> Iterator[int]:
-        """A descriptor that is readable while something can be fetched, or the inbox is shut.
+        """Return a descriptor that is readable while something can be fetched, or the inbox is shut.
 
         Each waiter has one of its own: an event loop knows one reader a descriptor, and it outlives `close`.
         """
@@ -161,7 +161,7 @@ class Inbox:
                     loop.remove_reader(descriptor)
 
     def close(self) -> None:
-        """Refuse what still comes, and let those who wait know."""
+        """Refuse notifications from now on, and let those who wait know."""
         with self._lock:
             if self._closed:
                 return
@@ -171,7 +171,7 @@ class Inbox:
             os.close(descriptor)
 
     def release(self) -> None:
-        """Let the memory go, once it is closed and nobody delivers any more; what was not fetched is kept."""
+        """Free the memory, once the inbox is closed and nobody delivers any more; unfetched notifications are kept."""
         left = list(self)
         self.words = self.words[:0].copy()
         self._left += left

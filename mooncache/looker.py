@@ -1,4 +1,4 @@
-"""An engine's looker: the thread that hears from workers that a peer refused what this engine believed it had.
+"""An engine's looker is the thread that has peers asked again whose refusal a worker has reported.
 
 Workers keep the refused slices until the peer was asked again, and write to an eventfd: see `kernels/look.py`.
 """
@@ -15,7 +15,7 @@ from mooncache.background import Background
 
 
 class Looker:
-    """Calls `look` of its engine whenever workers ask for it.
+    """A thread that calls `look` of its engine whenever workers ask for it.
 
     Attributes:
         event_fd: what workers write to.
@@ -30,11 +30,14 @@ class Looker:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close the eventfd in a forked child; see `forks.Holder`."""
         forks.drop([self.event_fd])
 
     def start(self, name: str, look: Callable[[], None]) -> None:
-        """Begin. `look`: a method of the engine, which is not held: one that is forgotten can be collected."""
+        """Start the thread.
+
+        `look` is a method of the engine, which is not held: a forgotten engine can be collected.
+        """
         self._name = f"{name}-looker"
         self.background.start(self._name, partial(self._run, weakref.WeakMethod(look)))
 
@@ -48,7 +51,7 @@ class Looker:
             os.eventfd_read(self.event_fd)
 
     def stop(self) -> None:
-        """End the thread. What a look still waits for, the network, is not waited for."""
+        """End the thread. A look that waits for the network is not waited for."""
         self._closed = True
         self.background.stop()
         os.eventfd_write(self.event_fd, 1)

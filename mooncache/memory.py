@@ -1,4 +1,4 @@
-"""Registered memory: what `Engine.register` takes, and the `Region` it returns."""
+"""Registered memory: the buffers that `Engine.register` takes, and the `Region` it returns."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Range(NamedTuple):
 
 
 def range_of(buffer: Any) -> Range:
-    """Where a buffer lies. Takes an `(address, length)` pair, a torch tensor, a NumPy array, DLPack, or any buffer.
+    """Return where a buffer lies: an `(address, length)` pair, a torch tensor, a NumPy array, DLPack, or any buffer.
 
     Raises:
         UsageError: not contiguous, empty, on a device other than CUDA's, a pair that names memory which is not there
@@ -86,7 +86,7 @@ def _holds_objects(buffer: Any) -> bool:
 
 
 def check_mapped(memory: Range) -> Range:
-    """What the system says of memory that the caller vouches for: all of it is mapped, and whether it can be written.
+    """Ask the system about memory that nothing holds: it must be mapped; return whether it can be written.
 
     Looks at the list of mappings only, so that a terabyte costs no more than a page.
 
@@ -110,7 +110,7 @@ def check_mapped(memory: Range) -> Range:
 
 
 def _mappings() -> Iterator[tuple[int, int, str]]:
-    """(first, behind the last, rights) of each stretch of this process's memory, in order."""
+    """Yield (first, behind the last, rights) of each stretch of this process's memory, in order."""
     with open("/proc/self/maps") as file:
         for line in file:
             where, rights, _ = line.split(" ", 2)
@@ -155,7 +155,7 @@ def _checked(address: int, length: int, owner: Any, writable: bool) -> Range:
 
 
 class Pages:
-    """A file's bytes, mapped and shared; `np.asarray` of it is an array of them, which holds it.
+    """The bytes of a file, mapped and shared; `np.asarray` of it is an array of them, which holds it.
 
     Unlike Python's mmap it keeps no descriptor of its own: the caller's can be closed, and a forked child has none.
     Raises OSError.
@@ -173,7 +173,7 @@ class Pages:
         self._unmap.atexit = False
 
     def close(self) -> None:
-        """Unmap them, once. Nobody may use them any more."""
+        """Unmap the bytes, once. Nobody may use them any more."""
         self._unmap()
 
 
@@ -198,7 +198,7 @@ class Segment:
     memory: weakref.ref[np.ndarray]  # while somebody holds this, the descriptor is open
 
     def disown(self) -> None:
-        """See `forks.Holder`: the memory stays mapped in the child, which cannot hand it out."""
+        """Close the descriptor in a forked child, where the memory stays mapped; see `forks.Holder`."""
         if _segments.pop(self.address, None) is self:
             forks.drop([self.descriptor])
 
@@ -208,7 +208,7 @@ _numbers = count(1)
 
 
 def allocate(nbytes: Any, *, huge: bool = False, for_reading: bool = False) -> np.ndarray:
-    """Zeroed, page-aligned, shareable memory as uint8[nbytes]; lives as long as the array or a view of it.
+    """Make zeroed, page-aligned, shareable memory as uint8[nbytes]; it lives as long as the array or a view of it.
 
     Its size is sealed: whoever is handed the descriptor cannot take pages away from under others.
 
@@ -253,7 +253,7 @@ def _forget(segment: Segment) -> None:
 
 
 def segment_of(address: int, length: int) -> Segment | None:
-    """The allocated segment that a range lies in, if any."""
+    """Return the allocated segment that a range lies in, if any."""
     for segment in list(_segments.values()):
         if segment.address <= address and address + length <= segment.address + segment.length:
             return segment
@@ -261,7 +261,7 @@ def segment_of(address: int, length: int) -> Segment | None:
 
 
 def check_foreign(descriptor: int, length: int) -> None:
-    """Raise TransportError unless `length` bytes of a peer's memory are there and stay there however it behaves."""
+    """Raise TransportError unless `length` bytes of a peer's memory are there, and stay whatever it does."""
     try:
         seals, size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
     except OSError:  # no memory file at all
@@ -274,7 +274,7 @@ def check_foreign(descriptor: int, length: int) -> None:
 
 
 class Part(NamedTuple):
-    """What of a region a device registers at once: all of it, mostly."""
+    """The part of a region that a device registers at once: all of it, mostly."""
 
     address: int
     length: int
@@ -283,7 +283,7 @@ class Part(NamedTuple):
 
 
 def cut(memory: Range, most: int) -> Iterator[tuple[int, int]]:
-    """(address, length) of the parts of at most `most` bytes that a range is registered in."""
+    """Cut a range into parts of at most `most` bytes, (address, length) each, that are registered one by one."""
     for offset in range(0, memory.length, most):
         yield memory.address + offset, min(most, memory.length - offset)
 
@@ -303,7 +303,7 @@ class Region:
 
     @property
     def registered(self) -> bool:
-        """Whether transfers may still use it."""
+        """True while transfers may use it."""
         return self._engine.regions.get(self._parts[0].slot) is self
 
     def unregister(self) -> None:

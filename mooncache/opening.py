@@ -1,4 +1,4 @@
-"""Opening an engine: the provider and settings that callers ask for by name, its own name, what the system refuses."""
+"""Opening an engine: the provider and settings that callers ask for by name, its own name, the system's refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TEXTS = {  # what each is, and whether None stands for a default
 
 
 def provider(provider: Any) -> Provider:
-    """The provider of that name, or the one given. Raises UsageError if there is none."""
+    """Return the provider of that name, or the one given. Raises UsageError if there is none."""
     if isinstance(provider, Provider):
         return provider
     if isinstance(provider, str) and provider in PROVIDERS:
@@ -63,7 +63,7 @@ def provider(provider: Any) -> Provider:
 
 
 def check_texts(**texts: object) -> None:
-    """Raise UsageError for an argument of `Engine` that must be a str, or None where TEXTS says so, and is neither."""
+    """Raise UsageError for an argument of `Engine` that is no str, nor None where TEXTS allows it."""
     for name, value in texts.items():
         what, optional = TEXTS[name]
         if not (isinstance(value, str) or (optional and value is None)):
@@ -71,7 +71,7 @@ def check_texts(**texts: object) -> None:
 
 
 def check_name(name: str | None) -> None:
-    """Raise UsageError for what an engine cannot be called."""
+    """Raise UsageError for a name that no engine can have."""
     if name is not None and (not is_name(name) or ":" in name):
         raise UsageError(
             f"expected an engine's name to be 1 to {NAME_LENGTH} printable characters without ':' (peers would take it "
@@ -80,7 +80,7 @@ def check_name(name: str | None) -> None:
 
 
 def settings(store: str, policy: str, settings: dict[str, Any]) -> Settings:
-    """The defaults with what callers ask for. Raises UsageError for what there is not."""
+    """Return the default settings with the caller's. Raises UsageError for a setting that does not exist."""
     check_texts(store=store, policy=policy)
     known = Settings.__dataclass_fields__.keys() - {"store", "policy"}
     for name in settings:
@@ -97,5 +97,5 @@ def settings(store: str, policy: str, settings: dict[str, Any]) -> Settings:
 
 
 def own_prefix() -> str:
-    """Names that no engine of another process has by chance."""
+    """Return a prefix of names that no engine of another process has by chance."""
     return f"{socket.gethostname()}-{os.getpid()}"

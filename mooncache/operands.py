@@ -1,4 +1,4 @@
-"""What `write` and `read` take -> what kernels take; and, when a kernel refuses it, the words that say why."""
+"""The operands of `write` and `read` become those of kernels; a kernel's refusal becomes the words that say why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Operand = int | np.integer[Any] | np.ndarray
 
 
 def as_words(*values: int) -> tuple[int, ...]:
-    """Python integers that fit an int64, as they must for a kernel. Raises UsageError for one that does not."""
+    """Return Python integers that fit an int64, as kernels need them. Raises UsageError for one that does not."""
     for value in values:
         if not -(1 << 63) <= value < 1 << 63:
             raise UsageError(f"expected addresses and lengths below 2**63, got {came(value)}")
@@ -31,7 +31,7 @@ def as_words(*values: int) -> tuple[int, ...]:
 
 
 def as_arrays(*operands: Any) -> tuple[np.ndarray, ...]:
-    """The operands as int64 arrays; a single value becomes an array of one, which holds for all requests.
+    """Return the operands as int64 arrays; a single value becomes an array of one, which holds for all requests.
 
     Raises UsageError for arrays of unequal length, another dtype or shape, or anything that is no integer.
     """
@@ -58,14 +58,14 @@ def _as_array(operand: Any, n: int) -> np.ndarray:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """The same int64s as kernels take them; copied only where they are not aligned, as behind an odd header."""
+    """Return the same int64s as kernels take them; copied only where they are not aligned, as behind an odd header."""
     if isinstance(array, np.ma.MaskedArray):
         raise UsageError("expected an int64 array, got a masked one; x.compressed() has what is not masked")
     return np.asarray(_Readable(array)) if array.flags.aligned else np.array(array, np.int64)
 
 
 class _Readable:
-    """An array in other words: what NumPy makes of it is not marked read-only, which kernels, who only read, refuse."""
+    """A view of an array that NumPy does not take for read-only: kernels, which only read, refuse such arrays."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array  # NumPy holds this object, and so the memory
@@ -74,12 +74,12 @@ class _Readable:
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a str at all, and so can be looked up."""
+    """Return whether a value is a str at all, and so can be looked up."""
     return isinstance(value, str)
 
 
 def check_called(name: str) -> None:
-    """Raise UsageError for what no peer is ever called; whoever looks it up need not quote it then."""
+    """Raise UsageError for a name that no peer ever has; messages about the look-up need not quote it then."""
     if ":" not in name and not is_name(name):  # an address says by itself what is wrong with it
         raise UsageError(
             f"expected a peer's name, {NAME_LENGTH} printable characters at most, or its 'host:port', got {came(name)}"
@@ -87,7 +87,7 @@ def check_called(name: str) -> None:
 
 
 def deadline_ns(timeout: Any) -> int:
-    """When a timeout of so many seconds from now ends, on CLOCK_MONOTONIC; 0 for None, which is no limit.
+    """Return when a timeout of so many seconds from now ends, on CLOCK_MONOTONIC; 0 for None, which is no limit.
 
     A negative one has passed already. Raises UsageError for anything but a finite number of seconds.
     """
@@ -102,12 +102,12 @@ def deadline_ns(timeout: Any) -> int:
 
 
 def deadline_of(timeout: Any) -> Deadline:
-    """The same as an object, for those who wait on the way to a batch."""
+    """Return a timeout as a Deadline, for waits on the way to a batch."""
     return deadline_at(deadline_ns(timeout), timeout)
 
 
 def deadline_at(ns: int, timeout: float | None) -> Deadline:
-    """What `deadline_ns` made of a timeout, as an object."""
+    """Return a time of `deadline_ns` as a Deadline."""
     return Deadline() if timeout is None else Deadline(timeout, left=max(0.0, (ns - monotonic_ns()) / 1e9))
 
 
@@ -129,7 +129,7 @@ def refusal(
     status: Status, opcode: Opcode, request: int, operands: tuple[Any, ...], own: RegionTable, peer: RegionTable,
     slots: int,
 ) -> Exception:  # fmt: skip
-    """The exception for a submit that a kernel refused: which request, what was expected, what came.
+    """Return the exception for a submit that a kernel refused: which request, what was expected, what came.
 
     Args:
         request: index of the offending request.
@@ -167,7 +167,7 @@ def refusal(
 
 
 def nearest(table: RegionTable, address: int) -> str:
-    """The regions on either side of an address, for a message."""
+    """Describe the regions on either side of an address, for a message."""
     ranges = table.ranges()
     if not ranges:
         return "there are none"

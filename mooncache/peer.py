@@ -1,4 +1,4 @@
-"""Peers: who is there in this process, and what an engine knows of another."""
+"""Peers: an engine's knowledge of others, and the directory of engines of this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Peer:
-    """An engine this one is connected to. `table` mirrors what it has registered.
+    """A connected engine. `table` mirrors what it has registered.
 
     Attributes:
         name: what it was called when it was connected to: its name, or "host:port".
@@ -42,22 +42,22 @@ class Peer:
 
     @property
     def regions(self) -> tuple[RemoteRegion, ...]:
-        """What it has registered, as far as this engine knows: looked at when connecting, and when it refuses."""
+        """The regions that it has registered, as of the last connect or look."""
         return tuple(sorted(self._known))
 
     @property
     def breaks(self) -> int:
-        """How often a connection to it ended with slices on it that had been sent and were not answered."""
+        """The number of connections to it that ended with sent slices unanswered."""
         return self.table.header["breaks"]
 
     @property
     def confirmed(self) -> int:
-        """Of those, how many are known to land nothing any more."""
+        """The number of those connections of which it is known that nothing lands any more."""
         return self.table.header["confirmed"]
 
     @property
     def gone(self) -> bool:
-        """Whether it has to be connected to, for the first time or again. Submits are refused meanwhile."""
+        """True while it has to be connected to, for the first time or again. Submits are refused meanwhile."""
         return bool(self.table.header["gone"])
 
     @gone.setter
@@ -65,7 +65,7 @@ class Peer:
         self.table.header.put("gone", gone)
 
     def refresh(self, described: Descriptor, oldest: int) -> None:
-        """Bring the table up to date with what the peer says of itself.
+        """Bring the table up to date with the peer's own description.
 
         Slices that are not posted yet name a region by its slot: so another region gets a slot only when every batch
         that was submitted before its former region went has ended. But one that covers a former one takes over its
@@ -119,7 +119,7 @@ class Directory:
         self._lock = threading.RLock()  # an engine may be collected, and leaves, in the middle of another's entry
 
     def disown(self) -> None:
-        """See `forks.Holder`: no engine of the parent's is found, or closed at exit, in a child."""
+        """Forget the engines in a forked child, so that none is found, or closed at exit; see `forks.Holder`."""
         self.__init__()  # type: ignore[misc]
 
     def enter(self, engine: Engine, name: str | None, prefix: str) -> str:
@@ -139,16 +139,16 @@ class Directory:
                 del self._engines[engine.name]
 
     def engines(self) -> list[Engine]:
-        """All that are open."""
+        """Return all engines that are open."""
         return [engine for engine in self._engines.values() if not engine.closed]
 
     def address(self, name: str) -> str:
-        """Where the engine called `name` answers handshakes from here; empty when there is none, or it does not."""
+        """Return where the engine called `name` answers handshakes from here; empty when it does not."""
         engine = self._engines.get(name)
         return engine.near if engine is not None and not engine.closed else ""
 
     def look_up(self, name: str, provider: str) -> Descriptor:
-        """What the engine called `name` tells peers on `provider`. Takes that engine's lock.
+        """Return the descriptor of the engine called `name` for peers on `provider`. Takes that engine's lock.
 
         Raises TransportError when there is none, or it uses another provider.
         """

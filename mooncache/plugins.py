@@ -1,4 +1,4 @@
-"""What other packages add to this one by entry points: wires, stores of names, commands.
+"""Other packages add wires, stores of names and commands by entry points.
 
 A package says in its pyproject.toml, for instance, `[project.entry-points."mooncache.providers"]` and
 `carrier = "pigeons:Pigeon"`; once it is installed, `Engine(provider="carrier")` finds it.
@@ -24,12 +24,12 @@ COMMANDS = "mooncache.commands"
 
 
 def offered(group: str) -> dict[str, EntryPoint]:
-    """What installed packages offer in a group, by name; nothing is imported yet."""
+    """Return what installed packages offer in a group, by name; nothing is imported yet."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def make(group: str, name: str, kind: type[T], *arguments: Any) -> T:
-    """What the function offered under a name makes of these arguments.
+    """Call the function that is offered under a name with these arguments; return what it makes.
 
     Raises UsageError: its module cannot be imported, or what it makes is not of this kind.
     """

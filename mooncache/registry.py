@@ -1,4 +1,4 @@
-"""What an engine has registered: in its table for kernels, with its provider, and in a snapshot for peers.
+"""An engine's registered memory: in its table for kernels, with its provider, and in a snapshot for peers.
 
 A provider may pin memory for seconds. Meanwhile its range is only reserved; no lock is held, so other threads register
 other ranges, and peers are told what was registered before.

@@ -1,4 +1,4 @@
-"""An engine's side of discovery: it answers peers, finds them, and keeps its own record where names are looked up."""
+"""An engine's side of discovery: it answers peers, finds them, and keeps its own record in a store of names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TROUBLES, TROUBLE_CHARACTERS = 16, 200
 
 
 class Service:
-    """Listens for peers from the start; holds its engine weakly, so that a forgotten one can be collected.
+    """A listener for peers from the start; it holds its engine weakly, so that a forgotten one can be collected.
 
     Once it has looked a name up in a store it watches that store: a name that another engine takes over, say its
     successor on another host, is connected to anew even where the old connections have not noticed anything. A name
@@ -72,12 +72,12 @@ class Service:
             self._names.announce(_weakly(engine, lambda engine: engine.descriptor()))
 
     def changed(self) -> None:
-        """The engine's regions have changed: its record will follow."""
+        """Publish the record again soon: the engine's regions have changed."""
         if self._names is not None:
             self._names.changed()
 
     def address_of(self, name: str, deadline: Deadline | None = None) -> str:
-        """Where to reach the engine called `name`: an address already, an engine of this process, or in the store."""
+        """Return where to reach the engine called `name`: its address, by itself, this process or the store."""
         if ":" in name:
             parse_address(name)
             return name
@@ -107,7 +107,7 @@ class Service:
         return self._addresses[name]
 
     def look_up(self, name: str, deadline: Deadline | None = None) -> Descriptor:
-        """What the engine called `name` says of itself, now; its address is where it answered."""
+        """Ask the engine called `name` for its descriptor, now; the address in it is where it answered."""
         self._latest.pop(name, None)  # what is told from here on may be newer than what is found
         address = self.address_of(name, deadline)
         answer = self.dial(address, "describe", {}, deadline=deadline)
@@ -127,7 +127,7 @@ class Service:
                 names.watch(self._told)
 
     def _told(self, name: str, generation: int | None) -> None:
-        """The store says who has a name now. In its thread."""
+        """Note that a name has another owner, as the store says. In its thread."""
         if generation is None:
             self._latest.pop(name, None)
             return
@@ -137,11 +137,11 @@ class Service:
             engine.supersede(name, generation)
 
     def superseded(self, name: str, generation: int) -> bool:
-        """Whether the store has told of another engine under this name since it was looked up."""
+        """Return whether the store has told of another engine under this name since it was looked up."""
         return self._latest.get(name, generation) != generation
 
     def forget(self, name: str) -> None:
-        """A peer was forgotten: nothing that the store has told of it is of use."""
+        """Forget what the store has told of a peer."""
         self._latest.pop(name, None)
         self._addresses.pop(name, None)
 
@@ -157,7 +157,7 @@ class Service:
 
     @property
     def trouble(self) -> tuple[str, ...]:
-        """What is wrong with listening, and with the store of names."""
+        """The trouble of the listener and of the store of names."""
         names = () if self._names is None else self._names.background.trouble
         return self._listener.background.trouble + names
 
@@ -169,7 +169,7 @@ class Service:
 
 
 def _weakly(engine: Engine, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the engine that does not keep it alive."""
+    """Return a function of the engine that does not keep it alive."""
     reference = weakref.ref(engine)
 
     def call(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a system call that failed for want of something wants: the limit, how much of it is in use, and the cure."""
+"""The shortage behind a system call's failure: the limit, how much of it is in use, and the cure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mooncache.errors import CapacityError, TransportError
 
 
 def memory() -> str:
-    """No memory, or no address space."""
+    """Explain a lack of memory or address space."""
     return (
         "the system grants this process no more memory: ask for less (an engine: for fewer `slices` or `batches`), or "
         "raise its limit (`ulimit -v`, the container's memory, vm.max_map_count)"
@@ -21,7 +21,7 @@ def memory() -> str:
 
 
 def threads() -> str:
-    """No thread left."""
+    """Explain a lack of threads."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     most = "any number of them" if soft == resource.RLIM_INFINITY else f"{soft} in all processes"
     return (
@@ -31,7 +31,7 @@ def threads() -> str:
 
 
 def watches() -> str:
-    """No watch left for an epoll set."""
+    """Explain a lack of watches for epoll sets."""
     return "this user watches as many descriptors as fs.epoll.max_user_watches permits: raise that by sysctl"
 
 
@@ -51,7 +51,7 @@ CURES: dict[int, Callable[[], str]] = {
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Inside, what the system refuses is an error of ours: `what` says what cannot be done then.
+    """Turn what the system refuses inside into an error of ours: `what` says what cannot be done then.
 
     Raises:
         CapacityError: it has run out of something. TransportError: any other reason.

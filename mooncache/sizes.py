@@ -11,7 +11,7 @@ _UNITS = ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)
 
 
 def size_of(text: str) -> int:
-    """Bytes. Raises UsageError for what is not a size, and for less than one byte."""
+    """Read a size in bytes. Raises UsageError for a text that is no size, and for less than one byte."""
     try:
         size = int(_size.validate_python(text))
     except ValidationError:
@@ -22,5 +22,5 @@ def size_of(text: str) -> int:
 
 
 def spell(size: int) -> str:
-    """The shortest exact spelling, which `size_of` reads back: 65536 -> "64KiB"."""
+    """Return the shortest exact spelling, which `size_of` reads back: 65536 -> "64KiB"."""
     return next((f"{size >> bits}{unit}" for unit, bits in _UNITS if size and size % (1 << bits) == 0), f"{size}B")

@@ -1,4 +1,4 @@
-"""What an engine has done and holds: the counters of its actors, added up."""
+"""The work and the holdings of an engine: the counters of its actors, added up."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def collect(
     state: State, callers: Sequence[Block], workers: Sequence[Block], reaper: Block, trouble: tuple[str, ...],
     unsettled: int,
 ) -> Stats:  # fmt: skip
-    """The figures of an engine with these actors."""
+    """Add up the figures of an engine with these actors."""
     open_batches = state.open_batches
     blocks = [*callers, *workers, reaper]
     # What a thread keeps for itself under thread_cache on the pool is free, though only for that thread.

@@ -1,4 +1,4 @@
-"""Ways to peers: one try at a time to each, shared by all who wait for it, and none too soon after one that failed.
+"""Ways to peers: one try at a time to each, shared by all who wait for it, and none too soon after a failure.
 
 A try runs in a thread of its own, so that each caller waits no longer than it wants to, as a thread or as a coroutine,
 while the try goes on for the others, and for the next submit.
@@ -37,7 +37,7 @@ Attempt = Callable[[Deadline], "Peer"]
 
 @dataclass
 class _Try:
-    """One try, and who waits for it."""
+    """One try, and the callers that wait for it."""
 
     deadline: Deadline = field(default_factory=lambda: Deadline(CONNECT_S))
     future: Future[Peer] = field(default_factory=Future)
@@ -48,7 +48,7 @@ class _Try:
 
 @dataclass
 class _Way:
-    """What is known of the way to one name."""
+    """The present try, and the last failure, of one name."""
 
     current: _Try | None = None
     next: _Try | None = None  # for those who want news that are newer than the current try
@@ -113,7 +113,7 @@ class Ways:
         return way
 
     def _run(self, name: str, way: _Way, attempt: Attempt) -> None:
-        """In a thread: the current try, and the next one as long as somebody has asked for it meanwhile."""
+        """Run the current try in a thread, and the next one as long as somebody has asked for it meanwhile."""
         now = way.current
         while now is not None:
             try:
@@ -135,7 +135,7 @@ class Ways:
                     _settle(each.future, peer, error)
 
     def hurry(self, name: str) -> None:
-        """There is news of this name: the next submit need not wait for the end of a pause."""
+        """End the pause of this name, of which there is news: the next submit begins a try."""
         with self._lock:
             way = self._ways.get(name)
             if way is not None:
@@ -150,7 +150,7 @@ class Ways:
             each.deadline.end(f"engine {self._engine!r} was closed meanwhile")
 
     def close(self, seconds: float) -> bool:
-        """Wait until all tries have ended, at most so long. Returns whether they have."""
+        """Wait until all tries have ended, at most so long. Return whether they have."""
         self.stop()
         return self._threads.close(seconds)
 
@@ -159,7 +159,7 @@ class Ways:
 
 
 class Asked:
-    """A try that somebody takes part in.
+    """One caller's part in a try.
 
     Attributes:
         future: of the peer; cancelling it is without effect.
@@ -170,7 +170,10 @@ class Asked:
         self.future = tried.future
 
     def result(self, deadline: Deadline) -> Peer:
-        """The peer; waits for it. Raises what the try raised, and TransportError at the deadline: the try goes on."""
+        """Wait for the peer, and return it.
+
+        Raises the try's error, or TransportError at the deadline: the try goes on.
+        """
         try:
             self.future.exception(max(0.0, deadline.left()))
         except (TimeoutError, FutureTimeoutError):
@@ -178,7 +181,7 @@ class Asked:
         return self._outcome()
 
     async def aresult(self, deadline: Deadline) -> Peer:
-        """`result`, awaited. Cancelling it leaves the try to the others."""
+        """Wait for the peer as a coroutine, like `result`. Cancelling it leaves the try to the others."""
         awaited = asyncio.wrap_future(self.future)
         try:
             done, _ = await asyncio.wait([awaited], timeout=None if deadline.seconds is None else deadline.left())
@@ -191,14 +194,14 @@ class Asked:
         return self._outcome()
 
     def _outcome(self) -> Peer:
-        """The peer of a try that has ended, or its error: each caller's own, since raising changes it."""
+        """Return the peer of a try that has ended, or raise its error: each caller's own, since raising changes it."""
         error = self.future.exception()
         if isinstance(error, MooncacheError):
             raise type(error)(*error.args) from error
         return self.future.result()
 
     def _late(self, deadline: Deadline) -> TransportError:
-        """A caller's deadline is over before the try is."""
+        """Raise the error for a caller whose deadline is over before the try is."""
         waiting = self._tried.deadline.waiting or "its turn"
         return TransportError(
             f"peer {self._name!r} was not connected within the {deadline.seconds:g} s of this call, which waited for "
@@ -222,7 +225,7 @@ def _typed(error: Exception, name: str, deadline: Deadline) -> Exception:
 
 
 def _once_more(way: _Way, passed: float) -> Exception:
-    """The failure that is told during the pause after it."""
+    """Return the failure that is told during the pause after it."""
     error = way.failed
     assert error is not None
     if not isinstance(error, MooncacheError) or len(error.args) != 1:

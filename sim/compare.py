@@ -141,9 +141,7 @@ def _means(runs: Sequence[Run]) -> list[float]:
 
 
 def _response_ms(runs: Sequence[Run], base: Sequence[Run]) -> float:
-    """Return the mean response time over all replications; a missing one is its base's, and what the pair adds
-    elsewhere.
-    """
+    """Return the mean response time over all replications; a missing one is its base's, and what the pair adds."""
     if len(runs) == len(base):
         return float(np.mean(_means(runs)))
     return float(np.mean(_means(base)) + np.mean(added_ms(runs, base)))

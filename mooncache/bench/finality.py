@@ -222,8 +222,7 @@ def command(
     cases: int = typer.Option(CASES, min=1, max=MOST_CASES, help="Transfers that end early, of each provider."),
     json: bool = JSON,
 ) -> None:
-    """Cancel, close, let time out, stop, kill and fence in the middle of transfers, and count bytes that land
-    afterwards.
+    """Cancel, close, let time out, stop, kill and fence in mid-transfer; count the bytes that land afterwards.
 
     Exit status 1 if any byte does.
     """

@@ -258,9 +258,7 @@ def counts_of(slices: int, chain: int, signal: int) -> tuple[int, int]:
 
 
 def halves(buffer: np.ndarray) -> list[tuple[int, int]]:
-    """Return (address, length) of the lower and the upper half of one of the traffic's buffers; no request lies in
-    both.
-    """
+    """Return (address, length) of the lower and the upper half of one of the buffers; no request lies in both."""
     middle = buffer.size // 2
     return [(address_of(buffer), middle), (address_of(buffer) + middle, buffer.size - middle)]
 

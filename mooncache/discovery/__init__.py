@@ -1,1 +1,1 @@
-"""Finding peers: the handshake with one whose address is known, and stores that turn names into addresses."""
+"""Discovery finds peers: the handshake with a known address, and stores that turn names into addresses."""

@@ -13,7 +13,7 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([A-Za-z0-9._-]{1,2
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Host (without brackets) and port, 0..65535, of "host:port" or "[::1]:7000". Raises UsageError."""
+    """Read host (without brackets) and port, 0..65535, of "host:port" or "[::1]:7000". Raises UsageError."""
     if not isinstance(address, str):
         raise UsageError(f"expected an address such as 'prefill-3:7000' or '[::1]:7000', got {came(address)}")
     match = _ADDRESS.fullmatch(address)
@@ -30,19 +30,22 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def _written(six: str) -> str:
-    """An IPv6 address as the C library writes it; how Python does differs between its releases. Raises ValueError."""
+    """Return an IPv6 address as the C library writes it; Python's spelling differs between releases.
+
+    Raises ValueError.
+    """
     _, percent, zone = six.partition("%")
     return socket.inet_ntop(socket.AF_INET6, IPv6Address(six).packed) + percent + zone
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an IP address, with or without a zone, leads to this host alone; so does an IPv4 one written as IPv6."""
+    """Return whether an IP address, with or without a zone, leads to this host alone, IPv4 in IPv6 included."""
     address = ip_address(host.partition("%")[0])
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether a host is the address that stands for all of a machine's, which can be listened at and not be dialled."""
+    """Return whether a host stands for all addresses of a machine, at which one can listen and not be dialled."""
     try:
         return ip_address(host).is_unspecified
     except ValueError:
@@ -50,5 +53,5 @@ def is_wildcard(host: str) -> bool:
 
 
 def join_address(host: str, port: int) -> str:
-    """The inverse of `parse_address`."""
+    """Return "host:port", the inverse of `parse_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

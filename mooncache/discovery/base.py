@@ -1,4 +1,4 @@
-"""The contract of a store of names, and what all of them do alike: keep a record alive, watch, outlast outages.
+"""The contract of a store of names, and the part that all share: keep a record alive, watch, outlast outages.
 
 A record is held by a lease that its engine's keeper thread prolongs; an engine that vanishes is forgotten when the
 lease ends. The last engine to announce a name has it: a process restarted under its name need not wait for the lease
@@ -44,7 +44,7 @@ Changed = Callable[[str, int | None], None]
 
 
 class Names(ABC):
-    """A store of names, as one engine sees it. Methods may be called from any thread.
+    """A store of names, as one engine uses it. Methods may be called from any thread.
 
     A store writes the methods at the end; they are bounded in time and raise StoreDown when it cannot be asked.
 
@@ -91,7 +91,7 @@ class Names(ABC):
         self._start("keeper", self._keep)
 
     def changed(self) -> None:
-        """The description changed: publish it soon. Returns at once; many calls become one publication."""
+        """Publish the changed description soon. Returns at once; many calls become one publication."""
         self._changed.set()
         self._due.set()
 
@@ -107,7 +107,10 @@ class Names(ABC):
                 log.info("%r stays at %s until its lease ends: %s", self._own[0], self.where, error)
 
     def look_up(self, name: str) -> Descriptor:
-        """The record announced under a name; without its rkeys. Raises DiscoveryError: none there; StoreDown."""
+        """Return the record announced under a name, without rkeys.
+
+        Raises DiscoveryError if there is none; StoreDown.
+        """
         record = self._fetch(name)
         if record is None:
             names = self._generations().keys()
@@ -122,8 +125,8 @@ class Names(ABC):
         return described
 
     def watch(self, callback: Changed) -> None:
-        """Be told of all names: `callback(name, generation)` for each that is there, is new, or has another owner
-        than before, and `callback(name, None)` when it is gone. The own name is one of them.
+        """Watch all names, the own one included. `callback(name, generation)` is called for each that is there, is new,
+        or has another owner than before, and `callback(name, None)` when it is gone.
 
         Called from the store's keeper thread, which waits for it; must not block. During an outage of the store no name
         counts as gone, and after it only if it is not announced again within a lease.
@@ -134,7 +137,7 @@ class Names(ABC):
         self._due.set()
 
     def close(self) -> None:
-        """Withdraw, and end threads and connections; not from a callback. A second close does nothing."""
+        """Withdraw the record, and end threads and connections; not from a callback. A second close does nothing."""
         self._closing.set()  # before it withdraws, which also wakes a listener of ours
         self._due.set()
         self.withdraw()
@@ -151,7 +154,7 @@ class Names(ABC):
                 self._threads[role] = self.background.start(f"names-{role}", run)
 
     def _keep(self) -> None:
-        """The keeper: every third of the lease, or when there is reason to, write and look."""
+        """Keep the record alive: write and look every third of the lease, or when there is reason to."""
         while not self._closing.is_set():
             try:
                 try:
@@ -192,7 +195,7 @@ class Names(ABC):
             log.warning("name %r at %s has been taken over by another engine (generation %s)", name, self.where, holder)
 
     def _write(self, describe: Callable[[], Descriptor], write: Callable[[], int | None]) -> int | None:
-        """Do it unless the record was withdrawn meanwhile; who holds the name then."""
+        """Write the record unless it was withdrawn meanwhile; return the name's owner."""
         with self._writing:
             return write() if self._describe is describe else self._own[1]
 
@@ -204,7 +207,7 @@ class Names(ABC):
                 watcher.see(now, settled)
 
     def _hear(self) -> None:
-        """The listener: wakes the keeper. Without it names are still looked at every third of the lease."""
+        """Listen, and wake the keeper. Without it names are still looked at every third of the lease."""
         while not self._closing.is_set():
             try:
                 self._listen(self._due.set)
@@ -214,8 +217,7 @@ class Names(ABC):
             self._closing.wait(self.lease / 3)
 
     def _holders(self, found: Iterable[tuple[bytes, object]]) -> dict[str, int]:
-        """Who holds which name, of what a store has under its keys. What cannot be an engine's record is told of once,
-        and harms nobody else."""
+        """Return each name's owner, of what a store has under its keys. A record that is none is logged once."""
         holders: dict[str, int] = {}
         bad: list[bytes] = []
         for key, value in found:
@@ -245,7 +247,7 @@ class Names(ABC):
 
     @abstractmethod
     def _refresh(self, name: str, generation: int) -> int | None:
-        """Prolong the lease if this generation holds the name. Returns the one that does; None: nobody."""
+        """Prolong the lease if this generation holds the name. Return the generation that does; None: nobody."""
 
     @abstractmethod
     def _remove(self, name: str, generation: int) -> None:
@@ -253,11 +255,11 @@ class Names(ABC):
 
     @abstractmethod
     def _fetch(self, name: str) -> bytes | None:
-        """The record under a name."""
+        """Return the record under a name."""
 
     @abstractmethod
     def _generations(self) -> dict[str, int]:
-        """Who holds which name."""
+        """Return the owner of each name."""
 
     @abstractmethod
     def _listen(self, heard: Callable[[], None]) -> None:
@@ -272,7 +274,7 @@ class Names(ABC):
 
 
 class _Watcher:
-    """What one watcher has been told."""
+    """One watcher, and what it has been told."""
 
     def __init__(self, callback: Changed) -> None:
         self._callback = callback
@@ -300,7 +302,7 @@ SCHEMES = ("redis", "rediss", "etcd")
 
 
 def open_names(url: str, *, lease: float = LEASE_S, timeout: float = TIMEOUT_S) -> Names:
-    """The store at "redis://host:port/db", "rediss://..." (TLS) or "etcd://host:port", or one of `plugins.NAMES`.
+    """Open the store at "redis://host:port/db", "rediss://..." (TLS) or "etcd://host:port", or one of `plugins.NAMES`.
 
     It is not asked yet.
 
@@ -345,10 +347,10 @@ def _split(url: Any) -> SplitResult:
 
 
 def where_of(parts: SplitResult) -> str:
-    """The URL as messages may show it: without user and password."""
+    """Return the URL for messages: without user and password."""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def unreachable(where: str, error: Exception) -> StoreDown:
-    """What a store raises when its library did."""
+    """Return the error to raise when a store's library has failed."""
     return StoreDown(f"{where} cannot be asked ({type(error).__name__}: {error}); is it up, and this its address?")

@@ -1,5 +1,4 @@
-"""Log lines that others cause: the first of a kind from a source is written, the rest are counted, so that nobody fills
-a disk from outside."""
+"""Log lines that others cause: the first of a kind from a source is written, and the rest are counted."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ OTHERS = "others"
 
 
 class Complaints:
-    """What may be written to a log. Methods may be called from any thread."""
+    """A log for what others cause. Methods may be called from any thread."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log, self._lock = log, threading.Lock()
@@ -38,7 +37,7 @@ class Complaints:
             self._log.warning(message, *arguments, exc_info=trace)
 
     def close(self) -> None:
-        """Write what was only counted."""
+        """Write the counts of what was not written."""
         with self._lock:
             self._tell_counts(float("inf"))
 

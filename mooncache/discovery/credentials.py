@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket: what the kernel says, which no process can make up."""
+"""The process at the other end of a Unix socket, by the kernel's word, which no process can make up."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Process(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        """Whether it runs as the same user as this one."""
+        """True if it runs as the same user as this one."""
         return self.uid == os.geteuid()
 
     @property
     def stopped(self) -> bool:
-        """Whether each of its threads was stopped by a signal, outside of any system call, or has ended.
+        """True if each of its threads was stopped by a signal, outside of any system call, or has ended.
 
         A thread that a debugger stopped may be on its way into a call, and counts as running.
         """
@@ -44,19 +44,19 @@ class Process(NamedTuple):
 
 
 def _state(stat: str) -> str:
-    """The letter for what a thread does: behind its name, which may be anything in brackets."""
+    """Read the letter for what a thread does: behind its name, which may be anything in brackets."""
     with open(stat, encoding="utf-8", errors="replace") as line:
         return line.read().rpartition(")")[2].split()[0]
 
 
 def process_at(sock: socket.socket) -> Process:
-    """The process at the other end of a connected Unix socket: the one that connected, or that listened."""
+    """Return the process at the other end of a connected Unix socket: the one that connected, or that listened."""
     pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return Process(pid, uid)
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether that process has, so that another may have its number by now. Kernels before 6.5 cannot tell: False."""
+    """Return whether a process has ended, so that another may have its number. Kernels before 6.5: always False."""
     with suppress(OSError):
         try:
             descriptor = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)

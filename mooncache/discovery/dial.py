@@ -1,4 +1,4 @@
-"""The side of a handshake that asks."""
+"""The asking side of a handshake."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AnotherUser(TransportError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What `dial` got. The caller owns `sock` (connected, blocking) and `fds`, and closes them."""
+    """The answer of `dial`. The caller owns `sock` (connected, blocking) and `fds`, and closes them."""
 
     body: dict[str, Any]
     sock: socket.socket
@@ -119,7 +119,7 @@ def _ask(
 
 
 def _key_for(hello: Hello, secret: bytes | None, address: str) -> bytes | None:
-    """What to prove with: the secret given to both sides, the user's own if neither was given one, or nothing."""
+    """Return the key to prove with: of the secret given to both sides, else the user's own, or none."""
     given = hello.secured and not hello.user
     if given != (secret is not None):
         who, other = ("it", "this engine") if given else ("this engine", "it")
@@ -130,7 +130,7 @@ def _key_for(hello: Hello, secret: bytes | None, address: str) -> bytes | None:
 
 
 def _connect(address: str, deadline: Deadline) -> socket.socket:
-    """To the first of the host's addresses that takes the connection."""
+    """Connect to the first of the host's addresses that takes the connection."""
     if address.startswith("unix:"):
         return _connect_to(socket.AF_UNIX, "\0" + address.removeprefix("unix:"), deadline)
     host, port = parse_address(address)
@@ -151,7 +151,7 @@ def _connect(address: str, deadline: Deadline) -> socket.socket:
 
 
 class _LookUps:
-    """Those under way, by host and port. A forked child has none: the threads that are at them are the parent's."""
+    """Look-ups under way, by host and port. A forked child has none: the threads at work are the parent's."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -164,7 +164,7 @@ _look_ups = forks.private(_LookUps())
 
 
 def _resolve(host: str, port: int, deadline: Deadline) -> list[tuple[int, Any]]:
-    """Address family and socket address of a host. The system's look-up knows no limit: it has a thread of its own.
+    """Return address family and socket address of a host. The system's look-up has no limit: it runs in a thread.
 
     Whoever asks for the same meanwhile waits for the same thread, so that no more than one is left behind.
     """
@@ -221,7 +221,7 @@ def _receive_text(sock: socket.socket, limit: int, source: str, deadline: Deadli
 
 
 def _receive(sock: socket.socket, n: int, deadline: Deadline) -> bytes:
-    """Exactly n bytes: what comes after the answer is the caller's."""
+    """Read exactly n bytes: what comes after the answer is the caller's."""
     got = bytearray()
     while len(got) < n:
         sock.settimeout(deadline.left())

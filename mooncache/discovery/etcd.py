@@ -50,7 +50,7 @@ class _Pool(HTTPConnectionPool):
 
 
 class Etcd(Names):
-    """See `base.open_names`. etcd counts leases in whole seconds, and none is shorter than 1.5 of its elections."""
+    """The store of names in etcd, see `base.open_names`. Leases are whole seconds, none shorter than 1.5 elections."""
 
     def __init__(self, parts: SplitResult, lease: float, timeout: float) -> None:
         super().__init__(where_of(parts), lease)
@@ -62,7 +62,7 @@ class Etcd(Names):
         self._watching: requests.Response | None = None
 
     def close(self) -> None:
-        """See `Names.close`."""
+        """Close the store, see `Names.close`."""
         self._closing.set()
         if self._watching is not None:
             with suppress(OSError, RuntimeError, ValueError):  # it has just ended by itself
@@ -126,7 +126,7 @@ class Etcd(Names):
         return int(found[0][1].get("lease", 0)) if found else None
 
     def _transact(self, condition: dict[str, Any], then: dict[str, Any]) -> bool:
-        """Whether the condition held, and it was done."""
+        """Do it if the condition holds; return whether it did."""
         done = self._etcd.transaction({"compare": [condition], "success": [then], "failure": []})
         return bool(done.get("succeeded"))
 

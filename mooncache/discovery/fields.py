@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote, read field by field: nothing is believed that was not checked."""
+"""JSON that somebody else wrote is read field by field: nothing is believed that was not checked."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 def is_name(name: object) -> bool:
-    """Whether this may name an engine or a provider: 1 to 255 printable characters."""
+    """Return whether this may name an engine or a provider: 1 to 255 printable characters."""
     return isinstance(name, str) and 1 <= len(name) <= NAME_LENGTH and name.isprintable()
 
 
 def dump(value: object) -> bytes:
-    """One JSON text for one value, whoever writes it: proofs are made over this."""
+    """Write the one JSON text of a value, the same for every writer: proofs are made over this."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse(text: bytes, source: str) -> Any:
-    """The JSON value in `text`. Raises DiscoveryError for anything that is not JSON, naming the source."""
+    """Read the JSON value in `text`. Raises DiscoveryError for anything that is not JSON, naming the source."""
     try:
         return json.loads(text.decode("ascii"), parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:  # ValueError: not ASCII, not JSON, or digits without end
@@ -59,21 +59,21 @@ class Fields:
         self._value: dict[str, Any] = value
 
     def get(self, key: str, kind: type[T]) -> T:
-        """The field, which must be of this type; any JSON value for `object`."""
+        """Return the field, which must be of this type; any JSON value for `object`."""
         value = self._value[key]
         if kind is not object and type(value) is not kind:  # isinstance would take True for an integer
             raise DiscoveryError(f"{self.source}: expected {key} to be {kind.__name__}, got {short(value)}")
         return cast(T, value)
 
     def integer(self, key: str, low: int, end: int) -> int:
-        """The field, an integer from `low` to below `end`."""
+        """Return the field, an integer from `low` to below `end`."""
         value = self.get(key, int)
         if not low <= value < end:
             raise DiscoveryError(f"{self.source}: expected {key} to be {low} .. {end - 1}, got {short(value)}")
         return value
 
     def name(self, key: str) -> str:
-        """The field, a name (see `is_name`)."""
+        """Return the field, a name (see `is_name`)."""
         value = self.get(key, str)
         if not is_name(value):
             raise DiscoveryError(

@@ -88,7 +88,7 @@ MESSAGE_LENGTH = 1000
 
 
 def frame(message: dict[str, Any], limit: int) -> bytes:
-    """Header and JSON of a message. Raises CapacityError when the JSON is longer than `limit` bytes."""
+    """Write header and JSON of a message. Raises CapacityError when the JSON is longer than `limit` bytes."""
     text = dump(message)
     if len(text) > limit:
         raise CapacityError(f"a handshake's message of {len(text)} bytes is too long; limit {limit}")
@@ -96,7 +96,7 @@ def frame(message: dict[str, Any], limit: int) -> bytes:
 
 
 def text_bytes(header: bytes, limit: int, source: str) -> int:
-    """Bytes that follow a header. Raises DiscoveryError for one that is not ours or announces more than `limit`."""
+    """Read how many bytes follow a header. Raises DiscoveryError for a foreign one, or more than `limit` bytes."""
     magic, length = HEADER.unpack(header)
     if magic != MAGIC:
         raise DiscoveryError(f"{source}: expected {MAGIC!r}, got {magic!r}: this is no handshake of Mooncache")
@@ -106,12 +106,12 @@ def text_bytes(header: bytes, limit: int, source: str) -> int:
 
 
 def new_nonce() -> str:
-    """32 bytes nobody has seen before, in hex."""
+    """Draw 32 bytes nobody has seen before, in hex."""
     return secrets.token_hex(NONCE_BYTES)
 
 
 def set_options(sock: socket.socket) -> None:
-    """What every TCP connection has, on both sides."""
+    """Set the options that every TCP connection has, on both sides."""
     for option, value in TCP_OPTIONS.items():
         sock.setsockopt(*option, value)
 
@@ -129,13 +129,13 @@ class Hello(NamedTuple):
     user: bool = False
 
     def message(self) -> dict[str, Any]:
-        """As it travels."""
+        """Encode the message."""
         said = {"version": VERSION, "nonce": self.nonce, "secured": self.secured}
         return {**said, "user": True} if self.user else said
 
     @classmethod
     def read(cls, text: bytes, source: str) -> Hello:
-        """Raises DiscoveryError for another version or anything that is no hello."""
+        """Read a message. Raises DiscoveryError for another version or anything that is no hello."""
         value = parse(text, source)
         check_version(value, source)
         whose = ("user",) if "user" in value else ()
@@ -151,18 +151,18 @@ class Answered(NamedTuple):
     fds: int
 
     def content(self) -> dict[str, Any]:
-        """What is proven."""
+        """Return the part that is proven."""
         return {"body": self.body, "fds": self.fds}
 
 
 class Refused(NamedTuple):
-    """An error: the name of its class, and what it says."""
+    """An error: the name of its class, and its text."""
 
     kind: str
     message: str
 
     def content(self) -> dict[str, Any]:
-        """What is proven."""
+        """Return the part that is proven."""
         return {"error": {"kind": self.kind, "message": self.message[:MESSAGE_LENGTH]}}
 
 
@@ -178,7 +178,7 @@ class Call:
     body: dict[str, Any]
 
     def message(self, key: bytes | None) -> dict[str, Any]:
-        """As it travels."""
+        """Encode the message."""
         return {
             "version": VERSION, "nonce": self.nonce, "purpose": self.purpose, "caller": self.caller,
             "generation": self.generation, "body": self.body, "proof": self._proof(key, "client", None),
@@ -186,7 +186,7 @@ class Call:
 
     @classmethod
     def read(cls, text: bytes, hello: Hello, key: bytes | None, source: str) -> tuple[Call, bool]:
-        """The call, and whether it proves that the caller knows the secret.
+        """Read a call; return it, and whether it proves that the caller knows the secret.
 
         Raises DiscoveryError for another version or anything that is no call.
         """
@@ -201,12 +201,12 @@ class Call:
         return call, _same(fields.get("proof", str), call._proof(key, "client", None))
 
     def answer(self, said: Answered | Refused, key: bytes | None) -> dict[str, Any]:
-        """The server's answer, as it travels. `key` is None for a caller who has proven nothing."""
+        """Encode the server's answer. `key` is None for a caller who has proven nothing."""
         content = said.content()
         return {**content, "proof": self._proof(key, "server", content)}
 
     def read_answer(self, text: bytes, key: bytes | None, source: str) -> Answered | Refused:
-        """What the server answered. Raises DiscoveryError when that is no answer, or not proven."""
+        """Read the server's answer. Raises DiscoveryError when it is no answer, or not proven."""
         value = parse(text, source)
         keys = ("error", "proof") if isinstance(value, dict) and "error" in value else ("body", "fds", "proof")
         fields = Fields(value, source, keys)
@@ -235,5 +235,5 @@ class Call:
 
 
 def _same(proof: str, expected: str) -> bool:
-    """In a time that tells nothing about where they differ."""
+    """Compare in a time that tells nothing about where they differ."""
     return hmac.compare_digest(proof.encode(errors="replace"), expected.encode())

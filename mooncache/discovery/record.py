@@ -22,7 +22,7 @@ ACCESS_BITS = 3
 
 
 def encode(descriptor: Descriptor, keys: bool = True) -> bytes:
-    """The record of a descriptor, at most RECORD_BYTES.
+    """Write the record of a descriptor, at most RECORD_BYTES.
 
     Args:
         keys: with rkeys, for peers that have proven who they are. Stores of names hold none.
@@ -39,14 +39,14 @@ def encode(descriptor: Descriptor, keys: bool = True) -> bytes:
 
 
 def decode(record: bytes, source: str) -> Descriptor:
-    """The descriptor in a record that came from `source`, as error messages call it. Raises DiscoveryError."""
+    """Read the descriptor in a record that came from `source`, as error messages call it. Raises DiscoveryError."""
     if len(record) > RECORD_BYTES:
         raise DiscoveryError(f"{source}: expected a record of at most {RECORD_BYTES} bytes, got {len(record)}")
     return from_json(parse(record, source), source)
 
 
 def to_json(descriptor: Descriptor, keys: bool = True) -> dict[str, Any]:
-    """What `encode` writes, as a JSON object, for the body of a handshake."""
+    """Return the record as a JSON object, for the body of a handshake."""
     return {
         "version": VERSION,
         "name": descriptor.name,
@@ -59,7 +59,7 @@ def to_json(descriptor: Descriptor, keys: bool = True) -> dict[str, Any]:
 
 
 def from_json(value: object, source: str) -> Descriptor:
-    """The inverse of `to_json`; checks everything but `data`, which is the provider's. Raises DiscoveryError."""
+    """Read a JSON object of `to_json`; check everything but `data`, the provider's. Raises DiscoveryError."""
     check_version(value, source)
     fields = Fields(value, source, ("version", "name", "generation", "address", "provider", "regions", "data"))
     regions = fields.get("regions", list)

@@ -1,4 +1,4 @@
-"""What engines that may talk to each other know: a secret given to them, or else that of the user they run as.
+"""The secret that engines prove to each other: one given to them, or else that of the user they run as.
 
 The user's secret is 32 random bytes in a file that only this user can open. Nothing in the environment of a process
 says where it is, so that all processes of a user find the same one; each handshake reads it anew, so that it may be
@@ -48,13 +48,13 @@ def check_secret(secret: object) -> None:
 
 @lru_cache(maxsize=64)
 def key_of(secret: bytes) -> bytes:
-    """What proofs are made with, so that they do not serve to guess a secret: slow, once in a process."""
+    """Derive the key that proofs are made with, once a process and slowly: proofs must not help to guess a secret."""
     return hashlib.scrypt(secret, salt=SALT, dklen=KEY_BYTES, **SCRYPT)
 
 
 # ------------------------------------------------------------------------------ of a user
 def of_user() -> bytes:
-    """The secret of the user that this process runs as; made if there is none. Takes microseconds.
+    """Return the secret of the user that this process runs as; make it if there is none. Takes microseconds.
 
     Raises TransportError: no place for it, or others could read or have written what lies there. OSError: no file
     descriptor is left.
@@ -96,7 +96,7 @@ def _open_folder(path: str) -> int:
 
 
 def _problem(found: os.stat_result, is_kind: object) -> str | None:
-    """Why others might have put it there, or could read it."""
+    """Explain why others might have put the file there, or could read it."""
     if not is_kind(found.st_mode):  # type: ignore[operator]
         return "is of another kind"
     if found.st_uid != os.geteuid():
@@ -115,7 +115,7 @@ def _read_or_make(folder: int, path: str) -> bytes:
 
 
 def _read(folder: int, path: str) -> bytes:
-    """Raises TransportError for a file that is not what `_make` makes."""
+    """Read the file. Raises TransportError for a file that `_make` does not make."""
     try:
         file = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:

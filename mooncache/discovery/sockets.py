@@ -1,4 +1,4 @@
-"""The sockets that a listener listens at, the event loop that serves them, and what peers are told of them."""
+"""The sockets that a listener listens at, the event loop that serves them, and the address that peers are told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNIX_PREFIX = "mooncache-"
 
 
 def resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
-    """Address family and socket address to listen at: the first that the system names for the host."""
+    """Return address family and socket address to listen at: the first that the system names for the host."""
     host, port = parse_address(bind)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -38,7 +38,7 @@ def resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:
 
 
 def listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
-    """A non-blocking socket that listens. Raises TransportError, and OSError when no descriptor is left."""
+    """Open a non-blocking socket that listens. Raises TransportError, and OSError when no descriptor is left."""
     sock = forks.private(socket.socket(family, socket.SOCK_STREAM))
     try:
         # A restart need not wait until the system has forgotten the old connections.
@@ -56,7 +56,7 @@ def listen_tcp(family: int, where: Any, bind: str) -> socket.socket:
 
 
 def listen_unix() -> socket.socket:
-    """An abstract name: no file that would be left behind."""
+    """Open a socket that listens at an abstract name: no file is left behind."""
     sock = forks.private(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     sock.bind(f"\0{UNIX_PREFIX}{secrets.token_hex(16)}")
     sock.listen(BACKLOG)
@@ -65,7 +65,7 @@ def listen_unix() -> socket.socket:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """One that keeps silent when it is collected half made, for want of descriptors to wake itself by."""
+    """An event loop that is silent when it is collected half made, for want of descriptors to wake itself by."""
 
     made = False
 
@@ -79,7 +79,7 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 def advertised(host: str, advertise: str | None, port: int) -> str:
-    """The "host:port" that peers are told. Raises UsageError for one that nobody could dial."""
+    """Return the "host:port" that peers are told. Raises UsageError for one that nobody could dial."""
     if advertise is None:
         advertise = socket.gethostname() if is_wildcard(host) else host
     if not isinstance(advertise, str):

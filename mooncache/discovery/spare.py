@@ -14,7 +14,7 @@ DESCRIPTORS = (
 
 
 class Spare:
-    """As many as it takes to let one caller in and to tell it that there are no more."""
+    """The descriptors that it takes to let one caller in and to tell it that there are no more."""
 
     def __init__(self) -> None:
         """Raises OSError: there are not even these."""
@@ -31,18 +31,18 @@ class Spare:
             self._kept.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def give(self) -> bool:
-        """Let them be used; False where there are none."""
+        """Close the descriptors, so that they can be used; return False where there are none."""
         given = len(self._kept)
         while self._kept:
             os.close(self._kept.pop())
         return given > 0
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close the descriptors in a forked child; see `forks.Holder`."""
         forks.drop(self._kept)
         self._kept.clear()
 
     def take(self) -> None:
-        """Keep them again; as many as are free."""
+        """Keep the descriptors again; as many as are free."""
         with suppress(OSError):
             self._fill()

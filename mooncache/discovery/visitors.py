@@ -1,4 +1,4 @@
-"""Who is at the door: connections whose callers have not proven anything yet. Decides who has to go, and when."""
+"""Visitors are connections whose callers have not proven anything yet; here is decided which has to go, and when."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRACE_S = 0.1
 
 
 class Visitors:
-    """In the order of their coming. A source is an address, or a user of this host.
+    """The visitors in the order of their coming. A source is an address, or a user of this host.
 
     When there are too many the one to go is the oldest of the source that has most, never the newest comer: who holds
     places without saying anything cannot keep others out.
@@ -32,24 +32,24 @@ class Visitors:
         return len(self._came)
 
     def enter(self, visitor: Hashable, source: str, now: float) -> None:
-        """There must not be too many."""
+        """Add a visitor. There must not be too many."""
         self._came[visitor] = source, now
 
     def leave(self, visitor: Hashable) -> None:
-        """It has proven who it is, or is gone. May be called more than once."""
+        """Remove a visitor, which has proven itself or is gone. May be called more than once."""
         self._came.pop(visitor, None)
 
     @property
     def crowded(self) -> bool:
-        """Whether there is less patience with who comes now."""
+        """True when there is less patience with new visitors."""
         return len(self._came) >= CROWD
 
     @property
     def too_many(self) -> bool:
-        """Whether somebody has to go before another one enters."""
+        """True when a visitor has to go before another one enters."""
         return len(self._came) > VISITORS
 
     def next_to_go(self) -> tuple[Hashable, float]:
-        """Who has to go, and when; there must be somebody."""
+        """Return the visitor that has to go, and when; there must be one."""
         most = Counter(source for source, _ in self._came.values()).most_common(1)[0][0]
         return next((visitor, came + GRACE_S) for visitor, (source, came) in self._came.items() if source == most)

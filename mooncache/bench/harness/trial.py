@@ -145,9 +145,7 @@ class Trial:
         self._all("target", do="close")
 
     def growth(self) -> dict[str, float]:
-        """Return how resident memory (MiB) and descriptors of both sides grew after the first quarter, at worst of
-        ranks.
-        """
+        """Return how resident memory (MiB) and descriptors of both sides grew after the first quarter, at worst."""
         grown: list[float] = []
         for at in range(len(GROWING)):
             series = [[look[at] for look in looks] for looks in self.looks]

@@ -82,9 +82,7 @@ def link(port: Port, level: Level, root: Path = ROOT) -> Iterator[Finding]:
 
 @check("rdma mtu")
 def mtu(port: Port, root: Path = ROOT) -> Iterator[Finding]:
-    """Check the MTU of a port: on RoCE it follows that of the netdev, less some 60 bytes, rounded down to a power of
-    two.
-    """
+    """Check the MTU of a port: on RoCE it is that of the netdev less some 60 bytes, rounded down to a power of two."""
     name = f"rdma {port.name} mtu"
     if port.link_layer == "InfiniBand":
         yield Finding(name, "ok", "as the subnet manager sets it")
