@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from time import monotonic, monotonic_ns
+from time import monotonic, monotonic_ns, sleep
 from types import TracebackType
 from typing import Any
 
@@ -866,6 +866,8 @@ class Engine:
         if self._service is not None:
             self._service.close()
         calls.stop(self.ctl)
+        while self._state.shared["filling"]:  # threads on their way back from a submit without the GIL
+            sleep(0.001)
         self._ways.close(JOIN_SECONDS)
         workers, reapers = self._threads[: len(self._workers)], self._threads[len(self._workers) :]
         hanging = _join(workers, JOIN_SECONDS)

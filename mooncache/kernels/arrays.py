@@ -59,6 +59,11 @@ def function_address(name: str) -> int:
     return int(ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value or 0)
 
 
+def python_address(name: str) -> int:
+    """Address of a function of Python's C API."""
+    return int(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0)
+
+
 def address_of(array: np.ndarray) -> int:
     """Address of an array's first byte; a third of the cost of `array.ctypes.data`."""
     return int(array.__array_interface__["data"][0])

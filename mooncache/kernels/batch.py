@@ -107,8 +107,8 @@ def remove(ctl, ends, link, batch):
 
 
 @kernel
-def acquire_row(ctl):
-    """A batch's row in state OPEN under a new generation; missing when all are in use."""
+def take_row(ctl):
+    """A batch's row under a new generation, FREE until it is ACQUIREd; missing when all are in use."""
     first, _ = pop_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, 1)
     if first < 0:
         return batch_at(0)
@@ -126,16 +126,21 @@ def acquire_row(ctl):
     batch.note = -1
     batch.taken = 0
     fetch_add(batch, "generation", 1)
-    move(batch, ACQUIRE)
     return batch
+
+
+@kernel
+def put_back_row(ctl, batch):
+    """Put a free batch's row back into the list."""
+    slot = slot_of(ctl, batch)
+    push_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, slot, slot)
 
 
 @kernel
 def return_row(ctl, batch):
     """Give a draining batch's row back without a word; its slices must be gone from it."""
     move(batch, RECLAIM)
-    slot = slot_of(ctl, batch)
-    push_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, slot, slot)
+    put_back_row(ctl, batch)
 
 
 @kernel

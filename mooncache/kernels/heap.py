@@ -12,6 +12,7 @@ from mooncache.kernels.atomics import call_word, fill_bytes, i32, i64
 from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.records.object import OBJECT_BYTES, STRING_BYTES, object_at
+from mooncache.limits import CHUNK_SLICES as SLOTS
 
 LETTER = 109  # what the path string is made of
 
@@ -87,6 +88,22 @@ def free_object(ctl, slot):
     """Give the slot's object to free. The caller accounts."""
     if ctl.malloc != 0:
         delete_object(ctl, i64(ctl.slice_object)[slot])
+
+
+@kernel
+def free_objects(ctl, slot, n):
+    """Give the objects of `n` slots from `slot` on to free, and account for it."""
+    account(ctl, Kind.HEAP_FREED, n)
+    for i in range(slot, slot + n):
+        free_object(ctl, i)
+
+
+@kernel
+def free_chain(ctl, chunk, end):
+    """Give the objects of all slots in use from `chunk` on to free, up to the chunk `end`, or -1."""
+    while chunk != end:
+        free_objects(ctl, chunk * SLOTS, i64(ctl.chunk_slices)[chunk])
+        chunk = i64(ctl.chunk_next)[chunk]
 
 
 @kernel

@@ -4,7 +4,8 @@ Bases ascend, so a range is found by bisection; the last hit is tried first, bec
 layer's buffer (four nanoseconds against twenty, costs.md). A slice keeps the region's slot, which stays the same while
 other regions come and go.
 
-`insert` and `remove` hold the GIL, as every call that looks a range up does: a table is never seen half changed.
+`insert`, `remove` and `replace` hold the GIL, as calls that look a range up do: a table is never seen half changed. A
+call that gives the GIL up meanwhile looks at `changes` afterwards.
 """
 
 import numpy as np
@@ -43,6 +44,7 @@ def insert(table, at, base, end, slot):
         bases[i], ends[i], slots[i] = bases[i - 1], ends[i - 1], slots[i - 1]
     bases[at], ends[at], slots[at] = base, end, slot
     table.count = count + 1
+    table.changes += 1
     return count + 1
 
 
@@ -54,6 +56,7 @@ def take_out(table, at):
     for i in range(at, count):
         bases[i], ends[i], slots[i] = bases[i + 1], ends[i + 1], slots[i + 1]
     table.count = count
+    table.changes += 1
 
 
 @kernel("int64(int64, int64[::1], int64[::1], int64[::1])")
@@ -63,6 +66,7 @@ def replace(table, bases, ends, slots):
     for i in range(bases.size):
         i64(table.bases)[i], i64(table.ends)[i], i64(table.slots)[i] = bases[i], ends[i], slots[i]
     table.count = bases.size
+    table.changes += 1
     return table.count
 
 

@@ -9,7 +9,17 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.errors import CapacityError, UsageError
-from mooncache.kernels.arrays import Row, address_of, aligned, function_address, power_of_two, put, rows_of, zeros
+from mooncache.kernels.arrays import (
+    Row,
+    address_of,
+    aligned,
+    function_address,
+    power_of_two,
+    put,
+    python_address,
+    rows_of,
+    zeros,
+)
 from mooncache.kernels.enums import Kind, Order, QueueState, Store
 from mooncache.kernels.queue import INCARNATION, INDEX_SHIFT
 from mooncache.kernels.records.base import CELL
@@ -246,6 +256,8 @@ class State:
             write=function_address("write"),
             malloc=0 if virtual else function_address("malloc"),
             free=0 if virtual else function_address("free"),
+            save_thread=0 if virtual else python_address("PyEval_SaveThread"),
+            restore_thread=0 if virtual else python_address("PyEval_RestoreThread"),
         )
 
     def poll_from(self, worker: int, queues: Sequence[CompletionQueue]) -> None:

@@ -250,7 +250,10 @@ def resolve(ctl, name):
 
 @kernel("int64(int64)")
 def acquire_row(ctl):
-    return np.int64(records.address(batch.acquire_row(control_at(ctl))))
+    row = batch.take_row(control_at(ctl))
+    if not records.missing(row):
+        batch.move(row, batch.ACQUIRE)
+    return np.int64(records.address(row))
 
 
 @kernel("int64(int64, int64)")

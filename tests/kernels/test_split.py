@@ -53,13 +53,13 @@ def slices_of(rig, handle):
     return found
 
 
-def check(rig, ours, theirs, requests, opcode=Opcode.WRITE):
-    """Kernel and oracle agree on these requests (offsets), slices or refusal."""
+def check(rig, ours, theirs, requests, opcode=Opcode.WRITE, scalar=False):
+    """Kernel and oracle agree on these requests (offsets), slices or refusal. `scalar`: one length holds for all."""
     requests = [(HERE + s, THERE + t, n) for s, t, n in requests]
     columns = [list(c) for c in zip(*requests, strict=True)] if requests else [[], [], []]
     needs = Access.READ if opcode == Opcode.READ else Access.WRITE
     before = rig.snapshot()
-    handle = rig.requests(*columns, opcode)
+    handle = rig.requests(*columns[:2], columns[2][:1] if scalar and requests else columns[2], opcode)
     expected = cut_or_refuse(requests, ours, theirs, slice_bytes=rig.state.settings.slice_bytes, needs=needs)
     if isinstance(expected, Refused):
         assert handle == -expected.status
@@ -135,6 +135,41 @@ def test_runs_inside_one_region_agree_with_the_oracle(data):
         source += length + (0 if both or one else 1)
         target += length + (0 if both or not one else 1)
     assert check(rig, ours, theirs, requests) is not None
+
+
+STRIDE, LAST = 64, 640
+KINDS = ["joined", "longer", "long", "empty", "here", "there", "outside"]
+
+
+@pytest.mark.fuzz
+@given(
+    st.integers(0, LAST),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.tuples(st.integers(0, LAST - 1), st.sampled_from(KINDS)), max_size=4),
+    st.booleans(),
+)
+def test_scattered_requests_with_a_few_odd_ones_among_them_agree_with_the_oracle(n, seed, odd, scalar):
+    """Lots of plain requests, and what ends a lot: neighbours, other lengths, other regions, refusals."""
+    span = LAST * STRIDE
+    regions = [(0, span), (span, span), (3 * span, span)]
+    rig, ours, theirs = make(regions, regions, 32, slices=4096)
+    chance = np.random.default_rng(seed)
+    source, target = chance.permutation(LAST)[:n] * STRIDE, chance.permutation(LAST)[:n] * STRIDE
+    length = np.full(n, 16) if scalar else chance.integers(1, 33, n)
+    for position, kind in odd:
+        if position >= n or (scalar and kind in ("longer", "long", "empty")):
+            continue
+        if kind == "joined" and position > 0:
+            source[position] = source[position - 1] + length[position - 1]
+            target[position] = target[position - 1] + length[position - 1]
+        elif kind in ("longer", "long", "empty"):
+            length[position] = {"longer": 40, "long": STRIDE, "empty": 0}[kind]
+        elif kind == "outside":
+            source[position] = 2 * span + 5
+        else:
+            (source if kind == "here" else target)[position] += span
+    requests = list(zip(source.tolist(), target.tolist(), length.tolist(), strict=True))
+    check(rig, ours, theirs, requests, scalar=scalar)
 
 
 # ------------------------------------------------------------------------------ one thing at a time

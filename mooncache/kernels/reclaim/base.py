@@ -67,13 +67,7 @@ def free_whole(ctl, batch):
     """Free the batch's chain with one compare-and-swap; heap objects, which malloc knows singly, one by one."""
     account(ctl, Kind.SLICES_DROPPED, batch.slices)
     if ctl.store == Store.HEAP:
-        next_, used = i64(ctl.chunk_next), i64(ctl.chunk_slices)
-        chunk = batch.first
-        while chunk >= 0:
-            account(ctl, Kind.HEAP_FREED, used[chunk])
-            for slot in range(chunk * SLOTS, chunk * SLOTS + used[chunk]):
-                heap.free_object(ctl, slot)
-            chunk = next_[chunk]
+        heap.free_chain(ctl, batch.first, -1)
     release_chunks(ctl, batch)
 
 

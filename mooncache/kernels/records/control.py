@@ -15,6 +15,7 @@ the counters, the clock and the scratch space are the actor's, so that no two th
 import numpy as np
 
 from mooncache.kernels.records.base import IDLE, TIMESPEC, record_at, row
+from mooncache.kernels.records.operands import CURSOR, OPERANDS, SEEN
 
 REQUEST = np.dtype([("source", np.int64), ("target", np.int64), ("length", np.int64)])  # of a batch of one
 
@@ -87,6 +88,8 @@ FUNCTIONS = [
     ("malloc", np.int64),  # 0: heap objects are accounted for, not made (the simulation)
     ("free", np.int64),
     ("turn", np.int64),  # function(ctl of a worker, batch row or 0); see kernels/hand.py
+    ("save_thread", np.int64),  # PyEval_SaveThread: gives the GIL up; 0: nobody waits for it (the simulation)
+    ("restore_thread", np.int64),  # PyEval_RestoreThread: takes it again
 ]
 ACTOR = [
     ("actor", np.int64),  # index of its worker row, or -1
@@ -105,6 +108,10 @@ ACTOR = [
     ("timespec", TIMESPEC),  # scratch of `clock`
     ("bad_wr", np.int64),  # what post_send refused
     ("request", REQUEST),  # the operands of `submit_one`
+    ("operands", OPERANDS),  # of the submit under way, as these:
+    ("here", SEEN),  # the local region of the last slice
+    ("there", SEEN),  # the peer's
+    ("cursor", CURSOR),  # where the next slice goes
     ("sleep", TIMESPEC),  # scratch of who sleeps: all that a worker's thread may write without its turn
     ("waits", IDLE),  # of a thread that waits for a batch
     ("refused", np.int64),  # index of the request that the last refused submit stumbled over

@@ -21,6 +21,7 @@ SHARED = spread(
         ("leaked_chunks", np.int64),  # tag << 24 | chunk + 1: chunks that the leak policy forgot
         ("leaked_count", np.int64),
         ("reaper_stop", np.int64),  # 1: the reaper leaves when it has freed all; set when the workers have left
+        ("filling", np.int64),  # threads that fill a batch without the GIL
         ("awaited", np.int64),  # 1: a coroutine awaits the bell, so the next ring also writes to the engine's eventfd
     ]
 )

@@ -8,6 +8,7 @@ PEER_BITS = 16
 TABLE = row(
     [
         ("count", np.int64),
+        ("changes", np.int64),  # rises with every change of what is in it
         ("bases", np.int64),  # address of int64[regions], ascending
         ("ends", np.int64),  # address of int64[regions]
         ("slots", np.int64),  # address of int64[regions]
