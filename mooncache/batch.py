@@ -6,17 +6,15 @@ from collections.abc import Generator
 from enum import IntEnum
 from time import monotonic_ns, sleep
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mooncache.errors import REASON, EngineClosed, Failure, Status, TransferFailed, UsageError
 from mooncache.kernels import calls
 from mooncache.operands import deadline_ns
-
-if TYPE_CHECKING:
-    from mooncache.engine import Engine
-    from mooncache.peer import Peer
+from mooncache.owner import Owner
+from mooncache.peer import Peer
 
 NAP_NS = 100_000_000
 """Longest sleep of a waiting thread before it lets Python run signal handlers; a signal also ends it at once."""
@@ -56,7 +54,7 @@ class Batch:
 
     __slots__ = ("_breaks", "_closed", "_engine", "_failures", "_handle", "_notes", "_quiesced", "_to", "requests")
 
-    def __init__(self, engine: Engine, handle: int, to: Peer, requests: int, notified: bool, breaks: int) -> None:
+    def __init__(self, engine: Owner, handle: int, to: Peer, requests: int, notified: bool, breaks: int) -> None:
         self._engine, self._handle, self._to, self.requests = engine, handle, to, requests
         self._breaks = breaks  # of the peer's connections, before it was submitted
         self._quiesced = NOT_QUIESCED
@@ -174,7 +172,7 @@ class Batch:
             self._check_held()
         deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
-        held = self._engine._state.memory  # by this thread, while it is in `calls.wait`
+        held = self._engine.memory  # by this thread, while it is in `calls.wait`
         status = calls.status(ctl, handle)
         while status == NOT_FINISHED:
             left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS

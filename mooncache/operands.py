@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic_ns
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,12 +11,10 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.fields import NAME_LENGTH, is_name
 from mooncache.errors import CapacityError, EngineClosed, Status, TransportError, UsageError, came
 from mooncache.kernels.enums import Opcode
+from mooncache.kernels.jit import Kernel
 from mooncache.kernels.split import REQUEST_BYTES, REQUESTS
 from mooncache.kernels.tables import RegionTable
-
-if TYPE_CHECKING:
-    from mooncache.kernels.jit import Kernel
-    from mooncache.peer import Peer
+from mooncache.peer import Peer
 
 LONGEST_S = 3.2e9  # 100 years, so that no clock in ns overflows
 Operand = int | np.integer[Any] | np.ndarray

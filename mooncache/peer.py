@@ -1,21 +1,15 @@
-"""Peers: an engine's knowledge of others, and the directory of engines of this process."""
+"""A peer: an engine's knowledge of another that it is connected to."""
 
 from __future__ import annotations
 
-import reprlib
 import threading
-import weakref
-from itertools import count, pairwise
+from itertools import pairwise
 from time import monotonic_ns
-from typing import TYPE_CHECKING
 
-from mooncache import forks, limits
-from mooncache.errors import CapacityError, TransportError, UsageError
+from mooncache import limits
+from mooncache.descriptor import Descriptor, RemoteRegion
+from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.tables import RegionTable
-from mooncache.providers.base import Descriptor, RemoteRegion
-
-if TYPE_CHECKING:
-    from mooncache.engine import Engine
 
 
 class Peer:
@@ -109,59 +103,3 @@ class Peer:
 
     def __repr__(self) -> str:
         return f"<Peer {self.name!r}, {len(self.table)} regions>"
-
-
-class Directory:
-    """The open engines of this process, by name. Holds none of them alive."""
-
-    def __init__(self) -> None:
-        self._engines: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
-        self._lock = threading.RLock()  # an engine may be collected, and leaves, in the middle of another's entry
-
-    def disown(self) -> None:
-        """Forget the engines in a forked child, so that none is found, or closed at exit; see `forks.Holder`."""
-        self.__init__()  # type: ignore[misc]
-
-    def enter(self, engine: Engine, name: str | None, prefix: str) -> str:
-        """Enter an engine under its name, or the next free "<prefix>-<n>". Raises UsageError for a name in use."""
-        with self._lock:
-            if name is None:
-                name = next(n for n in map(f"{prefix}-{{}}".format, count()) if n not in self._engines)
-            if name in self._engines:
-                raise UsageError(f"an engine named {name!r} is open in this process; names must be unique")
-            self._engines[name] = engine
-        return name
-
-    def leave(self, engine: Engine) -> None:
-        """Forget an engine that closes. Its name may be another's already."""
-        with self._lock:
-            if self._engines.get(engine.name) is engine:
-                del self._engines[engine.name]
-
-    def engines(self) -> list[Engine]:
-        """Return all engines that are open."""
-        return [engine for engine in self._engines.values() if not engine.closed]
-
-    def address(self, name: str) -> str:
-        """Return where the engine called `name` answers handshakes from here; empty when it does not."""
-        engine = self._engines.get(name)
-        return engine.near if engine is not None and not engine.closed else ""
-
-    def look_up(self, name: str, provider: str) -> Descriptor:
-        """Return the descriptor of the engine called `name` for peers on `provider`. Takes that engine's lock.
-
-        Raises TransportError when there is none, or it uses another provider.
-        """
-        engine = self._engines.get(name)
-        if engine is None or engine.closed:
-            known = sorted(e.name for e in self.engines())
-            raise TransportError(f"no engine named {name!r} in this process; there are: {reprlib.repr(known)}")
-        described = engine.descriptor()
-        if described.provider != provider:
-            raise TransportError(
-                f"peer {name!r} uses provider {described.provider!r}, this engine {provider!r}; both ends need the same"
-            )
-        return described
-
-
-directory = forks.private(Directory())

@@ -9,19 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from mooncache.errors import UsageError
+from mooncache.descriptor import Keys, RemoteRegion
+from mooncache.errors import UsageError, came
 from mooncache.kernels import calls
 from mooncache.kernels.enums import Access
 from mooncache.kernels.tables import RegionTable
-from mooncache.memory import ACCESS, Part, Range, Region, cut
-from mooncache.providers.base import Keys, Provider, RemoteRegion
-
-if TYPE_CHECKING:
-    from mooncache.engine import Engine
+from mooncache.memory import ACCESS, Part, Region, cut, range_of
+from mooncache.operands import is_text
+from mooncache.owner import Owner
+from mooncache.providers.base import Provider
 
 
 class Registry:
@@ -39,8 +39,18 @@ class Registry:
         self.regions: dict[int, Region] = {}
         self.described: tuple[RemoteRegion, ...] = ()
 
-    def register(self, engine: Engine, memory: Range, access: str) -> Region:
-        """Register memory for `engine`. Raises what `Engine.register` does, with nothing left behind."""
+    def register(self, engine: Owner, buffer: Any, access: str) -> Region:
+        """Register a buffer for `engine`. Raises what `Engine.register` does, with nothing left behind."""
+        if not is_text(access) or access not in ACCESS:
+            raise UsageError(f"access must be one of {', '.join(map(repr, ACCESS))}, got {came(access)}")
+        memory = range_of(buffer)
+        if memory.device and not self._provider.reaches_gpus:
+            raise UsageError(
+                f"expected memory of the host, got memory of {memory.device}; provider {self._provider.name!r} copies "
+                "with the CPU, which cannot reach it: 'rdma' can, or copy it to the host first"
+            )
+        if not memory.writable and access != "read":
+            raise UsageError(f"this {type(buffer).__name__} is read-only; register it with access='read'")
         bits = ACCESS[access] | (Access.LOCAL if memory.writable else 0) | (0 if memory.owner is None else Access.HELD)
         with self._reserve(memory.address, memory.length), ExitStack() as undo:
             keyed: list[tuple[int, int, Keys]] = []

@@ -8,21 +8,21 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mooncache.deadline import Deadline
+from mooncache.descriptor import Descriptor
+from mooncache.directory import directory
 from mooncache.discovery.address import parse_address
-from mooncache.discovery.base import LEASE_S, Names, StoreDown, open_names
-from mooncache.discovery.dial import Answer, dial
+from mooncache.discovery.base import LEASE_S, Names, StoreDown
+from mooncache.discovery.dial import dial
 from mooncache.discovery.handshake import HANDSHAKE_S
-from mooncache.discovery.listener import Listener, Reply, Request
+from mooncache.discovery.listener import Listener
+from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.discovery.record import from_json, to_json
+from mooncache.discovery.stores import open_names
 from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, TransportError, UsageError
-from mooncache.peer import directory
-from mooncache.providers.base import Descriptor
-
-if TYPE_CHECKING:
-    from mooncache.engine import Engine
+from mooncache.owner import Owner
 
 log = logging.getLogger("mooncache")
 
@@ -43,7 +43,7 @@ class Service:
     """
 
     def __init__(
-        self, engine: Engine, listen: str, secret: str | bytes | None, insecure: bool, discovery: str | None,
+        self, engine: Owner, listen: str, secret: str | bytes | None, insecure: bool, discovery: str | None,
         advertise: str | None,
     ) -> None:  # fmt: skip
         self._engine = weakref.ref(engine)
@@ -168,7 +168,7 @@ class Service:
         self._listener.close()
 
 
-def _weakly(engine: Engine, function: Callable[..., Any]) -> Callable[..., Any]:
+def _weakly(engine: Owner, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of the engine that does not keep it alive."""
     reference = weakref.ref(engine)
 
@@ -181,7 +181,7 @@ def _weakly(engine: Engine, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _answer(engine: Engine, request: Request) -> Reply:
+def _answer(engine: Owner, request: Request) -> Reply:
     if request.purpose == "describe":
         return Reply(to_json(engine.descriptor()))
     if request.purpose == "trouble" and request.process is not None:  # it is nobody's on another host

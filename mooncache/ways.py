@@ -13,14 +13,11 @@ from concurrent.futures import TimeoutError as FutureTimeoutError  # another tha
 from dataclasses import dataclass, field
 from threading import Lock
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from mooncache.background import Background
 from mooncache.deadline import Deadline
 from mooncache.errors import CapacityError, EngineClosed, MooncacheError, TransportError
-
-if TYPE_CHECKING:
-    from mooncache.peer import Peer
+from mooncache.peer import Peer
 
 CONNECT_S = 30.0
 """One try: names (two requests to a store), a handshake, lanes, and the first bytes over RDMA (20 s by themselves)."""
@@ -32,7 +29,7 @@ within 2 s, and at once by `connect`, or when the store of names has news of it.
 KEPT = 1024
 """Names whose last try failed that are remembered, beyond which the oldest are forgotten."""
 
-Attempt = Callable[[Deadline], "Peer"]
+Attempt = Callable[[Deadline], Peer]
 
 
 @dataclass

@@ -194,10 +194,10 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
     """Time each stage of a staged worker for one batch, repeatedly; return ns."""
     engine = bench.source
     calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
-    for thread in engine._threads:
+    for thread in engine._runtime.actors.threads:
         thread.join()
     engine._state.shared["stop"] = 0  # the engine itself goes on: submits are accepted
-    (worker,) = engine._workers
+    (worker,) = engine._runtime.actors.workers
     samples = []
     for _ in range(repeats_for(slices) + 3):
         stages = np.zeros(3, np.int64)
@@ -213,7 +213,7 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
 def measure_worker() -> Iterator[tuple[str, Point]]:
     """Measure a worker's stages. A doorbell's own cost is the difference between chains of 1 and of 128."""
     with Bench() as bench:
-        (worker,) = bench.source._workers
+        (worker,) = bench.source._runtime.actors.workers
         clock_ns = clock_reads(worker.ctl, 100_000) / 100_000
         empty = [empty_polls(worker.ctl, 10_000) / 10_000 for _ in range(50)]
         yield "poll", point(empty, 1)

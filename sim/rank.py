@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import simpy
 
+from mooncache.descriptor import Descriptor
 from mooncache.errors import Status
 from mooncache.kernels import calls, enums, submit
 from mooncache.kernels.arrays import address_of
@@ -33,7 +34,7 @@ from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, State
 from mooncache.kernels.tables import RegionTable
-from mooncache.providers.base import HERE, Descriptor
+from mooncache.providers.base import HERE
 from mooncache.providers.inprocess import emulated
 from mooncache.providers.inprocess.faults import PS_PER_NS
 from sim.clock import Environment

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mooncache import Batch, Engine, Stats
+from mooncache.descriptor import Descriptor
 from mooncache.kernels import enums, pump
 from mooncache.kernels.arrays import address_of
 from mooncache.kernels.enums import Kind, Opcode, QueueState
@@ -27,7 +28,7 @@ from mooncache.kernels.state import Block, CompletionQueue, QueueRow, State
 from mooncache.kernels.submit import prepare, publish, submit
 from mooncache.kernels.tables import RegionTable
 from mooncache.limits import CHUNK_SLICES
-from mooncache.providers.base import HERE, Descriptor, Provider
+from mooncache.providers.base import HERE, Provider
 from mooncache.providers.inprocess import emulated
 from tests.kernels.entries import Gated, never
 
@@ -92,18 +93,18 @@ def until(condition: Callable[[], Any], what: str) -> None:
 @contextlib.contextmanager
 def looks_held(engine: Engine) -> Iterator[threading.Event]:
     """Whoever asks a peer what it has registered gets no answer meanwhile; the event says that somebody does."""
-    asked, answer, look_up = threading.Event(), threading.Event(), engine._look_up
+    asked, answer, look_up = threading.Event(), threading.Event(), engine._peers._look_up
 
     def slowly(*arguments: Any) -> Descriptor:
         asked.set()
         answer.wait(LIMIT)
         return look_up(*arguments)
 
-    engine._look_up = slowly
+    engine._peers._look_up = slowly
     try:
         yield asked
     finally:
-        engine._look_up = look_up
+        engine._peers._look_up = look_up
         answer.set()
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, Engine, MooncacheError, TransportError, UsageError
+from mooncache.directory import directory
 from mooncache.discovery.address import parse_address
-from mooncache.discovery.base import open_names
+from mooncache.discovery.stores import open_names
 from mooncache.memory import range_of
-from mooncache.peer import directory
 from mooncache.providers.shm.provider import Shm
 from mooncache.providers.stream.tcp import Tcp
 from mooncache.shortage import told

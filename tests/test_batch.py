@@ -257,12 +257,12 @@ def test_a_wait_does_not_hold_the_gil(gated):
 INTERRUPT = """
 import os, signal, threading
 import numpy as np
-import mooncache, mooncache.engine
+import mooncache, mooncache.actors
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.kernels import calls
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
-mooncache.engine.JOIN_SECONDS = 0.05
+mooncache.actors.JOIN_SECONDS = 0.05
 far = Nic(latency_ns=3600e9)
 here = mooncache.Engine("here", provider=Emulated(far), slices=256, batches=4, peers=2)
 there = mooncache.Engine("there", provider=Emulated(far), slices=256, batches=4, peers=2)

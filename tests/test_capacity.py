@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mooncache import CapacityError, engine
+from mooncache import CapacityError, transfers
 from tests.helpers import Task, assert_balanced, in_threads, unchanged, until
 
 
@@ -35,7 +35,7 @@ def test_a_submit_waits_for_a_batch_row_until_another_batch_is_closed(pairs):
     ("settings", "n", "what"), [({"batches": 1}, 1, "batch rows"), ({"slices": 512}, 512, "slots")]
 )
 def test_a_submit_that_may_wait_for_ever_says_once_for_what(pairs, monkeypatch, caplog, settings, n, what):
-    monkeypatch.setattr(engine, "PATIENCE_NS", 0)
+    monkeypatch.setattr(transfers, "PATIENCE_NS", 0)
     pair = pairs(**settings)
     first = pair.scattered(n).wait(20)
     with caplog.at_level(logging.WARNING, "mooncache"):
@@ -107,7 +107,7 @@ def test_without_memory_for_slice_objects_a_submit_is_refused_and_gives_all_back
         made.append(libc.malloc(size))
         return made[-1]
 
-    words = pair.here._blocks[threading.get_ident()].row
+    words = pair.here._callers.blocks[threading.get_ident()].row
     honest, words["malloc"] = words["malloc"], ctypes.cast(stingy, ctypes.c_void_p).value or 0
     try:
         with pytest.raises(CapacityError, match="malloc has no more memory"):

@@ -158,7 +158,7 @@ def test_a_worker_that_finishes_after_the_others_have_left_still_frees(policy):
     batches = [pair.scattered(300) for _ in range(2)]  # for workers 0 and 1; 2 has nothing to do
     until(lambda: all(q[0].outstanding == 300 for q in pair.here.provider.queues[:2]), "the slices, posted")
     closing = Task(pair.here.close)
-    until(lambda: not pair.here._threads[2].is_alive(), "the idle worker, gone")
+    until(lambda: not pair.here._runtime.actors.threads[2].is_alive(), "the idle worker, gone")
     assert closing.running
     pair.close()
     closing.result()

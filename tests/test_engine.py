@@ -109,7 +109,7 @@ def test_batches_go_to_the_workers_in_turn(pairs):
     pair = pairs(workers=3)
     for _ in range(9):
         pair.scattered(2).wait(20).close()
-    assert [int(b.counters[enums.Kind.BATCHES_TAKEN]) for b in pair.here._workers] == [3, 3, 3]
+    assert [int(b.counters[enums.Kind.BATCHES_TAKEN]) for b in pair.here._runtime.actors.workers] == [3, 3, 3]
 
 
 def test_a_thread_that_ended_leaves_its_control_block_to_the_next(pair):
@@ -118,8 +118,8 @@ def test_a_thread_that_ended_leaves_its_control_block_to_the_next(pair):
         in_threads(lambda: pair.scattered(5).wait(20).close())
         counts = pair.here.stats().counts
         assert counts["batches_submitted"] == counts["batches_closed"] == n  # nothing that ended threads did is lost
-        before = before or len(pair.here._blocks)
-    assert len(pair.here._blocks) <= before + 1
+        before = before or len(pair.here._callers.blocks)
+    assert len(pair.here._callers.blocks) <= before + 1
 
 
 def test_chunks_cached_by_a_thread_that_ended_are_not_lost(pairs):
@@ -279,7 +279,7 @@ def test_an_engine_is_a_context(engines):
 def test_an_engine_that_is_forgotten_closes_itself():
     """Nothing in it refers back to it, so it goes with its last reference."""
     engine = Engine("forgotten", **SMALL)
-    threads = list(engine._threads)
+    threads = list(engine._runtime.actors.threads)
     del engine
     Engine("forgotten", **SMALL).close()  # its name is free at once
     until(lambda: not any(thread.is_alive() for thread in threads), "the threads, gone")

@@ -106,7 +106,8 @@ def test_every_call_in_a_child_says_whose_the_engine_is_and_changes_nothing_what
 
     with all_held(family.__dict__, opened, inbox) as held:
         assert Child(call_everything).result() == []
-    own = (family.here._lock, family.here._ways._lock, family.here._registry._lock, dial._look_ups.lock)
+    here, peers = family.here, family.here._peers
+    own = (here._callers._lock, peers._lock, peers._ways._lock, here._registry._lock, dial._look_ups.lock)
     assert set(map(id, own)) <= set(map(id, held))
     assert not opened.failures
     opened.close()
@@ -324,7 +325,7 @@ def test_a_helper_that_outlives_its_parent_keeps_neither_its_port_nor_its_peers_
         helper = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-        until(lambda: here._peers[address].gone, "the end of the peer, while its helper lives")
+        until(lambda: here._peers.known[address].gone, "the end of the peer, while its helper lives")
         assert Path(f"/proc/{helper}").exists()
         with Engine("orphans-parent", provider=provider, listen=address, **SMALL) as again:
             pages = again.allocate(1 << 20)

@@ -139,7 +139,7 @@ def test_others_go_on_while_a_peer_is_asked(engines, pairs, monkeypatch):
     there = other.register(memory)
     pair.here.connect(other.name)
     pair.write(0).wait(20).close()
-    asked, answer, look_up = threading.Event(), threading.Event(), pair.here._look_up
+    asked, answer, look_up = threading.Event(), threading.Event(), pair.here._peers._look_up
 
     def slowly(name, *rest):
         if name == pair.peer:
@@ -147,7 +147,7 @@ def test_others_go_on_while_a_peer_is_asked(engines, pairs, monkeypatch):
             answer.wait(60)
         return look_up(name, *rest)
 
-    monkeypatch.setattr(pair.here, "_look_up", slowly)
+    monkeypatch.setattr(pair.here._peers, "_look_up", slowly)
     anew(pair)
     waiting = pair.write(blocks(10))
     assert asked.wait(20)

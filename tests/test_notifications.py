@@ -376,7 +376,7 @@ def test_a_notification_belongs_to_no_region_however_it_fails(pairs, status, reg
 def test_what_was_not_fetched_outlives_the_engine_and_its_memory(wired):
     wired.write(0, notify="kept").wait(20).close()
     wired.write(0, notify="too").wait(20).close()
-    memory = weakref.ref(wired.there._inbox.words)
+    memory = weakref.ref(wired.there._runtime.inbox.words)
     wired.there.close()
     wired.here.close()  # one of the same process may be about to deliver
     assert memory() is None

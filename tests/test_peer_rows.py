@@ -11,6 +11,7 @@ import pytest
 
 from mooncache import CapacityError, Engine, EngineClosed, Status, TransportError, UsageError, limits
 from mooncache.deadline import Deadline
+from mooncache.descriptor import Descriptor, RemoteRegion
 from mooncache.kernels import calls
 from mooncache.kernels.enums import Opcode, QueueState
 from mooncache.kernels.queue import INDEX_SHIFT
@@ -19,7 +20,6 @@ from mooncache.kernels.state import CompletionQueue, QueuePair, State
 from mooncache.kernels.submit import submit_one
 from mooncache.kernels.tables import RegionTable
 from mooncache.peer import Peer
-from mooncache.providers.base import Descriptor, RemoteRegion
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from tests.helpers import SMALL, Task, until
 from tests.kernels.entries import Gated
@@ -190,7 +190,7 @@ def test_slices_that_wait_to_be_posted_are_never_posted_under_the_key_of_another
     for _ in range(5):
         former.unregister()
         former = pair.there.register(pair.target)
-        pair.here._ask(pair.peer, news=True).result(Deadline())
+        pair.here._peers.ask(pair.peer, news=True).result(Deadline())
     pair.here.provider.open_gate()
     until(lambda: batch.done, "the batch, done")
     assert {failure.status for failure in batch.failures} <= {Status.REMOTE_ACCESS}

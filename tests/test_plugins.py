@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mooncache
-from mooncache.discovery.base import open_names
+from mooncache.discovery.stores import open_names
 from mooncache.errors import UsageError
 from tests.helpers import LIMIT
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from mooncache import DiscoveryError, Engine, TransferFailed, TransportError, UsageError, service
-from mooncache.discovery.base import LEASE_S, Names, open_names
+from mooncache.descriptor import Descriptor
+from mooncache.directory import directory
+from mooncache.discovery.base import LEASE_S, Names
 from mooncache.discovery.record import decode, encode
+from mooncache.discovery.stores import open_names
 from mooncache.errors import Status
-from mooncache.peer import directory
-from mooncache.providers.base import Descriptor
 from mooncache.providers.stream import provider as stream
 from tests.helpers import LIMIT, SMALL, in_threads, random_bytes, until
 from tests.servers import Server, free_ports, has_ipv6

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,9 @@ THREADS: dict[str, tuple[Callable[[], Any], Callable[[Engine], Case]]] = {
     ),
     "looker": (
         lambda: "loopback",
-        lambda here: Case(f"{here.name}-looker", look, "begin", lambda: os.eventfd_write(here._looker.event_fd, 1)),
+        lambda here: Case(
+            f"{here.name}-looker", look, "begin", partial(os.eventfd_write, here._runtime.looker.event_fd, 1)
+        ),
     ),
     "mender": (
         lambda: Emulated(Nic(breaks=True)),
@@ -206,17 +209,17 @@ def test_when_who_mends_queue_pairs_fails_what_waits_for_them_fails(pairs, monke
     until(lambda: _writes(pair), "a write that arrives")
 
 
-@pytest.mark.parametrize("method", ["begin", "_ask"])
+@pytest.mark.parametrize("method", ["begin", "ask"])
 def test_when_who_asks_a_peer_that_refused_fails_the_slices_are_told_so_or_asked_for_again(pairs, monkeypatch, method):
     pair = pairs()
     pair.write(0).wait(LIMIT).close()
-    fault = Fault(monkeypatch, look if method == "begin" else pair.here, method)
+    fault = Fault(monkeypatch, look if method == "begin" else pair.here._peers, method)
     pair.remote.unregister()
     pair.remote = pair.there.register(pair.target)
     fault.on = True
     batch = pair.write(0)
     until(lambda: fault.times >= 2, "the fault")
-    if method == "_ask":  # that look is over, and has found nothing
+    if method == "ask":  # that look is over, and has found nothing
         with pytest.raises(TransferFailed, match="REMOTE_ACCESS"):
             batch.wait(LIMIT)
     fault.on = False

@@ -78,7 +78,7 @@ def test_a_peer_that_falls_silent_at_any_step_costs_the_timeout(engines, silent,
         return ask(address, purpose, *arguments, **options)
 
     monkeypatch.setattr(here._service, "dial", dial_silent)
-    trying = here._ask(there.address)  # the calls join it, once it has come so far
+    trying = here._peers.ask(there.address)  # the calls join it, once it has come so far
     until(lambda: f"to answer '{step}'" in trying._tried.deadline.waiting, "the silence")
     blocks, awaits = calls_of(here, there.address, source.address, target.address, timeout=0.05)[call]
     says = rf"{there.address}' was not connected within the 0.05 s.* {silent} to answer '{step}'; nothing was submitted"
@@ -95,7 +95,7 @@ def test_many_threads_hear_of_a_silent_peer_together(engines, silent):
     for task in tasks:
         with pytest.raises(TransportError, match=r"was not connected within the 0\.05 s"):
             task.result()
-    until(lambda: len(here._ways._threads._threads) == 1, "one try")
+    until(lambda: len(here._peers._ways._threads._threads) == 1, "one try")
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -127,7 +127,7 @@ def test_a_look_up_of_a_host_that_never_ends_costs_the_timeout_and_one_thread(en
 def test_closing_ends_a_connect_to_a_silent_peer(engines, silent):
     here = engines(provider="tcp")
     task = Task(here.connect, silent)
-    until(lambda: "answer" in repr(here._ways._ways[silent].current.deadline), "the try")
+    until(lambda: "answer" in repr(here._peers._ways._ways[silent].current.deadline), "the try")
     here.close()
     with pytest.raises(EngineClosed):
         task.result()
@@ -217,7 +217,7 @@ def test_a_coroutine_learns_new_regions_and_a_restarted_peer(engines):
         target = there.register(np.zeros(NBYTES, np.uint8))
         (await (await here.awrite(there.address, source.address, target.address, 64))).close()
         there.close()
-        await asyncio.to_thread(until, lambda: here._peers[there.address].gone, "its end")
+        await asyncio.to_thread(until, lambda: here._peers.known[there.address].gone, "its end")
         back = engines(provider="tcp", listen=there.address)
         target = back.register(np.zeros(NBYTES, np.uint8))
         (await (await here.awrite(there.address, source.address, target.address, 64))).close()
@@ -262,7 +262,7 @@ def test_a_coroutine_that_awaits_a_batch_hears_of_a_close_by_a_thread(gated, wha
 
 
 def test_who_waits_for_slots_hears_of_the_engines_close(pairs, monkeypatch):
-    monkeypatch.setattr("mooncache.engine.NAP_NS", 3600 * 10**9)
+    monkeypatch.setattr("mooncache.transfers.NAP_NS", 3600 * 10**9)
     pair = pairs(slices=512)
     full, words = pair.scattered(512).wait(LIMIT), scattered(pair, 300)
 

@@ -24,7 +24,8 @@ from mooncache.bench.harness.measure import FingerprintError, resident_bytes
 from mooncache.bench.harness.options import JSON
 from mooncache.bench.harness.process import Process, serve
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
-from mooncache.memory import Region, allocate
+from mooncache.memory import Region
+from mooncache.segments import allocate
 
 BLOCK, BLOCKS = 4096, 256
 SLICES = 64  # of a batch of the load

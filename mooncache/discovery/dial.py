@@ -9,7 +9,6 @@ import threading
 from array import array
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from mooncache import forks
@@ -19,6 +18,7 @@ from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
+from mooncache.discovery.messages import Answer
 from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
 
@@ -28,15 +28,6 @@ KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportEr
 
 class AnotherUser(TransportError):
     """The engine at a Unix socket runs as another user, and no secret says that it is to be trusted."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer of `dial`. The caller owns `sock` (connected, blocking) and `fds`, and closes them."""
-
-    body: dict[str, Any]
-    sock: socket.socket
-    fds: list[int]
 
 
 def dial(

@@ -50,7 +50,7 @@ class _Pool(HTTPConnectionPool):
 
 
 class Etcd(Names):
-    """The store of names in etcd, see `base.open_names`. Leases are whole seconds, none shorter than 1.5 elections."""
+    """The store of names in etcd, see `stores.open_names`. Leases are whole seconds, at least 1.5 elections."""
 
     def __init__(self, parts: SplitResult, lease: float, timeout: float) -> None:
         super().__init__(where_of(parts), lease)

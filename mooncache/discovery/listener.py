@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, cast
 
 from mooncache import forks
@@ -26,6 +25,7 @@ from mooncache.discovery.address import join_address, parse_address
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.credentials import Process, process_at
 from mooncache.discovery.handshake import FDS_A_MESSAGE, Answered, Call, Hello, Refused
+from mooncache.discovery.messages import Reply, Request
 from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.discovery.sockets import Loop, advertised, listen_tcp, listen_unix, resolve_own
 from mooncache.discovery.spare import Spare
@@ -46,54 +46,6 @@ ACCEPTED = 16
 
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process had no file descriptor left; accepting at once would only spin."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a peer asks.
-
-    Attributes:
-        purpose: which of the engine's services.
-        caller: name of the asking engine; proven, with all else here, if the listener has a secret.
-        generation: of the asking engine.
-        body: JSON object, as the service defines it; its contents are not checked yet.
-        process: of this host, that asks, as the kernel says; fds can be handed to it. None: it came over TCP.
-    """
-
-    purpose: str
-    caller: str
-    generation: int
-    body: dict[str, Any]
-    process: Process | None
-
-    @property
-    def local(self) -> bool:
-        """Whether it came from a process of this host."""
-        return self.process is not None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What is answered.
-
-    Attributes:
-        body: JSON object.
-        fds: file descriptors to send along, only to a local request. They stay the replier's, who keeps them open
-            until `then` is called; without `then`, as long as the listener.
-        then: takes over the connection once all is sent: a connected, non-blocking socket, which is its own from
-            now on unless it raises. Called in a thread as `serve` is. Without it the connection is closed.
-        undo: gives back what was made for the caller, when the answer cannot be sent, or `then` raises.
-    """
-
-    body: dict[str, Any]
-    fds: Sequence[int] = ()
-    then: Callable[[socket.socket], None] | None = None
-    undo: Callable[[], object] | None = None
-
-    def give_up(self) -> None:
-        """What was made for the caller is not taken over by anybody."""
-        if self.undo is not None:
-            self.undo()
 
 
 class Listener:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from mooncache.descriptor import Descriptor, RemoteRegion
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.fields import VERSION, WORD, Fields, check_version, dump, is_name, parse
 from mooncache.errors import CapacityError, DiscoveryError, UsageError
 from mooncache.limits import NICS, REGIONS_MOST, KiB
-from mooncache.providers.base import Descriptor, RemoteRegion
 
 RECORD_BYTES = (
     REGIONS_MOST * (96 + 20 * NICS)  # four field names, two integers of 19 digits, punctuation; rkeys of 19 digits

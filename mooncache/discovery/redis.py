@@ -83,7 +83,7 @@ return redis.call('HGET', KEYS[1], 'record')
 
 
 class Redis(Names):
-    """The store of names in Redis, see `base.open_names`."""
+    """The store of names in Redis, see `stores.open_names`."""
 
     def __init__(self, parts: SplitResult, lease: float, timeout: float) -> None:
         super().__init__(where_of(parts), lease)

@@ -9,61 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mooncache import limits
 from mooncache.background import Background
 from mooncache.deadline import Deadline
+from mooncache.descriptor import Descriptor, Keys
+from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.errors import UsageError
 from mooncache.kernels.arrays import Row, rows_of
 from mooncache.kernels.records.table import TABLE
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
-
-if TYPE_CHECKING:
-    from mooncache.discovery.dial import Answer
-    from mooncache.discovery.listener import Reply, Request
-
-
-class Keys(NamedTuple):
-    """What a registration is answered with: for each NIC the local key, and the key peers must show."""
-
-    lkeys: tuple[int, ...]
-    rkeys: tuple[int, ...]
-
-
-class RemoteRegion(NamedTuple):
-    """A region as its owner describes it to peers."""
-
-    address: int
-    length: int
-    rkeys: tuple[int, ...]  # one for each of its NICs
-    access: int  # bits of enums.Access
-
-    def covered_by(self, other: RemoteRegion) -> bool:
-        """Whether every byte of this one can be reached through the other, in every way."""
-        end, others = self.address + self.length, other.address + other.length
-        return other.address <= self.address and end <= others and self.access & ~other.access == 0
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """What an engine tells its peers: who it is, what is registered, and what its provider needs to connect.
-
-    Attributes:
-        generation: random, 63 bits; another one means that another engine has this name now.
-        address: "host:port" where it answers handshakes; empty when it is reached in this process only.
-        data: for providers that reach other processes, plain JSON values.
-    """
-
-    name: str
-    generation: int
-    address: str
-    provider: str
-    regions: tuple[RemoteRegion, ...]
-    data: Any
 
 
 class Link(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mooncache import limits
+from mooncache.descriptor import Keys
 from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.arrays import WORD, Row, address_of, aligned, power_of_two, rows_of
 from mooncache.kernels.enums import Access, Opcode
@@ -27,7 +28,7 @@ from mooncache.kernels.records.base import acquire, behind
 from mooncache.kernels.records.verbs import IBV_CONTEXT, IBV_CQ, IBV_QP, ibv_cq_at, ibv_qp_at, wc_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.base import Keys, Provider
+from mooncache.providers.base import Provider
 from mooncache.providers.careful import Copier
 from mooncache.providers.records import KEY, key_at
 

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from mooncache.deadline import Deadline
 from mooncache.discovery import dial as dialling
 from mooncache.discovery import handshake, listener, visitors
-from mooncache.discovery.dial import Answer, dial
+from mooncache.discovery.dial import dial
 from mooncache.discovery.handshake import Answered, Call, Hello, frame
-from mooncache.discovery.listener import SERVING, Listener, Reply, Request
+from mooncache.discovery.listener import SERVING, Listener
+from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.discovery.secret import key_of, of_user
 from mooncache.errors import (
     CapacityError,

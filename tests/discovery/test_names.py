@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from mooncache.discovery.base import Names, open_names
+from mooncache.descriptor import Descriptor, RemoteRegion
+from mooncache.discovery.base import Names
 from mooncache.discovery.record import encode
+from mooncache.discovery.stores import open_names
 from mooncache.errors import DiscoveryError, UsageError
-from mooncache.providers.base import Descriptor, RemoteRegion
 from tests.helpers import run_python, until
 from tests.servers import Server
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mooncache.descriptor import Descriptor, RemoteRegion
 from mooncache.discovery.fields import WORD
 from mooncache.discovery.record import RECORD_BYTES, decode, encode
 from mooncache.errors import CapacityError, DiscoveryError, UsageError
 from mooncache.limits import NICS, REGIONS_MOST
-from mooncache.providers.base import Descriptor, RemoteRegion
 
 OWN = Descriptor(
     "decode-3", 0x1234, "[::1]:7000", "tcp",

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from mooncache import limits
+from mooncache.descriptor import Descriptor, RemoteRegion
 from mooncache.discovery import handshake
 from mooncache.discovery.fields import NAME_LENGTH, WORD, dump
 from mooncache.discovery.handshake import Answered, Call, Hello, Refused, frame
 from mooncache.discovery.record import RECORD_BYTES, encode, to_json
-from mooncache.providers.base import Descriptor, RemoteRegion
 
 NAME = "\U0001f600" * NAME_LENGTH  # printable, and longest when escaped
 MOST = WORD - 1

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mooncache.descriptor import Keys
 from mooncache.errors import Status
 from mooncache.kernels import calls
 from mooncache.kernels.arrays import address_of
 from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import SEND_SIGNALED, WcStatus
-from mooncache.providers.base import Keys
 from mooncache.providers.inprocess.base import InProcessProvider
 from tests.helpers import Rig
 from tests.kernels import entries

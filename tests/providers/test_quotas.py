@@ -10,7 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from mooncache import CapacityError, Engine
-from mooncache.discovery.dial import Answer, dial
+from mooncache.discovery.dial import dial
+from mooncache.discovery.messages import Answer
 from mooncache.providers.stream import quotas
 from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import until

@@ -65,7 +65,7 @@ def test_a_region_withdrawn_while_it_is_written_to_fails_these_requests_only(pai
     write_right(pair)
     other = np.zeros(1 << 16, np.uint8)
     second = pair.there.register(other)
-    pair.here._ask(pair.peer, news=True).result(Deadline())
+    pair.here._peers.ask(pair.peer, news=True).result(Deadline())
     second.unregister()
     offsets = np.arange(20) * 1024
     targets = np.where(np.arange(20) % 2 == 0, pair.remote.address + offsets, second.address + offsets)
@@ -82,7 +82,7 @@ def test_a_region_withdrawn_while_it_is_written_to_fails_these_requests_only(pai
 
 def test_a_wrong_key_and_a_range_beyond_the_region_are_refused_by_the_peers_nic(pair):
     write_right(pair)
-    table = pair.here._peers[pair.peer].table
+    table = pair.here._peers.known[pair.peer].table
     slot = int(table.slots[0])
     honest = int(table.keys[0, slot])
     table.keys[0, slot] = honest ^ 0x5500

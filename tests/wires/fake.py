@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mooncache.discovery.listener import Listener, Reply, Request
+from mooncache.descriptor import Descriptor, RemoteRegion
+from mooncache.discovery.listener import Listener
+from mooncache.discovery.messages import Reply, Request
 from mooncache.discovery.record import to_json
-from mooncache.providers.base import Descriptor, RemoteRegion
 from mooncache.providers.stream.lane import FRAMES_VERSION
 from tests.helpers import LIMIT
 

@@ -159,7 +159,7 @@ def test_an_answer_nobody_asked_for_ends_the_connection(here, fake, caplog):
         batch.wait(20)
     lane.sendall(frame(Frame.ACK, 1))
     until(lambda: "an answer matches no request" in caplog.text, "the log")
-    assert here._peers[fake.address].gone
+    assert here._peers.known[fake.address].gone
 
 
 def test_an_answer_before_the_request_was_sent_is_not_believed(engines):

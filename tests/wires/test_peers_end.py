@@ -11,7 +11,7 @@ import pytest
 
 from mooncache import CapacityError, Engine, MooncacheError, Status, TransferFailed, UsageError, limits
 from mooncache.deadline import Deadline
-from mooncache.discovery.listener import Request
+from mooncache.discovery.messages import Request
 from mooncache.kernels.state import State
 from mooncache.peer import Peer
 from mooncache.providers.shm import provider as shm
@@ -95,7 +95,7 @@ def test_new_memory_of_a_peer_is_mapped_beside_a_load_to_it_and_former_memory_un
     for name in names:
         pair.far(there.unregister, name)
         pair.far(there.free, name)
-    pair.here._ask(pair.peer, news=True).result(Deadline())
+    pair.here._peers.ask(pair.peer, news=True).result(Deadline())
     until(lambda: mapped_bytes() <= before, "former memory, unmapped")
     load.end()
     pair.here.close()
@@ -182,7 +182,7 @@ def test_forget_beside_submits_by_name_loses_none(join, wire):
     stop.set()
     task.result()
     assert set(failed) <= {Status.PEER_GONE}
-    assert len(pair.here._vacant) + len(set(pair.here._peers.values())) == pair.here._settings.peers
+    assert len(pair.here._peers.vacant) + len(set(pair.here._peers.known.values())) == pair.here._settings.peers
 
 
 # ------------------------------------------------------------------------------ many peers
@@ -209,7 +209,7 @@ def test_peers_that_are_gone_make_room_for_others(engines, provider):
         once()
     until(lambda: there.usage().descriptors <= before.descriptors, "descriptors, given back")
     assert (here._state.worker_rows["queue_count"] == rows).all()
-    assert len(here._peers) <= 2
+    assert len(here._peers.known) <= 2
     here.close()
 
 
@@ -229,7 +229,7 @@ def test_a_peer_that_is_there_never_makes_room(engines):
 def test_how_many_peers_is_a_setting_that_the_wire_follows(engines, provider):
     here = engines(provider=provider, peers=limits.PEERS + 1)
     assert all(port.queues.size >= limits.PEERS + 1 for port in here.provider.lists)
-    here._vacant = [limits.PEERS]  # as if all others were had
+    here._peers.vacant = [limits.PEERS]  # as if all others were had
     other = engines(provider=provider)
     target = np.zeros(KiB, np.uint8)
     place, local = other.register(target), here.register(np.full(KiB, 3, np.uint8))
@@ -280,7 +280,7 @@ def test_a_step_of_connecting_that_fails_leaves_things_as_they_were(engines, far
     until(lambda: held() == before, "all given back")
     until(lambda: far(there.connections) == 0, "all given back there")
     assert here.describe()["peers"] == {}
-    assert len(here._vacant) == here._settings.peers
+    assert len(here._peers.vacant) == here._settings.peers
     assert here._state.queues == {}
     here.read(place.address, place.base, local.address, MiB).wait(20).close()
     assert data.tobytes() == far(there.read)

@@ -31,7 +31,7 @@ def outcome(batch: Batch, peer: str) -> set[Status]:
 
 
 def gone(pair: Joined) -> bool:
-    return pair.here._peers[pair.peer].gone
+    return pair.here._peers.known[pair.peer].gone
 
 
 def restart(pair: Joined, fars, **options) -> None:

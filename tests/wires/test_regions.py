@@ -14,7 +14,6 @@ from mooncache import CapacityError, Engine, TransferFailed, TransportError, Usa
 from mooncache.kernels import restart
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
-from mooncache.memory import allocate
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.providers.inprocess.loopback import Loopback
 from mooncache.providers.records import KEY
@@ -22,6 +21,7 @@ from mooncache.providers.shm.provider import RESTARTS, Shm
 from mooncache.providers.stream import provider as stream
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.tcp import Tcp
+from mooncache.segments import allocate
 from tests.helpers import Task, assert_balanced, random_bytes, until
 from tests.wires import there
 from tests.wires.conftest import OVER_SOCKETS, WIRES, over
@@ -44,7 +44,7 @@ def test_a_region_permits_peers_what_it_says_and_nothing_else(join, wire, access
     with pytest.raises(UsageError, match=f"does not permit {doing}"):
         denied(0, 0, 64)
     # One that believes to be permitted is refused by the target: over frames, and by the keys that are mapped here.
-    pair.here._peers[pair.peer].table.access[:] = 7
+    pair.here._peers.known[pair.peer].table.access[:] = 7
     with denied(0, 0, 64) as batch, pytest.raises(TransferFailed, match="REMOTE_ACCESS"):
         batch.wait(20)
     assert (pair.data == before).all()

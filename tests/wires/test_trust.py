@@ -15,15 +15,15 @@ import pytest
 
 from mooncache import Engine, Notification, TransportError
 from mooncache.discovery.credentials import has_ended, process_at
-from mooncache.discovery.dial import AnotherUser, Answer, dial
-from mooncache.discovery.listener import Reply, Request
+from mooncache.discovery.dial import AnotherUser, dial
+from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.kernels.arrays import address_of
 from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
-from mooncache.memory import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
 from mooncache.providers.records import KEY
 from mooncache.providers.shm.provider import GUARD_BYTES, reachable
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.lane import FRAMES_VERSION
+from mooncache.segments import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
 from tests.helpers import LIMIT, until
 from tests.wires import there
 from tests.wires.fake import FakeTarget

@@ -17,7 +17,7 @@ from mooncache.bench.harness import blocks
 from mooncache.bench.harness.measure import expect_counts, slots_of, wait_until_quiet
 from mooncache.bench.harness.process import serve
 from mooncache.kernels.arrays import address_of
-from mooncache.memory import allocate
+from mooncache.segments import allocate
 
 BLOCK = 4096
 BATCHES = (1, 2, 4, 8, 64)  # slices of a write; the last is more than a submitter posts itself

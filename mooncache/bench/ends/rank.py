@@ -23,7 +23,7 @@ from mooncache.bench.harness.process import serve
 from mooncache.bench.harness.wires import Case, Plan, open_wire
 from mooncache.errors import UsageError
 from mooncache.kernels.arrays import address_of
-from mooncache.memory import allocate
+from mooncache.segments import allocate
 
 QUIET_POINTS = 100  # looks at both processes' memory and descriptors over the layers of a sample
 

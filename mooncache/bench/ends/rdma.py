@@ -21,7 +21,7 @@ from mooncache.bench.harness import blocks
 from mooncache.bench.harness.measure import slots_of
 from mooncache.bench.harness.process import serve
 from mooncache.kernels.arrays import address_of
-from mooncache.memory import allocate
+from mooncache.segments import allocate
 
 PLACES = 64
 BATCH_CHAINS = 16  # of one batch: while it is under way the next is submitted, as layers are

@@ -17,7 +17,7 @@ from mooncache.bench.harness.measure import scattered
 from mooncache.kernels.arrays import address_of
 from mooncache.kernels.atomics import copy, i8, i64
 from mooncache.kernels.jit import kernel
-from mooncache.memory import segment_of
+from mooncache.segments import segment_of
 
 # Odd, so that any two seeds, blocks and words differ; without structure, so that no two sums of them agree.
 SEEDS, BLOCKS, STEPS = 0x6C8E944D1F5B2A63, 0x2545F4914F6CDD1D, 0x1B873593CC9E2D51

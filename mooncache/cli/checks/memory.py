@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mooncache.cli.checks.base import ROOT, Finding, check, number, read, read_if_there
 from mooncache.errors import CapacityError, TransportError
-from mooncache.memory import HUGE_BYTES, allocate
+from mooncache.segments import HUGE_BYTES, allocate
 
 CAP_IPC_LOCK = 14
 MEMLOCK_CURES = (

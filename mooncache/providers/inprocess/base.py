@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mooncache import forks, limits
+from mooncache.descriptor import Descriptor, Keys
 from mooncache.errors import TransportError
 from mooncache.kernels.atomics import copy, fence
 from mooncache.kernels.enums import Access, Opcode
@@ -18,7 +19,7 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.records.base import TIMESPEC, record_at, release, row
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.base import Descriptor, Keys, Link
+from mooncache.providers.base import Link
 from mooncache.providers.careful import FIRST, Copier, copier_at, move_one, set_pair
 from mooncache.providers.device import (
     KEY_SLOT_MASK,

@@ -22,12 +22,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mooncache.background import Background
+from mooncache.descriptor import Descriptor
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError
 from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import QueuePair, QueueRow
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import SLICES_GATHERED
-from mooncache.providers.base import Descriptor, Link
+from mooncache.providers.base import Link
 from mooncache.providers.rdma.gids import parse, text_of
 from mooncache.providers.rdma.hub import NoteQueue, Rail
 from mooncache.providers.rdma.paths import End, PathOf, pair, weights

@@ -22,12 +22,13 @@ import numpy as np
 from mooncache import forks, limits
 from mooncache.cuda import memory_kind
 from mooncache.deadline import Deadline
-from mooncache.discovery.listener import Reply, Request
+from mooncache.descriptor import Descriptor, Keys
+from mooncache.discovery.messages import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
 from mooncache.kernels import calls
 from mooncache.kernels.enums import Access, Order
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
-from mooncache.providers.base import Descriptor, Keys, Link, Provider
+from mooncache.providers.base import Link, Provider
 from mooncache.providers.rdma import gpu
 from mooncache.providers.rdma.hub import NoteHub, NoteQueue
 from mooncache.providers.rdma.incoming import Incoming

@@ -36,18 +36,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mooncache import forks, limits
+from mooncache.descriptor import Descriptor, Keys
 from mooncache.descriptors import none_left
 from mooncache.discovery.credentials import Process, has_ended, process_at
-from mooncache.discovery.dial import AnotherUser, Answer
-from mooncache.discovery.listener import Reply, Request
+from mooncache.discovery.dial import AnotherUser
+from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish, rise, withdraw_key
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.tables import RegionTable
-from mooncache.memory import Pages, Segment, allocate, check_foreign, segment_of
-from mooncache.providers.base import Descriptor, Keys, Link
+from mooncache.providers.base import Link
 from mooncache.providers.careful import Copier
 from mooncache.providers.device import KeyTable
 from mooncache.providers.records import KEY
@@ -55,6 +55,7 @@ from mooncache.providers.shm.copy import GUARD_EPOCH, LOT, lead, poll_cq, post_s
 from mooncache.providers.stream.connections import STALL_S, StreamQueue
 from mooncache.providers.stream.provider import StreamProvider, wait_while_odd
 from mooncache.providers.stream.quotas import check_leases
+from mooncache.segments import Pages, Segment, allocate, check_foreign, segment_of
 
 log = logging.getLogger("mooncache")
 

@@ -24,9 +24,10 @@ import numpy as np
 
 from mooncache import forks, limits
 from mooncache.deadline import Deadline
+from mooncache.descriptor import Descriptor, Keys
 from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
-from mooncache.discovery.listener import Reply, Request
+from mooncache.discovery.messages import Reply, Request
 from mooncache.errors import (
     CapacityError,
     DiscoveryError,
@@ -44,7 +45,7 @@ from mooncache.kernels.records.table import TABLE
 from mooncache.kernels.records.verbs import sge_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import EAGAIN, ENOMEM, POLL_AGAIN, WC_BYTES, WcStatus
-from mooncache.providers.base import Descriptor, Keys, Link
+from mooncache.providers.base import Link
 from mooncache.providers.device import Queue, SoftwareProvider, write_completion
 from mooncache.providers.settling import Settler
 from mooncache.providers.stream import lane as lanes

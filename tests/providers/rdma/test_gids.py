@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mooncache.providers.base import Descriptor
+from mooncache.descriptor import Descriptor
 from mooncache.providers.rdma import gids
 from mooncache.providers.rdma.outgoing import VERSION, ends_of
 from mooncache.providers.rdma.paths import End

@@ -1,0 +1,86 @@
+"""What works inside an engine: its memory, its wire, its workers, and what wakes those who wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+from mooncache.actors import Actors
+from mooncache.awaiting import Awaiting
+from mooncache.bells import Bells
+from mooncache.inbox import Inbox
+from mooncache.kernels import jit
+from mooncache.kernels.reclaim import thread_cache
+from mooncache.kernels.settings import Settings
+from mooncache.kernels.state import Block, State
+from mooncache.looker import Looker
+from mooncache.providers.base import Provider
+
+SETTLE_S = 1.0
+"""What `close` waits for peers to confirm that nothing of broken connections lands any more; they answer within ms."""
+
+
+class Runtime:
+    """The parts of one engine that know no peer. Opened together, or not at all, and closed together.
+
+    Args:
+        provider: not opened yet; opened and closed with the rest.
+
+    Attributes:
+        state, actors, provider, inbox, awaiting, looker: those parts.
+    """
+
+    def __init__(self, settings: Settings, provider: Provider) -> None:
+        self.provider = provider
+        with ExitStack() as undo:  # if it fails, all is given back
+            self.awaiting = Awaiting()
+            undo.callback(self.awaiting.close)
+            self.looker = Looker()
+            undo.callback(self.looker.close)
+            self.state = State(settings, event_fd=self.awaiting.event_fd, look_fd=self.looker.event_fd)
+            self.actors = Actors(self.state)
+            self.awaiting.ctl = self.actors.reaper.ctl
+            self.inbox = Inbox(settings)
+            undo.callback(self.inbox.close)
+            queues = provider.open(settings.workers, settings.queue_depth, self.inbox.words, settings.peers)
+            undo.callback(provider.close)
+            for worker, polled in enumerate(queues):
+                self.state.poll_from(worker, polled)
+            self.state.worker_rows["trouble_fd"] = provider.trouble_fd
+            self._bells = Bells(self.state, provider.descriptors, spins=provider.spins)
+            undo.callback(self._bells.close)
+            jit.prewarm()
+            self.actors.set_turn()
+            self._parts = undo.pop_all()
+
+    def start(self, name: str, look: Callable[[], None]) -> None:
+        """Start the threads of the engine called `name`. `look`: see `Looker.start`."""
+        self.actors.start(name)
+        self.looker.start(name, look)
+
+    def end_idle(self, ctl: int) -> None:
+        """Let the threads leave that were started; nothing was ever submitted. `ctl`: of the calling thread."""
+        self.actors.end_idle(ctl)
+        self.looker.stop()
+
+    def stop(self, ctl: int) -> list[str]:
+        """Wait for the threads to leave; workers were told to stop. Returns names of workers that hang in the NIC."""
+        hanging = self.actors.join(ctl, self.provider.hang_up)
+        self.looker.stop()
+        self.awaiting.release()
+        return hanging
+
+    def close(self) -> None:
+        """Close the wire, and what wakes; all threads have left. Peers get 1 s to confirm what is in doubt."""
+        self.provider.settle(SETTLE_S)
+        self._parts.close()
+
+    def release(self, blocks: Iterable[Block]) -> None:
+        """Give the memory back. `blocks`: of the callers."""
+        self.state.release([*blocks, *self.actors.blocks])
+        self.inbox.release()
+
+    def drop_caches(self, blocks: Iterable[Block]) -> None:
+        """Give back the slots that callers and workers keep for themselves."""
+        for block in [*blocks, *self.actors.workers]:
+            thread_cache.drop(block.ctl)
