@@ -17,7 +17,8 @@ from mooncache.limits import REGIONS
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.providers.inprocess.loopback import Loopback
 from mooncache.providers.records import KEY
-from mooncache.providers.shm.provider import RESTARTS, Shm
+from mooncache.providers.shm.mappings import RESTARTS
+from mooncache.providers.shm.provider import Shm
 from mooncache.providers.stream import provider as stream
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.tcp import Tcp

@@ -20,7 +20,7 @@ from mooncache.discovery.messages import Answer, Reply, Request
 from mooncache.kernels.arrays import address_of
 from mooncache.limits import NOTE_BYTES, NOTE_HEAD_BYTES, REGIONS_MOST
 from mooncache.providers.records import KEY
-from mooncache.providers.shm.provider import GUARD_BYTES, reachable
+from mooncache.providers.shm.mappings import GUARD_BYTES, reachable
 from mooncache.providers.stream.frames import Frame
 from mooncache.providers.stream.lane import FRAMES_VERSION
 from mooncache.segments import HUGE_BYTES, Segment, allocate, check_foreign, segment_of
