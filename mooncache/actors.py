@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic_ns
 
 from mooncache.kernels import calls, hand, pump
-from mooncache.kernels.enums import Policy
+from mooncache.kernels.reclaim.policies import TRAITS
 from mooncache.kernels.state import Block, State
 
 JOIN_SECONDS = 5.0
@@ -46,7 +46,7 @@ class Actors:
     def start(self, name: str) -> None:
         """Start the threads of the engine called `name`."""
         actors = [(f"worker-{i}", pump.pump, block) for i, block in enumerate(self.workers)]
-        if self._settings.policy == Policy.DEFERRED:
+        if TRAITS[self._settings.policy].needs_reaper:
             actors.append(("reaper", pump.reaper, self.reaper))
         for role, kernel, block in actors:
             thread = threading.Thread(target=kernel, args=(block.ctl,), name=f"{name}-{role}", daemon=True)

@@ -14,7 +14,8 @@ from mooncache.callers import Callers
 from mooncache.errors import CapacityError, Status
 from mooncache.inbox import pack
 from mooncache.kernels import calls, submit
-from mooncache.kernels.enums import Opcode, Policy
+from mooncache.kernels.enums import Opcode
+from mooncache.kernels.reclaim.policies import TRAITS
 from mooncache.kernels.state import State
 from mooncache.limits import CHUNK_SLICES
 from mooncache.operands import Call, Operand, as_arrays, as_words, deadline_at, deadline_ns, refusal
@@ -136,8 +137,9 @@ class Transfers:
 
     def _check_patience(self, engine: Owner, status: Status, deadline: int) -> None:
         """Raise CapacityError when there is no use in waiting for slots or batch rows, or no time."""
-        if self._settings.policy == Policy.LEAK:
-            why = "the leak policy never frees any"
+        policy = self._settings.policy
+        if not TRAITS[policy].frees:
+            why = f"the {policy.name.lower()} policy never frees any"
         elif deadline and monotonic_ns() >= deadline:
             why = "none came back before the timeout"
         else:

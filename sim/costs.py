@@ -17,11 +17,19 @@ from pydantic import BaseModel, Field, ValidationError
 
 from mooncache.errors import UsageError
 from mooncache.kernels.enums import KINDS, Kind
+from mooncache.kernels.reclaim.policies import traits_of
+from mooncache.kernels.reclaim.traits import FreesIn
 from sim.config import Scenario
 from sim.errors import ConfigError, Problem
 
 PS_PER_NS = 1000
 SHIPPED = "shipped.json"
+ALLOCATOR = {  # how malloc and free are priced, by the thread that frees
+    FreesIn.NOBODY: "fresh",
+    FreesIn.CALLER: "same",
+    FreesIn.WORKER: "contended",
+    FreesIn.REAPER: "contended",
+}
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 TABLES: dict[str, str] = {
@@ -158,7 +166,7 @@ def prices(calibration: Calibration, scenario: Scenario, policy: str, slices: in
         return calibration.ns(table, slices, pairs)
 
     pairs = scenario.workload.ranks if scenario.engine.arenas == "shared" else 1
-    how = {"leak": "fresh", "inline": "contended", "deferred": "contended", "epoch": "contended"}.get(policy, "same")
+    how = ALLOCATOR[traits_of(policy).frees_in]
     return Prices(
         fixed={
             Kind.BATCHES_SUBMITTED: ns("submit_call"),

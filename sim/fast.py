@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
+from mooncache.kernels.reclaim.policies import traits_of
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
@@ -98,7 +99,7 @@ class FastRank:
     """A `Rank` by batch: threads as SimPy processes, the worker as one equation."""
 
     def __init__(self, env: Environment, scenario: Scenario, policy: str, costs: BatchCosts, wake_ps: int) -> None:
-        self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, policy == "leak"
+        self.env, self.costs, self.wake_ps, self.leaks = env, costs, wake_ps, not traits_of(policy).frees
         self.tasks = simpy.Store(env)
         self.free_at = 0  # when the worker is done with the last batch published
         self.busy_ps = self.freeing_ps = self.all_freeing_ps = 0

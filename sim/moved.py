@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 import simpy
 
+from mooncache.kernels.reclaim.policies import traits_of
+from mooncache.kernels.reclaim.traits import FreesIn
 from mooncache.limits import CHUNK_SLICES
 from sim.clock import Environment
 from sim.config import Scenario
 from sim.costs import Prices
 from sim.rank import FOREVER, Figures, Layer, Rank, Steps
-
-LATE_TO_FREE = ("inline", "deferred", "epoch")
-"""Policies that free at moments of their own: in the worker as slices complete or when it is idle, in the reaper."""
 
 
 class Disturbed(Exception):
@@ -121,7 +120,7 @@ class MovedRank:
         self, env: Environment, scenario: Scenario, policy: str, trajectories: Trajectories, wake_ps: int
     ) -> None:
         self.env, self.wake_ps, self.trajectories = env, wake_ps, trajectories
-        self.late = policy in LATE_TO_FREE
+        self.late = traits_of(policy).frees_in in (FreesIn.WORKER, FreesIn.REAPER)  # at moments of their own
         self.tasks = simpy.Store(env)
         self.free = self.low = -(-scenario.engine.pool_slices // CHUNK_SLICES)  # chunks
         self.leaked = 0  # chunks that a restart would bring back

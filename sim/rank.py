@@ -31,6 +31,8 @@ from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim import leak
 from mooncache.kernels.reclaim.dispatch import reap
+from mooncache.kernels.reclaim.policies import traits_of
+from mooncache.kernels.reclaim.traits import FreesIn
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, State
 from mooncache.kernels.tables import RegionTable
@@ -169,7 +171,7 @@ class Rank:
         threads = scenario.engine.submit_threads
         self.env, self.wake_ps, self.next_ready = env, wake_ps, next_ready
         self.engine = VirtualEngine(settings_of(scenario, store, policy), nics_of(scenario), prices, threads)
-        self.policy = Policy[policy.upper()]
+        self.traits = traits_of(policy)
         self.period_ps = scenario.reclaim.period
         self.tasks = simpy.Store(env)
         self.running: dict[int, simpy.Event] = {}  # handle -> event of its end
@@ -181,7 +183,7 @@ class Rank:
         self.reaping: simpy.Event = env.event()
         for index, caller in enumerate(self.engine.callers):
             env.process(self._thread(index, caller))
-        if self.policy == Policy.DEFERRED:
+        if self.traits.needs_reaper:
             env.process(self._reaper())
 
     @property
@@ -241,15 +243,15 @@ class Rank:
             self.closes += 1
             yield self._spend(index, caller)
             self._slots_came_back()
-            if self.policy == Policy.DEFERRED and not self.reaping.triggered:
+            if self.traits.needs_reaper and not self.reaping.triggered:
                 self.reaping.succeed()
-            if self.policy == Policy.EPOCH:
+            if self.traits.retires and not self.traits.needs_reaper:
                 self._ring()
 
     def _wait_for_slots(self, index: int, caller: Block, status: int) -> Steps:
         if status not in (Status.POOL_EMPTY, Status.BATCHES_EMPTY):
             raise AssertionError(f"submit was refused with {Status(status).name}")  # the scenario was checked before
-        if self.policy == Policy.LEAK and leak.restart(caller.ctl):
+        if not self.traits.frees and leak.restart(caller.ctl):
             return
         self.ends[index] = FOREVER
         waiting = self.env.event()
@@ -283,7 +285,7 @@ class Rank:
     def _turn(self) -> None:
         worker = self.engine.worker.row
         worker["now"] = max(worker["now"], self.env.now)
-        watched = bool(self.starved) and self.policy in (Policy.INLINE, Policy.EPOCH)  # a turn may free what they want
+        watched = bool(self.starved) and self.traits.frees_in == FreesIn.WORKER  # a turn may free what they want
         worker["horizon"] = 0 if watched else min(self.next_ready(), *self.ends)
         why = pump(self.engine.worker.ctl)
         now = worker["now"]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mooncache.kernels.reclaim.policies import traits_of
 from sim.config import Scenario
 from sim.figures import interval
 from sim.rank import nics_of
@@ -71,7 +72,7 @@ def stages(scenario: Scenario, workload: Workload, policy: PolicyResult) -> Stag
 
 def verdict(scenario: Scenario, workload: Workload, policies: Sequence[PolicyResult]) -> str:
     """Say which placement to choose, which hurts most, and by which mechanism."""
-    freeing = [p for p in policies if p.policy != "leak"]
+    freeing = [p for p in policies if traits_of(p.policy).frees]
     if not freeing:
         return "Only leaking engines were compared: each runs out of memory in the end."
     fastest = min(p.response_ms_mean for p in freeing)
@@ -118,13 +119,13 @@ def mechanism(scenario: Scenario, worst: Stages, best: Stages) -> str:
 def warnings(scenario: Scenario, workload: Workload, policies: Sequence[PolicyResult]) -> list[str]:
     """Yield what is saturated, or about to run out, and under which pairs."""
     pool, found = scenario.engine.pool_slices, []
-    leaking = [p.name for p in policies if p.policy == "leak" and p.leaked_slices // workload.ranks >= pool]
+    leaking = [p.name for p in policies if not traits_of(p.policy).frees and p.leaked_slices // workload.ranks >= pool]
     if leaking:
         found.append(
             f"{' and '.join(leaking)} used up the {pool:,} slices of engine.pool_slices; the simulation went on as a "
             "new process would"
         )
-    full = [p for p in policies if p.policy != "leak" and p.pool_high_water_slices >= FULL * pool]
+    full = [p for p in policies if traits_of(p.policy).frees and p.pool_high_water_slices >= FULL * pool]
     if full:
         names = ", ".join(f"{p.name} ({p.pool_high_water_slices / pool:.0%})" for p in full)
         found.append(f"engine.pool_slices, {pool:,}, is about to run out, or has, under {names}")

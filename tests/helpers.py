@@ -21,7 +21,7 @@ from mooncache import Batch, Engine, Stats
 from mooncache.descriptor import Descriptor
 from mooncache.kernels import enums, pump
 from mooncache.kernels.arrays import address_of
-from mooncache.kernels.enums import Kind, Opcode, QueueState
+from mooncache.kernels.enums import Kind, Opcode, Policy, QueueState
 from mooncache.kernels.records.batch import BATCH
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, CompletionQueue, QueueRow, State
@@ -33,7 +33,7 @@ from mooncache.providers.inprocess import emulated
 from tests.kernels.entries import Gated, never
 
 LIMIT = 60.0  # seconds: far more than anything here takes; only a hang gets there
-POLICIES = ("leak", "inline", "on_close", "thread_cache", "deferred", "epoch", "bulk")
+POLICIES = tuple(policy.name.lower() for policy in Policy)
 STORES = ("pool", "heap")
 SMALL: dict[str, int] = {"slices": 4096, "batches": 64, "peers": 4}
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import call_word, fence, i64, pause
 from mooncache.kernels.batch import DRAINING, SEALED
 from mooncache.kernels.complete import answer_held, look_drained, poll, settle
-from mooncache.kernels.enums import Kind, Order, Policy, QueueState
+from mooncache.kernels.enums import Kind, Order, QueueState
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linger import lingers
@@ -31,7 +31,7 @@ from mooncache.kernels.post import (
     take_posted_back,
 )
 from mooncache.kernels.queue import break_queue, reincarnate, take_order
-from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot
+from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot, retired_waits
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.records.base import acquire, missing, release, where
 from mooncache.kernels.records.control import control_at
@@ -214,12 +214,6 @@ def busy(ctl, worker):
         or acquire(worker, "looked") != 0
         or retired_waits(ctl)
     )
-
-
-@kernel
-def retired_waits(ctl):
-    """Whether the epoch policy has batches to free in an idle moment."""
-    return ctl.policy == Policy.EPOCH and first(ring_at(ctl.retired_ring)) != RING_EMPTY
 
 
 @kernel

@@ -2,6 +2,9 @@
 
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import free_whole
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
+
+TRAITS = Traits(FreesIn.CALLER, whole_chain=True)
 
 
 @kernel

@@ -4,8 +4,11 @@ from mooncache.kernels.batch import release_row
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import free_chunk
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
 from mooncache.kernels.records.ring import RING_EMPTY, ring_at
 from mooncache.kernels.ring import first, pop
+
+TRAITS = Traits(FreesIn.REAPER, whole_chain=False, retires=True)
 
 
 @kernel

@@ -9,9 +9,9 @@ from mooncache.kernels.reclaim import bulk, deferred, epoch, inline, leak, on_cl
 from mooncache.kernels.reclaim.base import charge_freeing
 from mooncache.kernels.records.base import acquire, fetch_add, where
 from mooncache.kernels.records.control import control_at
-from mooncache.kernels.records.ring import ring_at
+from mooncache.kernels.records.ring import RING_EMPTY, ring_at
 from mooncache.kernels.records.shared import shared_at
-from mooncache.kernels.ring import push
+from mooncache.kernels.ring import first, push
 from mooncache.kernels.worker import ring_bell, worker_row
 
 
@@ -80,6 +80,12 @@ def on_idle(ctl):
     if freed > 0:
         charge_freeing(ctl, since)
     return freed > 0
+
+
+@kernel
+def retired_waits(ctl):
+    """Whether a worker has batches to free in an idle moment."""
+    return ctl.policy == Policy.EPOCH and first(ring_at(ctl.retired_ring)) != RING_EMPTY
 
 
 @kernel

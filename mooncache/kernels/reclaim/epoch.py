@@ -11,12 +11,15 @@ from mooncache.kernels.batch import release_row
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import free_whole
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
 from mooncache.kernels.records.base import acquire, release, swap
 from mooncache.kernels.records.ring import RING_EMPTY, ring_at
 from mooncache.kernels.records.shared import shared_at
 from mooncache.kernels.records.worker import EPOCH_QUIET
 from mooncache.kernels.ring import first, pop
 from mooncache.kernels.worker import worker_row
+
+TRAITS = Traits(FreesIn.WORKER, whole_chain=True, retires=True)
 
 
 @kernel

@@ -2,6 +2,9 @@
 
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import account_freed, free_each, free_slot
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
+
+TRAITS = Traits(FreesIn.WORKER, whole_chain=False)
 
 
 @kernel

@@ -5,9 +5,12 @@ from mooncache.kernels.atomics import i64
 from mooncache.kernels.enums import Kind
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.pool import INDEX_MASK, push_chain
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
 from mooncache.kernels.records.base import acquire, fetch_add, swap, where
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.records.shared import shared_at
+
+TRAITS = Traits(FreesIn.NOBODY, whole_chain=True)
 
 
 @kernel

@@ -11,8 +11,11 @@ from mooncache.kernels.enums import Kind, Slice, Store
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.pool import give_back, mark_free, release_chunk, unlink
 from mooncache.kernels.reclaim.base import free_chunk, free_each
+from mooncache.kernels.reclaim.traits import FreesIn, Traits
 from mooncache.kernels.records.control import control_at
 from mooncache.limits import CHUNK_SLICES as SLOTS
+
+TRAITS = Traits(FreesIn.CALLER, whole_chain=False)
 
 
 @kernel
