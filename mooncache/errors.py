@@ -1,4 +1,4 @@
-"""Everything that can go wrong: statuses for kernels, exceptions for people.
+"""Errors: statuses for kernels, exceptions for people.
 
 Kernels return a `Status`; 0 is success and every other value says what was lost:
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 
 class Status(IntEnum):
-    """What a kernel answers, grouped by what is lost."""
+    """The answer of a kernel, grouped by what is lost."""
 
     OK = 0
     POOL_EMPTY = 101
@@ -68,7 +68,7 @@ REASON: dict[Status, str] = {
 
 
 def came(value: object) -> str:
-    """How a refused value is quoted: short, and with its type, since `4` and `"4"` print alike."""
+    """Quote a refused value: short, and with its type, since `4` and `"4"` print alike."""
     if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print the longest
         return f"an integer of {value.bit_length()} bits"
     return f"{reprlib.repr(value)} ({type(value).__name__})"
@@ -82,7 +82,7 @@ class MooncacheError(Exception):
 
 
 class UsageError(MooncacheError, ValueError):
-    """The caller's mistake. Nothing was changed."""
+    """A mistake of the caller. Nothing was changed."""
 
 
 class CapacityError(MooncacheError):
@@ -102,7 +102,7 @@ class EngineClosed(MooncacheError):
 
 
 class EngineInherited(EngineClosed):
-    """The engine is another process's: this one was forked from it. Open one here, after the fork."""
+    """The engine belongs to the process that this one was forked from. Open one here, after the fork."""
 
 
 class Failure(NamedTuple):

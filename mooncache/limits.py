@@ -1,4 +1,4 @@
-"""Every capacity of an engine, each a sum with one line per holder, and the units everything is cut into."""
+"""The capacities of an engine, each a sum with one line per holder, and the units everything is cut into."""
 
 from __future__ import annotations
 

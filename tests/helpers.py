@@ -39,6 +39,9 @@ SMALL: dict[str, int] = {"slices": 4096, "batches": 64, "peers": 4}
 ROOT = Path(__file__).resolve().parent.parent
 _numbers = itertools.count()
 
+TIMING_KINDS = (Kind.POLLS, Kind.DOORBELLS, Kind.PARKS, Kind.WAKES)
+"""Kinds whose counts depend on how threads interleave; all others are a function of the batches alone."""
+
 
 # ------------------------------------------------------------------------------ waiting
 class Task:
@@ -192,7 +195,7 @@ class Pair:
 def unchanged(pair: Pair):
     """What a refused call must leave as it was."""
     stats = pair.here.stats()
-    timing = {kind.name.lower() for kind in enums.TIMING_KINDS}
+    timing = {kind.name.lower() for kind in TIMING_KINDS}
     counts = {kind: n for kind, n in stats.counts.items() if kind not in timing}
     return counts, stats.free_slices, stats.open_batches, pair.state.regions.ranges(), pair.target.tobytes()
 

@@ -119,17 +119,6 @@ def cut_run(
     return slices
 
 
-# ------------------------------------------------------------------------------ failures
-def failed_requests(slices: list[Cut], states: list[int]) -> dict[int, int]:
-    """{request: status of its first failed slice}; states of 301 and above are failures."""
-    failed: dict[int, int] = {}
-    for slice_, state in zip(slices, states, strict=True):
-        if state >= Status.CANCELLED:
-            for request in range(slice_.first, slice_.last + 1):
-                failed.setdefault(request, state)
-    return dict(sorted(failed.items()))
-
-
 # ------------------------------------------------------------------------------ the pool
 class Pool:
     """A set of free chunks, and what each owner holds."""

@@ -17,7 +17,7 @@ NS_PER_S = 1_000_000_000
 
 @kernel
 def account(ctl, kind, n):
-    """Say that `n` units of work of `kind` were done by the actor of `ctl`.
+    """Count `n` units of work of `kind` for the actor of `ctl`.
 
     Writes: the actor's counter; in virtual time also its clock and its time spent on `kind`.
     """
@@ -31,7 +31,7 @@ def account(ctl, kind, n):
 
 @kernel
 def clock(ctl):
-    """The actor's time: CLOCK_MONOTONIC in ns, or virtual time in ps."""
+    """Return the actor's time: CLOCK_MONOTONIC in ns, or virtual time in ps."""
     if ctl.virtual != 0:
         return ctl.now
     call_clock_gettime(ctl.clock_gettime, CLOCK_MONOTONIC, where(ctl, "timespec"))

@@ -1,4 +1,4 @@
-"""How the arrays of an engine are allocated, and how Python reads and writes what kernels look at."""
+"""The arrays of an engine: their allocation, and how Python reads and writes rows that kernels look at."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAPPED_BYTES = 1 << 20  # from here on a system call more, and up to a page, are
 
 
 def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
-    """dtype[n] of zeros; pages of its own for a large array, which the system gives when they are first written to.
+    """Allocate dtype[n] of zeros; a large array has pages of its own, which the system gives at their first write.
 
     They go back to the system with the array. glibc keeps what was freed, up to 32 MiB each, and writes the zeros of
     the next array itself. `sparse`: little of a large one is written to: it gets small pages, and the system need not
@@ -35,19 +35,19 @@ def zeros(n: int, dtype: DTypeLike, *, sparse: bool = False) -> np.ndarray:
 
 
 def aligned(words: int, *, sparse: bool = False) -> np.ndarray:
-    """int64[words] of zeros on a cache line of its own; see `zeros`."""
+    """Allocate int64[words] of zeros on a cache line of its own; see `zeros`."""
     raw = zeros(words + LINE // WORD, np.int64, sparse=sparse)
     skip = (-raw.ctypes.data % LINE) // WORD
     return raw[skip : skip + words]
 
 
 def rows_of(dtype: np.dtype, n: int = 1, *, sparse: bool = False) -> np.ndarray:
-    """dtype[n] of zeros, for a dtype of whole cache lines: on cache lines of their own; see `zeros`."""
+    """Allocate dtype[n] of zeros on cache lines of their own, for a dtype of whole cache lines; see `zeros`."""
     return aligned(n * dtype.itemsize // WORD, sparse=sparse).view(dtype)
 
 
 def power_of_two(least: int) -> int:
-    """The smallest power of two that is `least` or more."""
+    """Return the smallest power of two that is `least` or more."""
     return 1 << max(0, least - 1).bit_length()
 
 
@@ -55,7 +55,7 @@ _libc = ctypes.CDLL(None)
 
 
 def function_address(name: str) -> int:
-    """Address of a libc function; kernels call it by that, which keeps them cacheable."""
+    """Return the address of a libc function; kernels call it by that, which keeps them cacheable."""
     return int(ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value or 0)
 
 
@@ -65,7 +65,7 @@ def python_address(name: str) -> int:
 
 
 def address_of(array: np.ndarray) -> int:
-    """Address of an array's first byte; a third of the cost of `array.ctypes.data`."""
+    """Return the address of an array's first byte; a third of the cost of `array.ctypes.data`."""
     return int(array.__array_interface__["data"][0])
 
 
@@ -97,7 +97,7 @@ class Row:
         self.array.reshape(-1)[self._index] = np.zeros((), self.array.dtype)
 
     def where(self, field: str) -> int:
-        """Address of a field."""
+        """Return the address of a field."""
         return self.address + int(self.array.dtype.fields[field][1])  # type: ignore[index]
 
     def put(self, field: str, value: int) -> None:

@@ -28,7 +28,7 @@ from mooncache.kernels.worker import write_one
 
 
 class Event(IntEnum):
-    """What moves it on."""
+    """The events that move a batch on."""
 
     ACQUIRE = 0
     SEAL = 1
@@ -54,7 +54,7 @@ ACQUIRE, SEAL, FINISH, CLOSE, RECLAIM = (int(event) for event in Event)
 
 @kernel
 def move(batch, event):
-    """Apply one event to the batch; returns the state before it, or REFUSED with nothing changed."""
+    """Apply one event to the batch; return the state before it, or REFUSED with nothing changed."""
     state = acquire(batch, "state")
     while True:
         after = NEXT[state, event]
@@ -68,13 +68,13 @@ def move(batch, event):
 
 @kernel
 def slot_of(ctl, batch):
-    """The slot number of a batch row."""
+    """Return the slot number of a batch row."""
     return index_in(ctl.batch_rows, batch)
 
 
 @kernel
 def link_of(ctl, slot, link):
-    """The field of a batch's row at `link` bytes."""
+    """Return the field of a batch's row at `link` bytes."""
     return cell_at(address(batch_row(ctl, slot)) + link)
 
 
@@ -108,7 +108,7 @@ def remove(ctl, ends, link, batch):
 
 @kernel
 def take_row(ctl):
-    """A batch's row under a new generation, FREE until it is ACQUIREd; missing when all are in use."""
+    """Take a batch's row under a new generation, FREE until it is ACQUIREd; missing when all are in use."""
     first, _ = pop_chain(where(shared_at(ctl.shared), "free_batches"), ctl.batch_link, 1)
     if first < 0:
         return batch_at(0)
@@ -138,14 +138,14 @@ def put_back_row(ctl, batch):
 
 @kernel
 def return_row(ctl, batch):
-    """Give a draining batch's row back without a word; its slices must be gone from it."""
+    """Put a draining batch's row back without waking anybody; its slices must be gone from it."""
     move(batch, RECLAIM)
     put_back_row(ctl, batch)
 
 
 @kernel
 def release_row(ctl, batch):
-    """Give a draining batch's row back, and tell those who wait for one."""
+    """Put a draining batch's row back, and tell those who wait for one."""
     return_row(ctl, batch)
     wake_waiters(ctl)
 
@@ -163,7 +163,7 @@ def announce(ctl, batch):
 
 @kernel
 def finish(ctl, batch):
-    """All slices are answered. Returns True when the batch was closed before, so that the caller must reclaim it."""
+    """Finish a batch whose slices are all answered. True when it was closed before: the caller must reclaim it."""
     account(ctl, Kind.BATCHES_FINISHED, 1)
     batch.finished_at = clock(ctl)
     if move(batch, FINISH) == DRAINING:
@@ -174,5 +174,5 @@ def finish(ctl, batch):
 
 @kernel
 def finished(batch):
-    """Whether all slices of a batch that is not closed are answered."""
+    """Return whether all slices of a batch that is not closed are answered."""
     return acquire(batch, "state") == RECLAIMABLE

@@ -1,4 +1,4 @@
-"""Where machine code lies on disk, and who of several processes may do what there.
+"""The directories of machine code on disk, and the locks by which processes share them.
 
     <base>/kernels-<key>/in-use          locked (shared) by each process that uses the directory, while it lives
     <base>/kernels-<key>/NAME.lock       locked by the one process that compiles this kernel
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 @cache
 def source_hash() -> str:
-    """Key of all that machine code is made from and for: sources, Numba's version, Python's version, this CPU.
+    """Return the key of all that machine code is made from and for: sources, Numba, Python, this CPU.
 
     Of the providers those are the files that declare kernels: resources in Python change without compiling anything.
     """
@@ -73,7 +73,7 @@ def source_hash() -> str:
 
 
 def find_place() -> Place:
-    """Find, make and hold this version's directory. Once a process: what is held stays so until it ends.
+    """Find, make and hold this version's directory. Once a process: it is held until the process ends.
 
     Raises:
         OSError: neither the usual directory nor one in the temporary folder can be written.
@@ -99,7 +99,7 @@ def find_place() -> Place:
 
 
 def _private(usual: Path) -> Path:
-    """A directory in the temporary folder, held, that goes away with the last process that holds it."""
+    """Make a directory in the temporary folder, held, that goes away with the last process that holds it."""
     folder = Path(tempfile.gettempdir())
     path = folder / f"{_PRIVATE}{os.geteuid()}-{usual.name.removeprefix('kernels-')}"
     with suppress(FileExistsError):
@@ -154,7 +154,7 @@ def hold(path: Path) -> int:
 
 
 def remove_unused(directories: Iterable[Path]) -> list[Path]:
-    """Remove directories that no process holds. Returns those."""
+    """Remove directories that no process holds. Return those."""
     return [directory for directory in directories if _remove(directory)]
 
 
@@ -222,7 +222,7 @@ def _last_used(path: Path) -> float:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether it is a directory, not a link to one, of this user."""
+    """Return whether it is a directory, not a link to one, of this user."""
     with suppress(OSError):
         found = path.lstat()
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()

@@ -1,4 +1,4 @@
-"""What a caller can do with a batch it holds a handle to: wait, ask, cancel, close. And how an engine stops."""
+"""The calls of a caller that holds a batch's handle: wait, ask, cancel, close. And how an engine stops."""
 
 import numpy as np
 
@@ -40,7 +40,7 @@ NEVER = (1 << 63) - 1
 
 @kernel("int64(int64, int64)")
 def status(ctl, handle):
-    """OK when the batch is finished, NOT_FINISHED, or STALE_HANDLE."""
+    """Return OK when the batch is finished, else NOT_FINISHED, or STALE_HANDLE."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
     if missing(batch):
@@ -50,7 +50,7 @@ def status(ctl, handle):
 
 @kernel("int64(int64, int64)")
 def finished_at(ctl, handle):
-    """When the batch finished, ns, 0 while it has not; or -1 for a stale handle."""
+    """Return when the batch finished, ns; 0 while it has not; -1 for a stale handle."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
     return np.int64(-1) if missing(batch) else batch.finished_at
@@ -58,7 +58,7 @@ def finished_at(ctl, handle):
 
 @kernel("int64(int64, int64)")
 def slices(ctl, handle):
-    """How many slices the batch has, or -1 for a stale handle."""
+    """Return how many slices the batch has, or -1 for a stale handle."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
     return np.int64(-1) if missing(batch) else batch.slices
@@ -107,7 +107,7 @@ def wait(ctl, handle, ns):
 
 @kernel
 def turn_until(ctl, worker, batch, handle, end):
-    """Be the worker, whose turn the caller holds, until the batch is finished or closed, or `end` has come.
+    """Work as the worker, whose turn the caller holds, until the batch is finished or closed, or `end` has come.
 
     Lets go of the turn. Sleeps on the worker's descriptors like its own thread: Linux wakes the last to come.
     """
@@ -131,7 +131,7 @@ def turn_until(ctl, worker, batch, handle, end):
 
 @kernel("int64(int64, int64)")
 def await_finish(ctl, handle):
-    """Ask for a write to the engine's eventfd when the batch finishes. Returns what `status` does, looked up after."""
+    """Ask for a write to the engine's eventfd when the batch finishes. Return `status`, looked up afterwards."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
     if missing(batch):
@@ -143,7 +143,7 @@ def await_finish(ctl, handle):
 
 @kernel("int64(int64)")
 def capacity_bell(ctl):
-    """The bell's value now: read it before the attempt whose failure is to be waited out."""
+    """Read the bell's value now: before the attempt whose failure is to be waited out."""
     ctl = control_at(ctl)
     return acquire(shared_at(ctl.shared), "bell")
 
@@ -163,8 +163,10 @@ def wait_capacity(ctl, seen, ns):
 
 @kernel("int64(int64, int64)")
 def await_capacity(ctl, seen):
-    """Ask for a write to the engine's eventfd when chunks or batch rows come back; 1 when they have since the bell was
-    `seen`, looked up after."""
+    """Ask for a write to the engine's eventfd when chunks or batch rows come back.
+
+    Return 1 when they have since the bell was `seen`, looked up afterwards.
+    """
     ctl = control_at(ctl)
     shared = shared_at(ctl.shared)
     release(shared, "awaited", 1)
@@ -186,7 +188,7 @@ def cancel(ctl, handle):
 
 @kernel
 def close_batch(ctl, handle, keep_failed):
-    """What `close` does."""
+    """Close a batch, as `close` does."""
     batch = resolve(ctl, handle)
     if missing(batch):
         return np.int64(Status.STALE_HANDLE)
@@ -219,7 +221,7 @@ def close(ctl, handle, keep_failed):
 
 @kernel("int64(int64, int64)")
 def quiesced(ctl, handle):
-    """1 when no more bytes of the batch can move, whether it is closed or not; else 0."""
+    """Return 1 when no more bytes of the batch can move, whether it is closed or not; else 0."""
     ctl = control_at(ctl)
     slot = handle & SLOT_MASK
     if handle < 0 or slot >= ctl.batches:
@@ -236,7 +238,7 @@ def quiesced(ctl, handle):
 
 @kernel("int64(int64, int64)")
 def failed(ctl, handle):
-    """How many slices of a finished batch failed; 0: all have arrived. Or minus NOT_FINISHED or STALE_HANDLE."""
+    """Count the failed slices of a finished batch; 0: all have arrived. Or minus NOT_FINISHED or STALE_HANDLE."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
     if missing(batch):
@@ -278,7 +280,7 @@ def failures(ctl, handle, request, why, where):
 
 @kernel
 def region_in_use(ctl, region):
-    """Slices without an answer whose local region is the slot `region`: while there are any it must stay registered.
+    """Count the slices without an answer whose local region is the slot `region`, which must stay registered.
 
     Looks through all chunks, not along chains: workers, and the reaper, take chunks out of these meanwhile. No chunk
     becomes another batch's, since submitting takes the GIL that this holds; and what is answered stays so.
@@ -297,7 +299,7 @@ def region_in_use(ctl, region):
 
 @kernel("int64(int64, int64)")
 def oldest_submit(ctl, peer):
-    """When the oldest batch to the peer in row `peer` that has slices without an answer was submitted; NEVER: none."""
+    """Return when the oldest batch to the peer in row `peer` with unanswered slices was submitted; NEVER: none."""
     ctl = control_at(ctl)
     oldest = np.int64(NEVER)
     for slot in range(ctl.batches):
@@ -311,7 +313,7 @@ def oldest_submit(ctl, peer):
 
 @kernel("int64(int64)")
 def grace(ctl):
-    """What was withdrawn before this call is out of every worker's hands once `graced` says so of the result."""
+    """Begin a grace period; return its epoch. Once `graced`, no worker holds what was withdrawn before."""
     ctl = control_at(ctl)
     fence()
     return fetch_add(shared_at(ctl.shared), "epoch", 1) + 1
@@ -319,7 +321,7 @@ def grace(ctl):
 
 @kernel("int64(int64, int64)")
 def graced(ctl, epoch):
-    """1 when every worker has begun a new round since `grace` returned `epoch`, or rests."""
+    """Return 1 when every worker has begun a new round since `grace` returned `epoch`, or rests."""
     ctl = control_at(ctl)
     fence()
     return np.int64(oldest_epoch(ctl) >= epoch)
@@ -390,7 +392,7 @@ def order(ctl, worker, queue, what):
 
 @kernel("int64(int64)")
 def refused_request(ctl):
-    """Index of the request that the last refused submit of this thread stumbled over."""
+    """Return the index of the request that the last submit of this thread was refused for."""
     ctl = control_at(ctl)
     return ctl.refused
 

@@ -1,4 +1,4 @@
-"""Slices -> chained work requests -> one doorbell.
+"""A chain: slices become linked work requests, posted by one doorbell.
 
 Work requests are structs that are chained once (`next`); a post writes everything else, cuts the chain at its end, and
 calls the provider's post_send by address.
@@ -117,7 +117,7 @@ def build_chain(ctl, batch, queue, chunk, offset, wrs, slices):
 
 @kernel
 def note_renewals(queue, table):
-    """Before the peer's keys are read: let the queue know from where on its work requests carry those of now."""
+    """Note, before the peer's keys are read, from which work request on the queue has the present keys."""
     renewals = acquire(table, "renewals")
     if renewals != queue.renewals:
         queue.renewals = renewals
@@ -178,7 +178,7 @@ def ring_doorbell(ctl, worker, queue, n):
 
 @kernel
 def loose_end(queue):
-    """After a short post: how many of the last work requests in flight asked for no completion."""
+    """Count the last work requests in flight that asked for no completion, after a short post."""
     head, n = queue.head, np.int64(0)
     while n < in_flight(queue) and entry_at(queue, head - 1 - n).value & SIGNALED == 0:
         n += 1

@@ -1,4 +1,4 @@
-"""States, kinds, policies and operations, as kernels and Python number them."""
+"""The states, kinds, policies and operations, as kernels and Python number them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Store(IntEnum):
-    """Where slices live: the struct-of-array pool, or one malloc'ed object each as in the upstream engine."""
+    """The place of slices: the struct-of-array pool, or one malloc'ed object each as in the upstream engine."""
 
     POOL = 0
     HEAP = 1
 
 
 class Policy(IntEnum):
-    """Where the deletion of finished slices happens; one file each in `kernels/reclaim/`."""
+    """The place of deletion of finished slices; one file each in `kernels/reclaim/`."""
 
     LEAK = 0
     INLINE = 1
@@ -36,7 +36,7 @@ class Opcode(IntEnum):
 
 
 class BatchState(IntEnum):
-    """Where a batch is in its life; moved only by the table in `kernels/batch.py`."""
+    """The state of a batch; moved only by the table in `kernels/batch.py`."""
 
     FREE = 0
     OPEN = 1
@@ -46,7 +46,7 @@ class BatchState(IntEnum):
 
 
 class Slice(IntEnum):
-    """State of one slice. A failed slice's state is its `Status` (301 and above)."""
+    """The state of a slice. A failed slice's state is its `Status` (301 and above)."""
 
     FREE = 0
     WAITING = 1  # filled, not posted
@@ -56,7 +56,7 @@ class Slice(IntEnum):
 
 
 class Note(IntEnum):
-    """What a batch's notification waits for."""
+    """The state of a batch's notification, by what it waits for."""
 
     DATA = 0  # all other slices of its batch
     TURN = 1  # the notifications of batches submitted before
@@ -95,12 +95,10 @@ class Kind(IntEnum):
 
 
 KINDS = len(Kind)
-TIMING_KINDS = (Kind.POLLS, Kind.DOORBELLS, Kind.PARKS, Kind.WAKES)
-"""Kinds whose counts depend on how threads interleave; all others are a function of the batches alone."""
 
 
 class QueueState(IntEnum):
-    """The life of a queue pair. A software wire's is only ever READY."""
+    """The state of a queue pair. A software wire's is only ever READY."""
 
     CLOSED = 0  # nothing in flight; whoever connects it may write the row
     READY = 1
@@ -110,7 +108,7 @@ class QueueState(IntEnum):
 
 
 class Order(IntEnum):
-    """What the owner of a connection asks of the worker."""
+    """An order of a connection's owner to the worker."""
 
     NONE = 0
     BREAK = 1  # post nothing more; the queue pair is in its error state already
@@ -120,7 +118,7 @@ class Order(IntEnum):
 
 
 class AtOnce(IntEnum):
-    """What a submitter has done of its own batch in the place of a sleeping worker."""
+    """The outcome of a submitter's try to post its own batch in the place of a sleeping worker."""
 
     REFUSED = 0  # nothing
     POSTED = 1  # all; descriptors tell of the rest
@@ -128,7 +126,7 @@ class AtOnce(IntEnum):
 
 
 class Access(IntEnum):
-    """What a peer may do with a region; bits."""
+    """The rights of peers to a region; bits."""
 
     READ = 1
     WRITE = 2
@@ -137,5 +135,5 @@ class Access(IntEnum):
 
 
 def words_of(names: Iterable[IntEnum], values: np.ndarray) -> dict[str, int]:
-    """`{name: value}` of a counter array, names in lower case."""
+    """Return `{name: value}` of a counter array, names in lower case."""
     return {name.name.lower(): int(values[name]) for name in names}

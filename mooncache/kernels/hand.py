@@ -1,4 +1,4 @@
-"""A worker's turn in other hands, while its thread sleeps: a waiting thread's, or a submitter's.
+"""A worker's turn in other hands while its thread sleeps: a waiting thread takes it, or a submitter.
 
 A thread that waits has given the GIL up and may do all that the worker would. A submitter holds it: it does what its
 own small batch needs and nothing else, whatever else there is to do.
@@ -28,7 +28,7 @@ from mooncache.kernels.worker import endpoint_row, worker_row
 
 @callback("int64(int64, int64)")
 def turn_once(ctl, batch):
-    """By whoever holds the turn of the worker that `ctl` belongs to: one round; returns how much happened.
+    """Run one round of the worker that `ctl` belongs to, whose turn the caller holds; return how much happened.
 
     With the row of a batch that no worker knows of yet: what `post_at_once` does.
     """
@@ -47,7 +47,7 @@ def turn_once(ctl, batch):
 
 @kernel
 def post_at_once(ctl, worker, index, batch):
-    """For a submitter, which holds the GIL: post its small batch, send or copy it, and nothing else.
+    """Post a small batch of a submitter, which holds the GIL, send or copy it, and do nothing else.
 
     Returns an AtOnce: REFUSED, with nothing changed, where other batches are before it.
     """
@@ -73,14 +73,14 @@ def post_at_once(ctl, worker, index, batch):
 
 @kernel
 def wakes_late(ctl, batch):
-    """Whether the worker, which went to sleep without knowing the batch, may sleep on beyond its deadline."""
+    """Return whether the worker, which went to sleep without knowing the batch, may sleep beyond its deadline."""
     deadline = batch.deadline
     return deadline != 0 and batch.remaining > 0 and deadline - clock(ctl) < HEARTBEAT_NS
 
 
 @kernel
 def note_at_once(ctl, worker, index, endpoint, batch):
-    """Post and send a batch's notification, if its turn has come; whether descriptors tell of the rest."""
+    """Post and send a batch's notification, if its turn has come; return whether descriptors tell of the rest."""
     queue = queue_at(endpoint.notes)
     head = queue.head
     if endpoint.to_notify.first != slot_of(ctl, batch):
@@ -90,7 +90,7 @@ def note_at_once(ctl, worker, index, endpoint, batch):
 
 @kernel
 def push_posted(ctl, worker, queue, head):
-    """Send or copy what was posted to a queue since `head`; whether the worker has to go on with it."""
+    """Send or copy what was posted to a queue since `head`; return whether the worker has to go on with it."""
     posted = queue.head - head
     if posted == 0 or queue.push == 0:
         return False

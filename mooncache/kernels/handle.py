@@ -12,19 +12,19 @@ FREE, DRAINING = int(BatchState.FREE), int(BatchState.DRAINING)  # nobody may ho
 
 @kernel
 def handle_of(generation, slot):
-    """The handle of a batch row, or a slice's work request id: never negative."""
+    """Return the handle of a batch row, or a slice's work request id: never negative."""
     return ((generation & GENERATION_MASK) << 32) | slot
 
 
 @kernel
 def batch_row(ctl, slot):
-    """The batch's row `slot`."""
+    """Return the batch's row `slot`."""
     return batch_at(ctl.batch_rows, slot)
 
 
 @kernel
 def row_of(ctl, handle):
-    """The batch's row whose generation `handle` has, in whatever state; missing when there is none."""
+    """Return the batch's row whose generation `handle` has, in whatever state; missing when there is none."""
     slot = handle & SLOT_MASK
     if handle < 0 or slot >= ctl.batches:
         return batch_at(0)
@@ -36,7 +36,7 @@ def row_of(ctl, handle):
 
 @kernel
 def resolve(ctl, handle):
-    """The row of the batch that `handle` names; missing when it names none: it is stale, forged or closed."""
+    """Return the row of the batch that `handle` names; missing when it is stale, forged or closed."""
     batch = row_of(ctl, handle)
     if missing(batch):
         return batch

@@ -1,4 +1,4 @@
-"""The heap store: each slice really is a 216-byte object and a heap string from malloc, as in the upstream engine.
+"""The heap store: each slice is a 216-byte object and a heap string from malloc, as in the upstream engine.
 
 It exists so that the problem can be reproduced, measured for calibration and compared against. The object stands
 beside the slice's pool slot: it is allocated and filled at submit, touched at completion, and freed one by one by
@@ -19,7 +19,7 @@ LETTER = 109  # what the path string is made of
 
 @kernel
 def new_object(ctl):
-    """One slice object with its string, all bytes written, from malloc. 0 when malloc has no more."""
+    """Make one slice object with its string, all bytes written, by malloc. 0 when malloc has no more."""
     object_ = call_word(ctl.malloc, OBJECT_BYTES)
     if object_ == 0:
         return 0
@@ -36,7 +36,7 @@ def new_object(ctl):
 
 @kernel
 def fill_object(ctl, object_, batch, slot):
-    """Copy what the slot's columns say into its object."""
+    """Copy the slot's columns into its object."""
     object_ = object_at(object_)
     object_.source = i64(ctl.slice_source)[slot]
     object_.target = i64(ctl.slice_target)[slot]
@@ -46,7 +46,7 @@ def fill_object(ctl, object_, batch, slot):
 
 @kernel
 def delete_object(ctl, object_):
-    """Give the string and the object to free."""
+    """Free the object and its string."""
     call_word(ctl.free, object_at(object_).string)
     call_word(ctl.free, object_)
 
@@ -85,7 +85,7 @@ def touch(ctl, slot, state):
 
 @kernel
 def free_object(ctl, slot):
-    """Give the slot's object to free. The caller accounts."""
+    """Free the slot's object. The caller accounts."""
     if ctl.malloc != 0:
         delete_object(ctl, i64(ctl.slice_object)[slot])
 

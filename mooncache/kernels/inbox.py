@@ -27,7 +27,10 @@ EMPTY = -1
 
 
 def sender(name: str) -> np.ndarray:
-    """int64 words that say who sends, for `deliver`. Hashes differ by process: no name can aim at another's count."""
+    """Make the int64 words that name the sender for `deliver`. Hashes differ by process: no name can aim at another's.
+
+    Hashes differ by process, so that no name aims at another's count.
+    """
     text = name.encode(errors="replace")[: SENDER_BYTES - LENGTH_BYTES]
     words, header = aligned((SENDER.itemsize + SENDER_BYTES) // WORD), SENDER.itemsize // WORD
     words[:header].view(SENDER)[0] = hash(name) % SENDERS, LENGTH_BYTES + len(text)
@@ -37,20 +40,20 @@ def sender(name: str) -> np.ndarray:
 
 
 def header(words: np.ndarray) -> np.ndarray:
-    """INBOX[1]: the beginning of an inbox's words."""
+    """Return INBOX[1]: the beginning of an inbox's words."""
     return words[: INBOX.itemsize // WORD].view(INBOX)
 
 
 @kernel
 def lock(inbox):
-    """Keep others out."""
+    """Take the inbox's lock."""
     while swap(inbox, "lock", 1) != 0:
         pause()
 
 
 @kernel
 def entry_of(inbox, at):
-    """Entry number `at`."""
+    """Return entry number `at`."""
     return entry_at(behind(inbox) + COUNTS_BYTES + at % inbox.notes * (ENTRY_BYTES + inbox.bytes))
 
 
@@ -63,7 +66,7 @@ def stir(inbox):
 
 @kernel
 def deliver(inbox, who, address, length):
-    """Append one notification of the sender `who`; False, with nothing changed, if it has no room or that is closed.
+    """Append one notification of the sender `who`; return False, with nothing changed, without room or once closed.
 
     `inbox`, `who` and `address` are addresses.
     """
@@ -90,7 +93,10 @@ def deliver(inbox, who, address, length):
 
 @kernel("int64(int64, uint8[::1])")
 def fetch(inbox, buffer):
-    """Take the oldest entry out into `buffer`, uint8 of SENDER_BYTES and the longest note; its length, or EMPTY."""
+    """Take the oldest entry out into `buffer`, uint8 of SENDER_BYTES and the longest note.
+
+    Return its length, or EMPTY.
+    """
     inbox = inbox_at(inbox)
     lock(inbox)
     head, tail, length = inbox.head, inbox.tail, np.int64(EMPTY)

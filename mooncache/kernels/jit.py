@@ -34,7 +34,7 @@ log = logging.getLogger("mooncache")
 
 
 class _Lock:
-    """Held while something is compiled. A forked child has one of its own: its parent's may be held for ever there.
+    """A lock on compiling. A forked child has one of its own: its parent's may be held for ever there.
 
     So may those that Numba and LLVM compile under, which renew none by themselves.
     """
@@ -43,7 +43,7 @@ class _Lock:
         self._lock = threading.RLock()
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Replace the lock in a forked child; see `forks.Holder`."""
         for lock in (self, global_compiler_lock, ffi.lib._lock):
             lock._lock = threading.RLock()
 
@@ -60,7 +60,7 @@ _place: list[cache.Place | None] = []  # empty until somebody asks; None where n
 
 
 def place() -> cache.Place | None:
-    """Where this version's machine code lies; None where neither that nor the temporary folder can be written."""
+    """Return where this version's machine code lies; None where neither it nor the temporary folder can be written."""
     with _lock:
         if not _place:
             try:
@@ -72,7 +72,7 @@ def place() -> cache.Place | None:
 
 
 class Entry(ABC):
-    """Something compiled once, from the cache when it is there. Subclasses say how."""
+    """A function that is compiled once, from the cache when it is there. Subclasses say how."""
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
         if function.__closure__ is not None:
@@ -88,16 +88,19 @@ class Entry(ABC):
 
     @abstractmethod
     def build(self, where: NullCache) -> Any:
-        """Compile, or load what is stored there."""
+        """Compile the function, or load its machine code."""
 
     @property
     def file(self) -> Path | None:
-        """Its machine code; None where no cache can be written. Raises OSError where its source cannot be read."""
+        """The file of its machine code; None where no cache can be written.
+
+        Raises OSError where a source is unreadable.
+        """
         where = place()
         return None if where is None else where.path / stored.name_of(self.function, self.signature)
 
     def missing(self) -> bool:
-        """Whether it has yet to be compiled on this machine."""
+        """Return whether it has yet to be compiled on this machine."""
         return self.compiled is None and not self._stored()
 
     def _stored(self) -> bool:
@@ -106,7 +109,7 @@ class Entry(ABC):
         return False
 
     def ready(self) -> Any:
-        """The compiled thing; compiles or loads it at the first call. Thread safe.
+        """Return the compiled function; compile or load it at the first call. Thread safe.
 
         Waits for another process that compiles the same into the same cache (see `cache.alone`).
         """
@@ -120,7 +123,7 @@ class Entry(ABC):
                 self.compiled = self._load_or_compile(wait)
 
     def _load_or_compile(self, wait: bool) -> Any:
-        """None where another process is at it, and we do not wait."""
+        """Load or compile it; return None where another process compiles it and this one does not wait."""
         try:
             file = self.file
             if file is None:
@@ -178,7 +181,7 @@ class Callback(Entry):
 
     @property
     def address(self) -> int:
-        """Of the machine code; valid as long as the process lives."""
+        """The address of the machine code; valid as long as the process lives."""
         return int(self.ready().address)
 
 
@@ -187,7 +190,7 @@ def kernel(signature: str, *, nogil: bool = ...) -> Callable[[Callable[..., Any]
 @overload
 def kernel(signature: Callable[..., Any]) -> Any: ...
 def kernel(signature: Any, *, nogil: bool = False) -> Any:
-    """Entry point when given a signature, else a part of the entry points that call it.
+    """Declare an entry point when given a signature, else a part of the entry points that call it.
 
     `nogil` is for kernels that may run or sleep for long (pump, wait): everything else holds the GIL, because giving
     it up costs milliseconds beside a busy Python thread and holding it microseconds.
@@ -198,17 +201,17 @@ def kernel(signature: Any, *, nogil: bool = False) -> Any:
 
 
 def callback(signature: str) -> Callable[[Callable[..., Any]], Callback]:
-    """A C function pointer with this signature, compiled at the first use of its address."""
+    """Declare a C function with this signature, compiled at the first use of its address."""
     return lambda function: Callback(function, signature)
 
 
 def cold() -> bool:
-    """Whether machine code of any entry point, among the modules imported so far, has yet to be compiled here."""
+    """Return whether machine code of any entry point imported so far has yet to be compiled here."""
     return any(entry.missing() for entry in list(_entries))
 
 
 def prewarm() -> None:
-    """Make every entry point ready; says so, and how far it is, when that means compiling for the first time.
+    """Make every entry point ready; say so, and how far it is, when that means compiling for the first time.
 
     Processes that start together on a new machine share the work: each kernel is compiled by one of them.
     """
@@ -235,7 +238,7 @@ def _compile(missing: list[Entry]) -> None:
 
 
 class Progress:
-    """Says how many kernels are compiled: at a terminal in one line that is rewritten, else in the log, each tenth."""
+    """A report of how many kernels are compiled: at a terminal one rewritten line, else a log line each tenth."""
 
     def __init__(self, kernels: int, into: str) -> None:
         self.kernels, self.into, self.told = kernels, into, 0
@@ -243,7 +246,7 @@ class Progress:
         log.info("compiling %d kernels %s: once, up to a minute or two", kernels, into)
 
     def tell(self, done: int) -> None:
-        """So many are compiled by now."""
+        """Report that so many are compiled by now."""
         if self.terminal:
             doing, end = (f"compiled {self.into}", "\n") if done == self.kernels else ("being compiled, once", "")
             print(f"\rmooncache: {done} of {self.kernels} kernels {doing}\x1b[K", end=end, file=sys.stderr, flush=True)

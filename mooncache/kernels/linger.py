@@ -16,7 +16,7 @@ PENALTY, PENALTY_MOST = 64, 1 << 16  # idle moments
 
 @kernel
 def lingers(ctl, idle):
-    """Let others have the core for a moment; False when it is time to sleep. `idle`: the thread's IDLE.
+    """Yield the core to others for a moment; return False when it is time to sleep. `idle`: the thread's IDLE.
 
     The thread clears `idle.since` whenever something has happened.
     """

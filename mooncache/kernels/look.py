@@ -1,4 +1,4 @@
-"""Slices that a peer refused, until somebody has asked it what it has registered by now.
+"""Slices that a peer refused wait here until it was asked what it has registered by now.
 
     refused --> kept --the peer was asked--> posted again, under the key that its region has now --refused--> fails
                       \\--nothing is new--> fails
@@ -25,27 +25,27 @@ WAITING = int(Slice.WAITING)
 # ------------------------------------------------------------------------------ attempts: n, or ~n once it was kept
 @kernel
 def was_kept(ctl, slot):
-    """Whether the peer has been asked for this slice's sake."""
+    """Return whether the peer has been asked for this slice's sake."""
     return i8(ctl.slice_attempts)[slot] < 0
 
 
 @kernel
 def attempts_of(ctl, slot):
-    """How often a slice was posted again because of an error that it may have caused."""
+    """Return how often a slice was posted again because of an error that it may have caused."""
     attempts = np.int64(i8(ctl.slice_attempts)[slot])
     return attempts if attempts >= 0 else ~attempts
 
 
 @kernel
 def count_attempt(ctl, slot):
-    """One more."""
+    """Count one more attempt of a slice."""
     i8(ctl.slice_attempts)[slot] += -1 if was_kept(ctl, slot) else 1
 
 
 # ------------------------------------------------------------------------------ in the worker
 @kernel
 def may_keep(ctl, slot):
-    """Whether asking the peer may help a refused slice: there is a looker, and it was not asked for this one yet."""
+    """Return whether a refused slice may wait for a look: there is a looker, and none was made for it yet."""
     return ctl.look_fd >= 0 and i16(ctl.slice_remote)[slot] != NOWHERE and not was_kept(ctl, slot)
 
 
@@ -63,7 +63,7 @@ def append_slice(ctl, ends, slot):
 
 @kernel
 def keep(ctl, worker, slot):
-    """Put a slice with those that wait for a look."""
+    """Append a slice to those that wait for a look."""
     append_slice(ctl, worker.kept, slot)
 
 
@@ -81,21 +81,21 @@ def keep_refused(ctl, worker, batch, slot):
 
 @kernel
 def look_is_due(ctl, batch, slot):
-    """Whether a slice was kept, and the look that its batch waits for has not ended."""
+    """Return whether a slice was kept, and the look that its batch waits for has not ended."""
     table = peer_table(ctl, batch.peer)
     return was_kept(ctl, slot) and acquire(table, "looked") < batch.look
 
 
 @kernel
 def in_vain(ctl, batch, slot):
-    """Whether the peer was asked for a slice's sake and nothing has taken the place of any region since."""
+    """Return whether the peer was asked for a slice's sake and nothing has replaced any region since."""
     table = peer_table(ctl, batch.peer)
     return was_kept(ctl, slot) and table.renewals == batch.renewals
 
 
 @kernel
 def resume(ctl, worker):
-    """Let all that is kept be looked at like slices to post again. O(1)."""
+    """Move all that is kept to the slices to post again. O(1)."""
     kept, retried = worker.kept, worker.retry
     if kept.first < 0:
         return
@@ -110,7 +110,7 @@ def resume(ctl, worker):
 # ------------------------------------------------------------------------------ in the looker
 @kernel("int64(int64)")
 def begin(table):
-    """Begin a look at the peer with this region table, if one was asked for; its number, or 0."""
+    """Begin a look at the peer with this region table, if one was asked for; return its number, or 0."""
     table = table_at(table)
     if swap(table, "asked", 0) == 0:
         return np.int64(0)
@@ -119,7 +119,7 @@ def begin(table):
 
 @kernel("int64(int64, int64, int64)")
 def end(ctl, table, number):
-    """Look number `number` has ended, well or not: let the workers post again what waits for it."""
+    """End look number `number`, well or not: workers post again what waits for it."""
     ctl = control_at(ctl)
     table = table_at(table)
     release(table, "looked", max(number, acquire(table, "looked")))

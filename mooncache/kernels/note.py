@@ -1,4 +1,4 @@
-"""Notifications: a batch's last slice, a SEND, held back until all others have arrived.
+"""Notifications: a batch's last slice is a SEND, held back until all others have arrived.
 
     DATA --all slices arrived--> TURN --all before it are gone--> ANSWER --the peer's inbox has it--> the batch is done
       \\--one failed, or the batch was cancelled or closed: it is never sent
@@ -69,7 +69,7 @@ def withhold(ctl, batch, state):
 
 @kernel
 def settle_note(ctl, batch):
-    """All slices of the batch but its notification, at most, are answered: move that on.
+    """Move a batch's notification on: all its slices but that one, at most, are answered.
 
     It fails on its own account only where nothing else does: the batch was cancelled when all had arrived.
     """

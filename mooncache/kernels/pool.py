@@ -1,4 +1,4 @@
-"""The slice pool: slots in chunks of 256, a batch owns a chain of whole chunks.
+"""The slice pool: slots in chunks of 256; a batch owns a chain of whole chunks.
 
 free list   SHARED_FREE_CHUNKS = tag << 24 | chunk + 1
                  |
@@ -52,7 +52,7 @@ def push_chain(head, links, first, last):
 
 @kernel
 def pop_chain(head, links, k):
-    """Detach the first `k` indices with one compare-and-swap; returns (first, last), or (-1, -1): fewer are there.
+    """Detach the first `k` indices with one compare-and-swap; return (first, last), or (-1, -1): fewer are there.
 
     The walk may read links that others are changing: they stay in range, and the tag makes the swap fail.
     """
@@ -82,7 +82,7 @@ def pop_chain(head, links, k):
 # ------------------------------------------------------------------------------ chunks
 @kernel
 def wake_waiters(ctl):
-    """Wake those who wait for chunks or batch rows: threads on the bell's futex, event loops on the engine's eventfd.
+    """Wake those who wait for chunks or batch rows: threads on the bell's futex, event loops on the eventfd.
 
     The bell rises even if nobody waits yet: one may be about to.
     """
@@ -117,7 +117,7 @@ def give_back(ctl, first, last, count):
 
 @kernel
 def take_cached(ctl, k):
-    """Detach up to `k` chunks from this thread's cache (policy thread_cache); returns (first, last, count)."""
+    """Detach up to `k` chunks from this thread's cache (policy thread_cache); return (first, last, count)."""
     next_ = i64(ctl.chunk_next)
     first = ctl.cache_first
     last, count, after = np.int64(-1), np.int64(0), first
@@ -134,7 +134,7 @@ def take_cached(ctl, k):
 
 @kernel
 def acquire_chunks(ctl, batch, slot, slices):
-    """Give the batch, whose row is `slot`, a chain of chunks for `slices` slots.
+    """Take a chain of chunks for `slices` slots from the free list; the batch's row is `slot`.
 
     Returns False, with nothing changed, when too few are free.
     Writes: the batch's first, last and count; each chunk's batch, previous, slots in use and live.
@@ -193,7 +193,7 @@ def unlink(ctl, batch, chunk):
 
 @kernel
 def mark_free(ctl, slot):
-    """Free one slot; returns the slots of its chunk that are still live."""
+    """Free one slot; return the slots of its chunk that are still live."""
     i16(ctl.slice_state)[slot] = Slice.FREE
     live = i64(ctl.chunk_live)
     live[slot >> CHUNK_BITS] -= 1
@@ -202,14 +202,14 @@ def mark_free(ctl, slot):
 
 @kernel
 def release_chunk(ctl, batch, chunk):
-    """Give one chunk, all of whose slots are free, back to the free list."""
+    """Put one chunk, all of whose slots are free, back on the free list."""
     unlink(ctl, batch, chunk)
     give_back(ctl, chunk, chunk, 1)
 
 
 @kernel
 def release_chunks(ctl, batch):
-    """Give the batch's whole chunk chain back to the free list with one compare-and-swap, whatever its length.
+    """Put the batch's whole chunk chain back on the free list with one compare-and-swap, whatever its length.
 
     Writes: the free list's head, the batch's chain (now empty).
     """

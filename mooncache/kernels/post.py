@@ -1,4 +1,4 @@
-"""Which batch and which slices are posted next, on which queue pair; those that are to be posted again; and markers."""
+"""Posting: which batch's slices go next, and on which queue pair; slices to post again; and markers."""
 
 import numpy as np
 
@@ -48,7 +48,7 @@ WAITING = int(Slice.WAITING)
 
 @kernel
 def post_marker(ctl, worker, queue):
-    """Post an empty write that asks for a completion: for those before that did not, or to see if it gets through."""
+    """Post an empty write that asks for a completion: for those before it, or to see if it gets through."""
     build_plain(queue, ctl.work_requests, Opcode.WRITE, 0, 0, 0)
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
     if refused and queue.breaks != 0:
@@ -59,7 +59,7 @@ def post_marker(ctl, worker, queue):
 
 @kernel
 def owes_marker(queue):
-    """Whether its last work requests asked for no completion, after a short post, or it is connected anew."""
+    """Return whether a queue's last work requests asked for no completion, or it is connected anew."""
     if ready(queue):
         return queue.loose > 0
     return queue.state == QueueState.PROBING and in_flight(queue) == 0
@@ -67,7 +67,7 @@ def owes_marker(queue):
 
 @kernel
 def post_markers(ctl, worker):
-    """Post a marker on every queue that owes one and has room; the others owe it on. Returns how many."""
+    """Post a marker on every queue that owes one and has room; the others owe it on. Return how many."""
     queues, posted = i64(worker.queues), np.int64(0)
     worker.owes = 0
     for i in range(acquire(worker, "queue_count")):
@@ -95,7 +95,7 @@ def pass_over(ctl, batch, n, now):
 
 @kernel
 def answer_unposted(ctl, batch, n, status):
-    """Let the next `n` slices at the batch's cursor fail with `status`, unposted."""
+    """Fail the next `n` slices at the batch's cursor with `status`, unposted."""
     pass_over(ctl, batch, n, status)
     batch.failed += n
     batch.remaining -= n
@@ -104,7 +104,7 @@ def answer_unposted(ctl, batch, n, status):
 
 @kernel
 def post_chain(ctl, worker, batch, queue, n):
-    """Build and post a chain of up to `n` work requests of the batch; returns slices that left its queue, for good."""
+    """Build and post a chain of up to `n` work requests of the batch; return slices that left its queue, for good."""
     left = batch.unposted
     chunk, offset = batch.cursor, batch.offset
     built, taken, chunk, offset = build_chain(ctl, batch, queue, chunk, offset, n, left)
@@ -124,7 +124,7 @@ def post_chain(ctl, worker, batch, queue, n):
 
 @kernel
 def slices_of_last(queue, n):
-    """Slices of the last `n` work requests in flight."""
+    """Count the slices of the last `n` work requests in flight."""
     head, slices = queue.head, np.int64(0)
     for sequence in range(head - n, head):
         slices += (entry_at(queue, sequence).value >> SLICES_SHIFT) & SLICES_MASK
@@ -167,7 +167,7 @@ def dequeue(ctl, worker, endpoint, batch):
 
 @kernel
 def refuse_unposted(ctl, worker, batch):
-    """Keep or answer the next slices of a batch as far as the peer is known to refuse their region; how many."""
+    """Keep or answer the next slices of a batch as far as the peer is known to refuse their region; return how many."""
     table = peer_table(ctl, batch.peer)
     n = np.int64(0)
     while table.refusals != 0 and batch.unposted > 0:
@@ -185,7 +185,7 @@ def refuse_unposted(ctl, worker, batch):
 
 @kernel
 def post_batches(ctl, worker, index, endpoint):
-    """Post chains from the endpoint's queue of batches while its queue pairs have room; returns slices that left it.
+    """Post chains from the endpoint's queue of batches while queue pairs have room; return slices that left it.
 
     A chain is posted when it is complete, so that doorbells stay rare.
     """
@@ -220,7 +220,7 @@ def post_batches(ctl, worker, index, endpoint):
 # ------------------------------------------------------------------------------ notifications
 @kernel
 def post_note(ctl, worker, index, endpoint):
-    """Post or answer the notification whose turn it is at this endpoint, if it waits for nothing else; how many."""
+    """Post or answer the endpoint's next notification, if it waits for nothing else; return how many."""
     first_one, queue = endpoint.to_notify.first, queue_at(endpoint.notes)
     if first_one < 0:
         return np.int64(0)
@@ -250,7 +250,7 @@ def post_note(ctl, worker, index, endpoint):
 # ------------------------------------------------------------------------------ slices posted again
 @kernel
 def post_retries(ctl, worker, index):
-    """Look once at every slice that is to be posted again; returns how many were, or failed. The others wait on."""
+    """Look once at every slice that is to be posted again; return how many were, or failed. The others wait on."""
     next_, owner = i32(ctl.slice_next), i64(ctl.chunk_batch)
     slot, moved = worker.retry.first, np.int64(0)
     worker.retry.first = -1
@@ -280,7 +280,7 @@ def post_retries(ctl, worker, index):
 
 @kernel
 def post_again(ctl, worker, batch, endpoint, slot):
-    """Post one slice on its own; False when no queue takes it now."""
+    """Post one slice on its own; return False when no queue takes it now."""
     if slot == batch.note:
         queue = queue_at(endpoint.notes)
         if not ready(queue) or room(queue) < 1:
@@ -317,7 +317,7 @@ def stop_posting(ctl, worker, index, batch, status):
 
 @kernel
 def cut_off(ctl, endpoint, batch):
-    """Whether nothing of a batch may be posted any more: its peer is gone, or a connection to it ended meanwhile.
+    """Return whether nothing of a batch may be posted any more: its peer is gone, or a connection to it ended.
 
     What was submitted before a peer's fence ended the connections must not land over those that came after.
     """
@@ -328,7 +328,7 @@ def cut_off(ctl, endpoint, batch):
 
 @kernel
 def take_back(ctl, worker, queue, batch):
-    """Answer what a queue holds of a batch; if it has more in flight, let it end that, and whatever else is on it."""
+    """Answer a queue's held slices of a batch; if more is in flight, let the queue end that, and all else on it."""
     owner, carries = i64(ctl.chunk_batch), False
     for sequence in range(queue.tail, queue.head):
         entry = entry_at(queue, sequence).value
@@ -353,7 +353,7 @@ def take_back(ctl, worker, queue, batch):
 
 @kernel
 def take_posted_back(ctl, worker, index, batch):
-    """Let every queue that has work requests of a batch in flight end them."""
+    """Take back a batch's work requests from every queue that has some in flight."""
     endpoint = endpoint_row(ctl, index, batch.peer)
     queues = i64(endpoint.queues)
     for i in range(endpoint.count):

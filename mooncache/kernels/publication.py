@@ -1,4 +1,4 @@
-"""What Python writes and workers read without a lock: one word at a time, in an order that every CPU keeps.
+"""Words that Python writes and workers read without a lock, one at a time, in an order that every CPU keeps.
 
 An assignment to an array's element is a plain store: a weakly ordered CPU may show it to a worker before what was
 written in front of it, or answer a later load first. So whatever workers read while Python writes is filled in with
@@ -12,20 +12,20 @@ from mooncache.kernels.jit import kernel
 
 @kernel("int64(int64, int64)")
 def publish(address, value):
-    """Write the int64 word at `address`: whoever reads this value sees all that was written before. A release store."""
+    """Write the int64 word at `address` by a release store: a reader of the value sees all that was written before."""
     store(address, value)
     return 0
 
 
 @kernel("int64(int64)")
 def rise(address):
-    """Add 1 to the int64 word at `address`, which others count in as well; returns what it was."""
+    """Add 1 to the int64 word at `address`, which others count in as well; return its old value."""
     return add(address, 1)
 
 
 @kernel("int64(int64)")
 def withdraw_key(entry):
-    """Write 0 to the key at `entry`: whom the caller sees at rest afterwards reads that. A store and a full fence."""
+    """Write 0 to the key at `entry`, with a full fence: a worker that the caller sees at rest afterwards reads 0."""
     store(entry, 0)
     fence()
     return 0

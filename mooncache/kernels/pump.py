@@ -52,7 +52,7 @@ PAUSES = 64  # between two looks at the clock while spinning
 
 
 class Pump(IntEnum):
-    """Why `pump` came back."""
+    """The reason for which `pump` came back."""
 
     STOPPED = 0
     HORIZON = 1
@@ -62,7 +62,7 @@ class Pump(IntEnum):
 
 @kernel
 def take(ctl, worker, index):
-    """Move everything from the submission ring into the endpoints' queues; returns how many entries."""
+    """Move everything from the submission ring into the endpoints' queues; return how many entries."""
     ring, taken = ring_at(worker.ring), 0
     while True:
         entry = pop(ring)
@@ -77,7 +77,7 @@ def take(ctl, worker, index):
 
 @kernel
 def take_batch(ctl, worker, index, batch):
-    """Let a batch queue at its endpoint for its slices to be posted, and for its notification."""
+    """Queue a batch at its endpoint for its slices to be posted, and for its notification."""
     account(ctl, Kind.BATCHES_TAKEN, 1)
     peer = batch.peer
     batch.taken = 1
@@ -101,7 +101,7 @@ def cancel_entry(ctl, worker, index, handle):
 
 @kernel
 def post(ctl, worker, index):
-    """One pass over retries and all endpoints; returns slices that left their queues."""
+    """Run once over retries and all endpoints; return slices that left their queues."""
     moved = post_retries(ctl, worker, index)
     if worker.queued > 0:
         for peer in range(worker.peers):
@@ -118,7 +118,7 @@ def post(ctl, worker, index):
 
 @kernel
 def decide(ctl, worker):
-    """Carry out the orders given to queue pairs; returns how many."""
+    """Obey the orders given to queue pairs; return how many."""
     happened, queues = np.int64(0), i64(worker.queues)
     for i in range(acquire(worker, "queue_count")):
         queue = queue_at(queues[i])
@@ -177,7 +177,7 @@ def expire(ctl, worker, index):
 
 @kernel
 def note_deadline(worker, at):
-    """Let the worker look for overdue batches at this time, ns; 0: no need to."""
+    """Note this time, ns, at which to look for overdue batches; 0: no need to."""
     due = worker.next_deadline
     if at != 0 and (due == 0 or at < due):
         worker.next_deadline = at
@@ -185,7 +185,7 @@ def note_deadline(worker, at):
 
 @kernel
 def stop_overdue(ctl, worker, index, batch, now):
-    """Stop a batch if its deadline has passed; returns when to look at it again, 0 for never.
+    """Stop a batch if its deadline has passed; return when to look at it again, 0 for never.
 
     What is not posted fails now. What is posted has a grace for answers on their way; then its wire gives it back.
     """
@@ -203,7 +203,7 @@ def stop_overdue(ctl, worker, index, batch, now):
 
 @kernel
 def busy(ctl, worker):
-    """Whether the worker has anything to do or to wait for."""
+    """Return whether the worker has anything to do or to wait for."""
     return (
         worker.outstanding > 0
         or worker.queued > 0
@@ -218,7 +218,7 @@ def busy(ctl, worker):
 
 @kernel
 def nap(ctl, worker, ns):
-    """How long to sleep, ns: no longer than until the next deadline, or the next look around."""
+    """Return how long to sleep, ns: no longer than until the next deadline, or the next look around."""
     ns, due = min(ns, HEARTBEAT_NS), worker.next_deadline
     return ns if due == 0 else max(min(ns, due - clock(ctl)), np.int64(0))
 
@@ -232,7 +232,7 @@ def sleep_on_descriptors(ctl, worker, ns):
 
 @kernel
 def work_waits(ctl, worker):
-    """Whether there is something to do that no descriptor will tell of."""
+    """Return whether there is something to do that no descriptor will tell of."""
     if worker.spins != 0:
         return busy(ctl, worker)
     return (
@@ -262,7 +262,7 @@ def park(ctl, worker):
 
 @kernel
 def idle_real(ctl, worker):
-    """Nothing happened: poll on while the NIC has work requests; else spin briefly, then sleep."""
+    """Poll on while the NIC has work requests, as nothing happened; else spin briefly, then sleep."""
     if worker.spins == 0:
         if not lingers(ctl, worker.idle):
             park(ctl, worker)
@@ -284,7 +284,7 @@ def idle_real(ctl, worker):
 
 @kernel
 def idle_virtual(ctl, worker):
-    """Nothing happened: let virtual time pass up to the next completion. False when that lies beyond the horizon."""
+    """Let virtual time pass up to the next completion. False when that lies beyond the horizon."""
     if worker.outstanding == 0:
         return False
     due = np.int64(ctl.horizon + 1)
@@ -299,7 +299,7 @@ def idle_virtual(ctl, worker):
 
 @kernel
 def turn(ctl, worker, index):
-    """One round of the worker; returns how much happened. The order is that of a slice's life."""
+    """Run one round of the worker; return how much happened. The order is that of a slice's life."""
     announce_epoch(ctl, worker)
     happened = take(ctl, worker, index)
     if worker.next_deadline != 0 and clock(ctl) >= worker.next_deadline:

@@ -1,4 +1,4 @@
-"""A queue pair as its worker sees it: what is in flight on it, what a completion answers, and its life.
+"""A queue pair as its worker keeps it: the entries in flight, the order of completions, and its state.
 
     entries  ...answered... |  a   b   C   d   e   F  |        one word a work request, by sequence number;
                             tail                      head     C and F asked for a completion
@@ -38,32 +38,32 @@ SIGNALED, ANSWERED, HELD, BLAMED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
 
 @kernel
 def in_flight(queue):
-    """Work requests without an answer, held ones included."""
+    """Count the work requests without an answer, held ones included."""
     return queue.head - queue.tail
 
 
 @kernel
 def entry_at(queue, sequence):
-    """The entry of a work request, a CELL."""
+    """Return the entry of a work request, a CELL."""
     return cell_at(queue.entries, sequence & queue.mask)
 
 
 @kernel
 def room(queue):
-    """How many more work requests its depth and its completion queue have room for."""
+    """Return how many more work requests fit into its depth and its completion queue."""
     left = queue.depth - in_flight(queue)
     return min(left, cq_at(queue.cq).credits)
 
 
 @kernel
 def ready(queue):
-    """Whether it may be posted to."""
+    """Return whether it may be posted to."""
     return acquire(queue, "state") == QueueState.READY
 
 
 @kernel
 def named_by(worker, wr_id):
-    """The row of the queue that a work request's id names; missing when it names none."""
+    """Return the row of the queue that a work request's id names; missing when it names none."""
     index = wr_id >> INDEX_SHIFT
     if index < 0 or index >= worker.queue_count:
         return queue_at(0)
@@ -73,7 +73,7 @@ def named_by(worker, wr_id):
 
 @kernel
 def group_start(queue, tail, sequence):
-    """The first work request that a completion of `sequence` answers."""
+    """Return the first work request that a completion of `sequence` answers."""
     while sequence > tail and entry_at(queue, sequence - 1).value & (SIGNALED | ANSWERED | HELD) == 0:
         sequence -= 1
     return sequence
@@ -81,7 +81,7 @@ def group_start(queue, tail, sequence):
 
 @kernel
 def mark_answered(queue, first, end):
-    """The work requests from `first` up to `end` are answered before those in front of them."""
+    """Mark the work requests from `first` up to `end` as answered, before those in front of them."""
     for sequence in range(first, end):
         entry = entry_at(queue, sequence)
         entry.value |= ANSWERED
@@ -89,7 +89,7 @@ def mark_answered(queue, first, end):
 
 @kernel
 def move_tail(queue, tail):
-    """All work requests up to `tail` are answered: move the queue's tail there, and over those that were before."""
+    """Move the queue's tail to `tail`, up to which all are answered, and over those answered before."""
     head = queue.head
     while tail < head and entry_at(queue, tail).value & ANSWERED != 0:
         tail += 1
@@ -98,7 +98,7 @@ def move_tail(queue, tail):
 
 @kernel
 def hold(queue, sequence, blamed):
-    """Keep what came back from a broken queue until it is decided what becomes of it; `blamed`: it broke the queue."""
+    """Keep a work request that came back from a broken queue until it is decided on; `blamed`: it broke the queue."""
     entry = entry_at(queue, sequence)
     entry.value |= HELD | BLAMED if blamed else HELD
 
@@ -115,7 +115,7 @@ def tell(ctl, worker, queue, state):
 
 @kernel
 def break_queue(ctl, worker, queue, cause):
-    """An error came: post nothing more. Its owner sees to it that all that is in flight comes back."""
+    """Post nothing more on a queue with an error. Its owner sees to it that all that is in flight comes back."""
     state = queue.state
     if state == QueueState.READY or state == QueueState.PROBING:
         queue.cause = cause
@@ -125,7 +125,7 @@ def break_queue(ctl, worker, queue, cause):
 
 @kernel
 def has_drained(queue):
-    """Whether all that a broken queue had in flight has come back: it does so in order."""
+    """Return whether all that a broken queue had in flight has come back: it does so in order."""
     head = queue.head
     if queue.state != QueueState.BROKEN:
         return False
@@ -134,7 +134,7 @@ def has_drained(queue):
 
 @kernel
 def close_queue(ctl, worker, queue):
-    """Nothing of it is in flight or held any more."""
+    """Close a queue of which nothing is in flight or held any more."""
     queue.tail = queue.head
     queue.loose = 0
     worker.undecided -= 1
@@ -143,7 +143,7 @@ def close_queue(ctl, worker, queue):
 
 @kernel
 def reincarnate(queue):
-    """It is connected anew: what still comes from before names nothing."""
+    """Reset a queue that is connected anew: completions from before name nothing."""
     tag = queue.tag
     queue.tag = (tag & ~(0xFFFF << 32)) | ((tag + INCARNATION) & (0xFFFF << 32))
 
@@ -157,7 +157,7 @@ def give_order(worker, queue, order):
 
 @kernel
 def take_order(worker, queue):
-    """The order given to a queue, if any."""
+    """Take the order given to a queue, if any."""
     if acquire(queue, "order") == Order.NONE:
         return np.int64(Order.NONE)
     fetch_add(worker, "orders", -1)
@@ -166,5 +166,5 @@ def take_order(worker, queue):
 
 @kernel
 def lost(queue):
-    """Whether its peer is gone."""
+    """Return whether its peer is gone."""
     return endpoint_at(queue.endpoint).lost != 0

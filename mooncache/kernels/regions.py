@@ -17,7 +17,7 @@ from mooncache.kernels.records.table import table_at
 
 @kernel
 def find(table, address, hint):
-    """Position of the region that contains `address`, or -1. `hint`: the position found last, or -1."""
+    """Return the position of the region that contains `address`, or -1. `hint`: the position found last, or -1."""
     bases, ends = i64(table.bases), i64(table.ends)
     count = table.count
     if 0 <= hint < count and bases[hint] <= address < ends[hint]:
@@ -36,7 +36,7 @@ def find(table, address, hint):
 
 @kernel("int64(int64, int64, int64, int64, int64)")
 def insert(table, at, base, end, slot):
-    """Enter a range at position `at`; the table must have room. Returns how many ranges there are now."""
+    """Insert a range at position `at`; the table must have room. Return how many ranges there are now."""
     table = table_at(table)
     bases, ends = i64(table.bases), i64(table.ends)
     slots, count = i64(table.slots), table.count
@@ -50,7 +50,7 @@ def insert(table, at, base, end, slot):
 
 @kernel
 def take_out(table, at):
-    """Forget the range at position `at`."""
+    """Delete the range at position `at`."""
     bases, ends = i64(table.bases), i64(table.ends)
     slots, count = i64(table.slots), table.count - 1
     for i in range(at, count):
@@ -61,7 +61,7 @@ def take_out(table, at):
 
 @kernel("int64(int64, int64[::1], int64[::1], int64[::1])")
 def replace(table, bases, ends, slots):
-    """Let these ranges, ascending, take the place of all that the table holds. Returns how many there are now."""
+    """Replace all that the table holds by these ranges, ascending. Return how many there are now."""
     table = table_at(table)
     for i in range(bases.size):
         i64(table.bases)[i], i64(table.ends)[i], i64(table.slots)[i] = bases[i], ends[i], slots[i]
@@ -72,7 +72,7 @@ def replace(table, bases, ends, slots):
 
 @kernel("int64(int64, int64)")
 def remove(table, at):
-    """What `take_out` does. Returns how many ranges are left."""
+    """Delete the range at a position, as `take_out` does. Return how many ranges are left."""
     table = table_at(table)
     take_out(table, at)
     return table.count

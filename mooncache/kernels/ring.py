@@ -15,7 +15,7 @@ from mooncache.kernels.records.ring import RING, RING_EMPTY
 
 
 def new_ring(least: int) -> np.ndarray:
-    """int64 words of an empty ring for at least `least` entries: a RING, and the entries behind it."""
+    """Allocate int64 words of an empty ring for at least `least` entries: a RING, and the entries behind it."""
     entries, header = power_of_two(least), RING.itemsize // WORD
     ring = aligned(header + entries)
     ring[:header].view(RING)["mask"] = entries - 1
@@ -25,7 +25,7 @@ def new_ring(least: int) -> np.ndarray:
 
 @kernel
 def place_of(ring, ticket):
-    """Where the entry with this ticket stands, a CELL."""
+    """Return the place of the entry with this ticket, a CELL."""
     return cell_at(behind(ring), ticket & ring.mask)
 
 
@@ -41,7 +41,7 @@ def push(ring, value):
 
 @kernel
 def first(ring):
-    """The oldest entry, or RING_EMPTY. The consumer only."""
+    """Return the oldest entry, or RING_EMPTY. The consumer only."""
     return acquire(place_of(ring, ring.head), "value")
 
 

@@ -1,4 +1,4 @@
-"""What an engine is made with."""
+"""The settings that an engine is made with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mooncache.kernels.enums import Policy, Store
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine is made with. Capacities default to the sums in `limits`; times are ns."""
+    """The settings of an engine. Capacities default to the sums in `limits`; times are ns."""
 
     store: Store = Store.POOL
     policy: Policy = Policy.BULK
@@ -62,15 +62,15 @@ class Settings:
 
     @property
     def chunks(self) -> int:
-        """Chunks of the pool."""
+        """The chunks of the pool."""
         return -(-self.slices // limits.CHUNK_SLICES)
 
     @property
     def note_stride(self) -> int:
-        """Bytes of the longest notification as it travels, whole words."""
+        """The bytes of the longest notification as it travels, whole words."""
         return limits.NOTE_HEAD_BYTES + (self.note_bytes + WORD - 1 & -WORD)
 
     @property
     def chain_length(self) -> int:
-        """Work requests behind one doorbell; at most half the queue, so that posting never leaves it empty."""
+        """The work requests behind one doorbell; at most half the queue, so that posting never empties it."""
         return max(1, min(self.chain, self.queue_depth // 2))

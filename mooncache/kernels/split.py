@@ -1,4 +1,4 @@
-"""Requests -> slices: merge requests that are adjacent at both ends, cut runs into slices, find each slice's regions.
+"""Requests become slices: those adjacent at both ends are merged, runs are cut, each slice's regions are found.
 
     requests   [ 0 ][ 1 ][ 2 ]     [ 3           ]        0, 1 and 2 lie side by side in source and in target
     slices     [ 0 .. 2      ]     [ 3    ][ 3   ]        3 is longer than a slice, or crosses a region's end
@@ -38,7 +38,7 @@ WORD = 8
 # ------------------------------------------------------------------------------ where it reads and writes
 @kernel
 def forget_regions(ctl):
-    """No region was seen yet."""
+    """Forget the regions that were seen last."""
     for seen in (ctl.here, ctl.there):
         seen.position = -1
         seen.base = 0
@@ -84,7 +84,7 @@ def place(ctl, cursor, chunk):
 
 @kernel
 def has_room(ctl, cursor):
-    """Whether there is a slot to fill, in this chunk or in the next one."""
+    """Return whether there is a slot to fill, in this chunk or in the next one."""
     if cursor.slot == cursor.end and i64(ctl.chunk_next)[cursor.chunk] >= 0:
         place(ctl, cursor, i64(ctl.chunk_next)[cursor.chunk])
     return cursor.slot < cursor.end
@@ -93,8 +93,10 @@ def has_room(ctl, cursor):
 # ------------------------------------------------------------------------------ requests that are slices as they are
 @kernel
 def is_plain(ctl, first, n, longest):
-    """Whether each of `n` requests from `first` on becomes one slice: within the regions seen last, and apart from the
-    next request."""
+    """Return whether each of `n` requests from `first` on becomes one slice.
+
+    Each must lie within the regions seen last, and apart from the next request.
+    """
     operands, here, there = ctl.operands, ctl.here, ctl.there
     sources, targets = i64(operands.sources + WORD * first), i64(operands.targets + WORD * first)
     lengths = i64(operands.lengths + WORD * first * operands.length_step)
@@ -156,7 +158,7 @@ def fill_plain(ctl, first, n, longest):
 
 @kernel
 def holds(ctl, slot, n, longest):
-    """Whether `n` filled slices from `slot` on are within the regions seen last, and none too long."""
+    """Return whether `n` filled slices from `slot` on are within the regions seen last, and none too long."""
     source, target, length = i64(ctl.slice_source), i64(ctl.slice_target), i32(ctl.slice_length)
     here_base, here_end, there_base, there_end = ctl.here.base, ctl.here.end, ctl.there.base, ctl.there.end
     here_span, there_span, wrong = np.uint64(here_end - here_base), np.uint64(there_end - there_base), np.int64(0)
@@ -171,7 +173,8 @@ def holds(ctl, slot, n, longest):
 # ------------------------------------------------------------------------------ all others, one after another
 @kernel
 def merge(ctl, first):
-    """How far requests from `first` on lie side by side at both ends: their bytes and the number of the next request.
+    """Merge requests from `first` on that lie side by side at both ends; return their bytes and the next request's
+    number.
 
     Bytes are negative, and the number that of the offending request, where a length cannot be.
     """

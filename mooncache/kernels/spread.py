@@ -1,4 +1,4 @@
-"""Which queue pair the next chain goes to: the one policy of spreading slices over queue pairs and NICs.
+"""Spreading: which queue pair the next chain goes to. The one policy of queue pairs and NICs.
 
 A queue's weight is what its path can carry (the link's rate, less where NIC and memory are on different NUMA nodes);
 its load is what is in flight on it. The chain goes where it makes the load per weight least, so that equal paths share
@@ -16,7 +16,7 @@ from mooncache.kernels.records.queue import WEIGHT_ONE, queue_at
 
 @kernel
 def choose(endpoint, n):
-    """The row of the queue for a chain of `n` work requests, missing when no ready one has room for it.
+    """Return the row of the queue for a chain of `n` work requests; missing when no ready one has room for it.
 
     A chain longer than half a queue is cut to that: a queue must hold two, or it runs empty in between.
     """

@@ -1,4 +1,4 @@
-"""Allocates an engine's memory, as the records in `records/` describe it, and makes control blocks for its actors."""
+"""An engine's memory, allocated as the records in `records/` describe it, and the control blocks of its actors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class QueuePair(NamedTuple):
 
 
 class QueueRow:
-    """A queue pair as a worker sees it; see records/queue.py for who writes what."""
+    """A queue pair's row as Python reads it; records/queue.py says who writes what."""
 
     def __init__(self, state: State, worker: int, tag: int, pair: QueuePair, endpoint: int) -> None:
         self.worker, self.pair = worker, pair
@@ -108,28 +108,28 @@ class QueueRow:
 
     @property
     def state(self) -> QueueState:
-        """Where in its life it is, a moment ago."""
+        """The state it was in a moment ago."""
         return QueueState(self.row["state"])
 
     @property
     def outstanding(self) -> int:
-        """Work requests without an answer."""
+        """The work requests without an answer."""
         return self.row["head"] - self.row["tail"]
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is in flight on it, and its worker has nothing to decide."""
+        """True when nothing is in flight on it, and its worker has nothing to decide."""
         still = self.state in (QueueState.READY, QueueState.CLOSED) and self.row["order"] == Order.NONE
         return bool(still and self.outstanding == 0)
 
     def leads_to(self, pair: QueuePair) -> bool:
-        """Whether it describes this queue pair, or once closed can be made to: all but the address is the same."""
+        """Return whether it describes this queue pair, or once closed can: all but the address is the same."""
         same = self.pair._replace(address=pair.address) == pair
         return same and (self.pair == pair or self.state == QueueState.CLOSED)
 
     @property
     def cause(self) -> int:
-        """`ibv_wc_status` of the error that broke it last."""
+        """The `ibv_wc_status` of the error that broke it last."""
         return self.row["cause"]
 
 
@@ -299,17 +299,17 @@ class State:
         return rows
 
     def handle(self, peer: int) -> int:
-        """How submits name the peer that has a row now."""
+        """Return the name by which submits know the peer that has a row now."""
         return self.peer_turns[peer] << PEER_BITS | peer
 
     def fits(self, peer: int, queue_pairs: Sequence[Sequence[QueuePair]]) -> bool:
-        """Whether a peer's rows, if it has any, can lead to these queue pairs."""
+        """Return whether a peer's rows, if it has any, can lead to these queue pairs."""
         known = self.rows_of(peer)
         pairs = [pair for own in queue_pairs for pair in own]
         return not known or (len(known) == len(pairs) and all(map(QueueRow.leads_to, known, pairs)))
 
     def rows_of(self, peer: int) -> list[QueueRow]:
-        """The rows of a peer's queue pairs, worker by worker."""
+        """Return the rows of a peer's queue pairs, worker by worker."""
         return [row for worker in range(self.settings.workers) for row in self.queues.get((worker, peer), ())]
 
     def take_rows(self, peer: int) -> object:
@@ -329,7 +329,7 @@ class State:
         return kept
 
     def disconnect(self, peer: int) -> object:
-        """`take_rows`, and whoever names the peer is refused from now on: the row may be another's by then."""
+        """Take a peer's queue pairs from the workers, and refuse submits that name it: the row may get another peer."""
         put(self.peer_tables, peer, self._nobody.address)
         self.peer_turns[peer] += 1
         return self.take_rows(peer)
@@ -360,16 +360,16 @@ class State:
 
     @property
     def open_batches(self) -> int:
-        """Batches that hold a row, or did at the end."""
+        """The batches that hold a row, or did at the end."""
         return self._left + int(np.count_nonzero(self.batch_rows["state"]))
 
     @property
     def memory(self) -> object:
-        """What a kernel looks at: whoever calls one that gives the GIL up holds this, lest `release` comes."""
+        """The memory that kernels look at: a caller of one that gives the GIL up holds this, lest `release` comes."""
         return self.arrays, self.rings
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Give back what batches and slices live in; the workers have left. Levels and counters stay.
+        """Free the memory of batches and slices; the workers have left. Levels and counters stay.
 
         No handle names anything for whoever calls with one of `blocks`, which are all there are, or with a later one.
         """
@@ -385,10 +385,10 @@ class State:
 
     @property
     def free_slices(self) -> int:
-        """Slots in the free list."""
+        """The slots in the free list."""
         return self.shared["free_count"] * limits.CHUNK_SLICES
 
     @property
     def high_water_slices(self) -> int:
-        """Most slots ever in use at once, in whole chunks."""
+        """The most slots ever in use at once, in whole chunks."""
         return (self.settings.chunks - self.shared["low"]) * limits.CHUNK_SLICES

@@ -35,7 +35,7 @@ class DamagedError(ValueError):
 
 
 def name_of(function: Callable[..., Any], signature: str) -> str:
-    """The name of the file of one kernel.
+    """Return the name of the file of one kernel.
 
     Raises:
         OSError: the function comes from no file that can be read.
@@ -55,13 +55,13 @@ def _digest(data: bytes, nbytes: int = _DIGEST_BYTES) -> bytes:
 
 
 class Stored(NullCache):
-    """Where Numba finds and leaves one kernel's machine code."""
+    """The place where Numba finds and leaves one kernel's machine code."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What was compiled before, or None where nothing was. Raises DamagedError."""
+        """Load what was compiled before, or None where nothing was. Raises DamagedError."""
         try:
             data = self.file.read_bytes()
         except FileNotFoundError:
@@ -73,7 +73,7 @@ class Stored(NullCache):
         return CompileResult._rebuild(target_context, *pickle.loads(made))
 
     def save_overload(self, sig: Any, compiled: Any) -> None:
-        """Keep what was compiled, in a file that appears whole. Raises OSError."""
+        """Write what was compiled to a file that appears whole. Raises OSError."""
         if compiled.library.has_dynamic_globals:
             raise TypeError(f"{self.file.stem} has an address of this process in its code: pass it as an argument")
         made = dumps(compiled._reduce())

@@ -17,7 +17,8 @@ FOR_GOOD = np.iinfo(np.int64).max
 
 
 class RegionTable:
-    """Registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a time.
+    """The registered ranges of one engine, sorted by address; see `kernels/regions.py`. Changed by one thread at a
+    time.
 
     `rows`: most ranges; a `State` takes tables of as many as its setting regions.
     """
@@ -39,12 +40,12 @@ class RegionTable:
         return self.header["count"]
 
     def forgive(self) -> None:
-        """The owner has said again what is registered: whatever it refused may be tried again."""
+        """Try refused regions again: the owner has said anew what is registered."""
         self.refused[:] = 0
         self.header.put("refusals", 0)
 
     def overlapping(self, address: int, length: int) -> tuple[int, int] | None:
-        """The first registered (address, length) that overlaps the range, if any."""
+        """Return the first registered (address, length) that overlaps the range, if any."""
         n = len(self)
         at = int(np.searchsorted(self.ends[:n], address, side="right"))
         if at < n and self.bases[at] < address + length:
@@ -52,7 +53,7 @@ class RegionTable:
         return None
 
     def add(self, address: int, length: int, keys: Sequence[int], access: int) -> int:
-        """Enter a range with its key for each NIC; returns its slot, which stays the same until `remove`."""
+        """Insert a range with its key for each NIC; return its slot, which stays the same until `remove`."""
         taken = self.overlapping(address, length)
         if taken is not None:
             raise UsageError(
@@ -66,7 +67,7 @@ class RegionTable:
         return slot
 
     def reserve(self) -> int:
-        """A slot for a new range; no other gets it until `recycle`."""
+        """Take a slot for a new range; no other gets it until `recycle`."""
         if not self._free:
             raise CapacityError(
                 f"{self.owner}: all {self.rows} regions are in use; unregister some first, or open the engine with "
@@ -97,12 +98,12 @@ class RegionTable:
         regions.replace(self.header.address, base.copy(), base + length, slot.copy())
 
     def position(self, slot: int) -> int:
-        """Where in the table the range with this slot stands."""
+        """Return where in the table the range with this slot stands."""
         return int(np.flatnonzero(self.slots[: len(self)] == slot)[0])
 
     @property
     def room(self) -> int:
-        """How many more ranges it can take."""
+        """The number of further ranges that it can take."""
         return len(self._free)
 
     def remove(self, slot: int) -> None:
@@ -115,7 +116,7 @@ class RegionTable:
         self._free.append(slot)
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        """(address, length, slot) of each region, ascending."""
+        """Return (address, length, slot) of each region, ascending."""
         n = len(self)
         return [
             (int(base), int(end - base), int(slot))

@@ -19,7 +19,7 @@ POLL_AGAIN = -11  # what poll_cq of a software wire answers when it moved bytes 
 
 
 class WcStatus(IntEnum):
-    """`ibv_wc_status`: how a work request ended."""
+    """The `ibv_wc_status`: how a work request ended."""
 
     SUCCESS = 0
     LOC_LEN_ERR = 1
@@ -36,13 +36,13 @@ class WcStatus(IntEnum):
 
 @kernel
 def post_send(qp, wr, bad_wr):
-    """`ibv_post_send`: 0, or an errno with the first refused work request's address written to `bad_wr`."""
+    """Call `ibv_post_send`: 0, or an errno with the first refused work request's address written to `bad_wr`."""
     return call_post_send(ibv_context_at(ibv_qp_at(qp).context).post_send, qp, wr, bad_wr)
 
 
 @kernel
 def push(function, qp, posted, wc):
-    """Software wires only: send or copy at once the `posted` work requests that were posted last to `qp`.
+    """Send or copy at once the `posted` work requests that were posted last to `qp`. Software wires only.
 
     Moves nothing else, and declines where others wait in front of them. Returns how many completions of theirs were
     written to `wc`, or POLL_AGAIN: `poll_cq` has to go on, and no descriptor tells of it.
@@ -52,5 +52,5 @@ def push(function, qp, posted, wc):
 
 @kernel
 def poll_cq(cq, entries, wc):
-    """`ibv_poll_cq`: how many of up to `entries` completions were written to `wc`."""
+    """Call `ibv_poll_cq`: how many of up to `entries` completions were written to `wc`."""
     return call_poll_cq(ibv_context_at(ibv_cq_at(cq).context).poll_cq, cq, entries, wc)

@@ -1,4 +1,4 @@
-"""A worker: its row, its bell, and whose turn it is.
+"""A worker: its row, its bell, and its turn.
 
 Whoever holds the *turn* of a worker is the worker: the rings' consumer, the only one to touch its endpoints and its
 control block. Its own thread holds it while awake. While that thread sleeps on descriptors, another may take the turn
@@ -23,19 +23,19 @@ RECHECK_NS = 100_000_000  # a worker whose turn is taken looks this often even i
 
 @kernel
 def worker_row(ctl, index):
-    """A worker's row."""
+    """Return a worker's row."""
     return worker_at(ctl.worker_rows, index)
 
 
 @kernel
 def endpoint_row(ctl, worker, peer):
-    """The row of the endpoint that worker number `worker` has to a peer."""
+    """Return the row of the endpoint that worker number `worker` has to a peer."""
     return endpoint_at(ctl.endpoint_rows, worker * ctl.peers + peer)
 
 
 @kernel
 def peer_table(ctl, peer):
-    """The region table of a peer."""
+    """Return the region table of a peer."""
     return table_at(i64(ctl.peer_tables)[peer])
 
 
@@ -74,13 +74,13 @@ def sleep_on(ctl, bell, seen, ns):
 
 @kernel
 def try_turn(worker):
-    """Take the worker's turn if it is free; whether that went well."""
+    """Take the worker's turn if it is free; return whether that went well."""
     return acquire(worker, "turn") == 0 and compare_swap(worker, "turn", 0, 1) == 0
 
 
 @kernel
 def take_turn(ctl, worker):
-    """In the worker's thread: take the turn, after whoever has it.
+    """Take the turn in the worker's thread, after whoever has it.
 
     What woke this thread may have been meant for that one, which was about to sleep: the bell is rung once more.
     """
@@ -95,7 +95,7 @@ def take_turn(ctl, worker):
 
 @kernel
 def end_turn(ctl, worker):
-    """Give the turn back; from here on this thread holds nothing of the worker's. The caller looks for work left."""
+    """Release the turn; from here on this thread holds nothing of the worker's. The caller looks for work left."""
     release(worker, "epoch", EPOCH_QUIET)
     release(worker, "turn", 0)
     fence()

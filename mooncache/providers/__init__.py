@@ -1,1 +1,1 @@
-"""The wires: each a verbs provider, reached by two function pointers. They do not know each other."""
+"""The wires: each is a verbs provider, reached by two function pointers. They do not know each other."""

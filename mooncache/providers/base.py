@@ -25,7 +25,7 @@ from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
 
 
 class Link(NamedTuple):
-    """What a provider needs besides a peer's descriptor in order to connect.
+    """The things a provider needs besides a peer's descriptor in order to connect.
 
     Attributes:
         table: the header of the peer's region table, whose `gone` the provider sets to 1 when the connection is broken.
@@ -72,14 +72,14 @@ class Provider(ABC):
 
     @property
     def background(self) -> Background:
-        """Made at first use, so that a provider need not call any `__init__` of ours."""
+        """The threads of the provider, made at first use, so that a provider need not call any `__init__` of ours."""
         return vars(self).setdefault("_background", Background())  # type: ignore[no-any-return]
 
     @abstractmethod
     def open(
         self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
     ) -> list[list[CompletionQueue]]:
-        """Make the device; returns the completion queues of each worker. Raises TransportError.
+        """Make the device; return the completion queues of each worker. Raises TransportError.
 
         Args:
             queue_depth: work requests that are to be in flight on one queue pair.
@@ -97,11 +97,14 @@ class Provider(ABC):
 
     @abstractmethod
     def describe(self, unix: str = "") -> object:
-        """What a peer's `connect` needs, as `Descriptor.data`. `unix`: name of the engine's abstract Unix socket."""
+        """Return what a peer's `connect` needs, as `Descriptor.data`.
+
+        `unix`: name of the engine's abstract Unix socket.
+        """
 
     @abstractmethod
     def connect(self, peer: Descriptor, link: Link) -> list[list[QueuePair]]:
-        """Connect to a peer; returns the queue pairs of each worker.
+        """Connect to a peer; return the queue pairs of each worker.
 
         A peer that was connected before under its name, and may have been opened anew since, keeps its queue pairs:
         from now on they lead to what `peer` describes. Raises TransportError, and EngineClosed when `link.deadline` was
@@ -110,13 +113,13 @@ class Provider(ABC):
         """
 
     def start(self, peer: str, queues: Sequence[QueueRow], ctl: int) -> None:  # noqa: B027  (most just go on)
-        """The workers know a peer's queue pairs now, by these rows, and can be given orders about them.
+        """Start to give orders about a peer's queue pairs: the workers know them now, by these rows.
 
         `ctl`: control block for that, used by one thread at a time. Raises TransportError where no bytes get through.
         """
 
     def stop(self, peer: str, queues: Sequence[QueueRow]) -> None:  # noqa: B027  (most have nothing to do)
-        """The opposite of `start`: these rows of a peer are about to be taken from the workers."""
+        """Stop to give orders about a peer's queue pairs: their rows are about to be taken from the workers."""
 
     def disconnect(self, peer: str) -> None:  # noqa: B027  (where nothing takes long, it ends by itself)
         """End the connection to a peer: what is under way to it fails as PEER_GONE, or ends by itself. Returns at once.
@@ -125,26 +128,26 @@ class Provider(ABC):
         """
 
     def quiet(self, peer: str) -> bool:
-        """Whether nothing is under way or in doubt of a peer whose connection has ended: it can be forgotten."""
+        """Return whether nothing is under way or in doubt of a peer whose connection has ended: it can be forgotten."""
         return True
 
     def forget(self, peer: str) -> None:  # noqa: B027  (providers of tests need none)
-        """Give back all that belongs to a peer, if anything does: disconnected, quiet, and seen by no worker."""
+        """Free all that belongs to a peer, if anything does: disconnected, quiet, and seen by no worker."""
 
     def serve(self, request: Request) -> Reply:
         """Answer a peer's `Link.dial`. Raises UsageError for a purpose it does not know."""
         raise UsageError(f"provider {self.name!r} knows no purpose {request.purpose!r}")
 
     def connected(self, peer: str) -> bool:
-        """Whether the connection to a peer has not broken since `connect`."""
+        """Return whether the connection to a peer has not broken since `connect`."""
         return True
 
     def wire(self, peer: str) -> str:
-        """How bytes travel to a connected peer, in a few words."""
+        """Describe in a few words how bytes travel to a connected peer."""
         return self.name
 
     def fence(self, caller: str, limit_s: float) -> int:
-        """Let nothing land any more that the engine called `caller` has submitted so far; how many connections end.
+        """Let nothing land any more that the engine called `caller` has submitted; return how many connections end.
 
         Blocks for `limit_s` at most. Raises TransportError when that is not to be had: a process of this host was
         stopped while it copied.
@@ -153,15 +156,15 @@ class Provider(ABC):
 
     @property
     def unsettled(self) -> int:
-        """Slices sent on connections that ended, of which it is not known that they land no more."""
+        """The slices sent on connections that ended, of which it is not known that they land no more."""
         return 0
 
     def settle(self, limit_s: float) -> None:  # noqa: B027  (most leave nothing in doubt)
         """Wait until nothing is in doubt, for at most so long."""
 
     def hang_up(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Break all connections, so that workers get the last answers now; does nothing where that is not possible."""
+        """Break all connections, so that workers get the last answers now; do nothing where that is not possible."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back. No queue pair or completion queue may be used afterwards."""
+        """Close the device. No queue pair or completion queue may be used afterwards."""

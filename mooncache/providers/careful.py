@@ -1,4 +1,4 @@
-"""Copying memory that may be gone by the time it is copied, because no object that this process holds keeps it mapped.
+"""Careful copies of memory that may be gone by the time it is copied, because no object here keeps it mapped.
 
 The kernel copies it (process_vm_readv and writev, of this process, too), and so finds a hole where a copy of ours would
 end the process. What a thread needs for that is a *copier*, with pairs of iovecs.
@@ -40,7 +40,7 @@ PAGE_BYTES = 4096  # or more
 
 @kernel
 def set_pair(copier, i, local, remote, length):
-    """Say what the i-th pair is: `length` bytes here, at `local`, and as many in the other process."""
+    """Set the i-th pair: `length` bytes here, at `local`, and as many in the other process."""
     ours, theirs = iovec_at(copier.local, i), iovec_at(copier.remote, i)
     ours.base = local
     ours.length = length
@@ -50,7 +50,7 @@ def set_pair(copier, i, local, remote, length):
 
 @kernel
 def write_while(copier, word, value):
-    """From now on write only while the int64 at `word` has this value, whatever interrupts the thread."""
+    """Write only while the int64 at `word` has this value, from now on, whatever interrupts the thread."""
     copier.while_at = word
     copier.while_is = value
 
@@ -71,7 +71,7 @@ def move(copier, pid, opcode, first, n):
 
 @kernel
 def move_one(copier, pid, opcode, i):
-    """Copy one pair; a WcStatus, which says whose end is gone, or CHANGED."""
+    """Copy one pair; return a WcStatus, which says whose end is gone, or CHANGED."""
     local, length = iovec_at(copier.local, i).base, iovec_at(copier.local, i).length
     moved = move(copier, pid, opcode, i, 1)
     if moved == length:
@@ -87,7 +87,7 @@ def move_one(copier, pid, opcode, i):
 
 @kernel
 def is_gone(copier, opcode, at, length):
-    """Whether some byte of ours cannot be read; or, for a READ, not written, which the byte it holds is for that."""
+    """Return whether some byte of ours cannot be read; or, for a READ, not written, by the byte it holds."""
     pid, end = copier.own_pid, at + length
     while at < end and pid != 0:
         set_pair(copier, PROBE, where(copier, "word"), at, 1)
@@ -108,7 +108,7 @@ def look(copier, pid, address):
 
 
 class Copier:
-    """What one thread copies with."""
+    """The iovecs and the word by which one thread copies."""
 
     def __init__(self, pairs: int = 1) -> None:
         """`pairs`: most that are copied at once."""
@@ -128,16 +128,16 @@ class Copier:
 
     @property
     def permitted(self) -> bool:
-        """Whether the system lets this process copy its own memory that way."""
+        """True if the system lets this process copy its own memory that way."""
         return bool(self._row["own_pid"])
 
     @property
     def restarts(self) -> bool:
-        """Whether a copy that was interrupted looks again before it goes on, as `write_while` says."""
+        """True if a copy that was interrupted looks again before it goes on, as `write_while` says."""
         return restart.restarts(self._restart)
 
     def look(self, pid: int, address: int) -> int:
-        """A word of another process. Raises OSError."""
+        """Read a word of another process. Raises OSError."""
         moved = look(self.address, pid, address)
         if moved != WORD:
             raise OSError(-moved, os.strerror(-moved))

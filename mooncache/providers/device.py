@@ -1,4 +1,4 @@
-"""What software providers share: a device made of records behind the verbs structs.
+"""The device of software providers: records behind the verbs structs.
 
     ibv_qp.qp_context --> row of a queue pair --> ring of entries, keys of the target
     ibv_cq.cq_context --> port: the queue pairs of one worker on one rail, visited in turn
@@ -38,19 +38,19 @@ KEY_SLOT_MASK = limits.REGIONS_MOST - 1
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def queue_of(qp):
-    """Address of the row behind an ibv_qp."""
+    """Return the row behind an ibv_qp."""
     return ibv_qp_at(qp).qp_context
 
 
 @kernel
 def port_of(cq):
-    """Address of the port behind an ibv_cq."""
+    """Return the port behind an ibv_cq."""
     return ibv_cq_at(cq).cq_context
 
 
 @kernel
 def key_status(keys, rkey, address, length, opcode):
-    """Whether the target lets this range be reached under this key, a WcStatus; forms no sum that could overflow.
+    """Check whether the target lets this range be reached under this key: a WcStatus; forms no sum that overflows.
 
     0 is the key of entries that are not in use.
     """
@@ -66,7 +66,7 @@ def key_status(keys, rkey, address, length, opcode):
 
 @kernel
 def write_completion(wc, wr_id, status):
-    """Fill in the ibv_wc at the address `wc`; returns that of the next."""
+    """Write the ibv_wc at the address `wc`; return the address of the next."""
     one = wc_at(wc)
     one.wr_id = wr_id
     one.status = status
@@ -75,7 +75,7 @@ def write_completion(wc, wr_id, status):
 
 # ------------------------------------------------------------------------------ the device
 class KeyTable:
-    """What a device lets peers reach. Keys are drawn at random, so that an old one names nothing by chance."""
+    """The memory that peers reach, by key. Keys are drawn at random, so that an old one names nothing by chance."""
 
     def __init__(self, words: np.ndarray | None = None) -> None:
         """`words`: zeroed int64 of REGIONS_MOST keys to use, on a cache line of its own."""
@@ -85,11 +85,11 @@ class KeyTable:
 
     @property
     def address(self) -> int:
-        """Of the entries, for kernels."""
+        """The address of the entries, for kernels."""
         return address_of(self.entries)
 
     def add(self, address: int, length: int, access: int) -> int:
-        """Enter a range; returns its key, never 0."""
+        """Enter a range; return its key, never 0."""
         if not self._free:
             raise CapacityError(
                 f"all {limits.REGIONS_MOST} registrations of this device are in use; unregister some first"
@@ -115,7 +115,7 @@ class KeyTable:
             withdraw_key(self._entry(int(slot)))
 
     def release(self) -> None:
-        """Let go of the entries. Nobody in this process looks at them any more, nor will."""
+        """Free the entries. Nobody in this process looks at them any more, nor will."""
         self.entries = self.entries[:0].copy()
 
 
@@ -130,13 +130,13 @@ class Device:
         self.context.set(post_send=post_send.address, poll_cq=poll_cq.address)
 
     def queue_pair(self, row: int) -> np.ndarray:
-        """IBV_QP[1] that leads to its owner's row at this address."""
+        """Make an IBV_QP[1] that leads to its owner's row at this address."""
         qp = rows_of(IBV_QP)
         Row(qp).set(context=self.context.address, qp_context=row)
         return qp
 
     def completion_queue(self, port: int) -> np.ndarray:
-        """IBV_CQ[1], likewise."""
+        """Make an IBV_CQ[1] that leads to its owner's row at this address."""
         cq = rows_of(IBV_CQ)
         Row(cq).set(context=self.context.address, cq_context=port)
         return cq
@@ -159,12 +159,11 @@ class Queue:
 
     @property
     def address(self) -> int:
-        """Of its row, for kernels."""
+        """The address of its row, for kernels."""
         return self.row.address
 
     def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
-        """Let what is posted from now on reach the device with this key table, and the inbox, where it comes from
-        `caller`."""
+        """Lead what is posted from now on to the device with this key table, and to its inbox, as from `caller`."""
         if self.row["keys"] != keys.address:
             self.held.append(keys.entries)
         if inbox is not None and self.row["inbox"] != address_of(inbox):
@@ -182,12 +181,12 @@ class Queue:
 
     @property
     def pair(self) -> QueuePair:
-        """How kernels know it."""
+        """The queue pair as kernels know it."""
         return QueuePair(address_of(self.qp), self.row["limit"], cut=self.row.where("cut"))
 
     @property
     def outstanding(self) -> int:
-        """Work requests posted and not yet polled."""
+        """The work requests posted and not yet polled."""
         return self.row["head"] - self.row["tail"]
 
 
@@ -220,7 +219,7 @@ class SoftwareProvider(Provider):
     def open(
         self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
     ) -> list[list[CompletionQueue]]:
-        """See `Provider.open`."""
+        """Make the device, see `Provider.open`."""
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
         self.depth, self._most = queue_depth, peers
@@ -232,12 +231,12 @@ class SoftwareProvider(Provider):
         return [made[i : i + self.rails] for i in range(0, len(made), self.rails)]
 
     def register(self, address: int, length: int, access: int) -> Keys:
-        """See `Provider.register`; all remote keys are the same, and local ones say whether the memory is held."""
+        """Register a range, see `Provider.register`; remote keys are all alike, local ones say if it is held."""
         key = self.keys.add(address, length, access)
         return Keys((access & Access.HELD,) * self.rails, (key,) * self.rails)
 
     def _add_queues(self, name: str, keys: KeyTable) -> None:
-        """One queue a worker and rail for a new peer: those of a peer that was forgotten, or new ones."""
+        """Make one queue a worker and rail for a new peer: those of a forgotten peer, or new ones."""
         if self._spare:
             self.peers[name] = self._spare.pop()
             for queue in self._queues_of(name):
@@ -263,7 +262,7 @@ class SoftwareProvider(Provider):
         return queue
 
     def _queues_of(self, name: str) -> list[Any]:
-        """The queues of a peer, worker by worker."""
+        """Return the queues of a peer, worker by worker."""
         first = self.peers[name] * self.rails
         return [queue for queues in self.queues for queue in queues[first : first + self.rails]]
 
@@ -279,11 +278,11 @@ class SoftwareProvider(Provider):
             self._spare.append(self.peers.pop(peer))
 
     def give_up_memory(self) -> None:
-        """At the end of `close`: let go of what the workers used."""
+        """Free the memory that the workers used, at the end of `close`."""
         self.queues = [[] for _ in self.queues]
         self.peers.clear()
         self._spare.clear()
 
     @abstractmethod
     def prepare(self, queue: Queue, worker: int) -> None:
-        """Set what a new queue of this provider needs besides."""
+        """Set the fields of a new queue that only this provider has."""

@@ -1,4 +1,4 @@
-"""Records of all software wires: a key of the target's, and the beginnings of a queue pair's row and of a port's."""
+"""The records of all software wires: a key of the target's, the beginnings of a queue pair's row and of a port's."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""After a connection to a peer has ended with slices on it: when is it known that none of these lands any more?
+"""Settling finds out, after a connection ended with slices on it, when none of these can land any more.
 
 What was sent may still lie in the socket of a peer that is stopped, or of a host that is cut off. So the peer is asked,
 again and again, to let go of what ended. Nothing is in doubt any more as soon as
@@ -32,35 +32,35 @@ PAUSE_S, PAUSE_MOST_S = 0.05, 1.0
 
 
 class Counters:
-    """A peer's words about connections that ended; see records/table.py, `epoch` and those behind it."""
+    """The counts of a peer's ended connections; see records/table.py, `epoch` and those behind it."""
 
     def __init__(self, link: Link) -> None:
         self._table = link.table
 
     @property
     def breaks(self) -> int:
-        """How often connections ended with slices on them."""
+        """The number of connections that ended with slices on them."""
         return self._table["breaks"]
 
     @property
     def confirmed(self) -> int:
-        """Of those, how many land nothing any more."""
+        """The number of those of which nothing lands any more."""
         return self._table["confirmed"]
 
     def confirm(self, seen: int) -> None:
-        """The first `seen` of them land nothing any more."""
+        """Note that of the first `seen` connections nothing lands any more."""
         if self.confirmed < seen:
             self._table.put("confirmed", seen)
 
     def end_epoch(self, *, doubtful: bool) -> None:
-        """What was submitted so far is posted no more; `doubtful`: some of it was sent and not answered."""
+        """End the epoch: what was submitted so far is posted no more; `doubtful`: some was sent and not answered."""
         if doubtful:
             rise(self._table.where("breaks"))
         rise(self._table.where("epoch"))
 
 
 class Settler(ABC):
-    """Finds out, for one peer, when nothing is in doubt any more. Methods may be called from any thread."""
+    """A helper that finds out, for one peer, when nothing is in doubt any more. Any thread may call it."""
 
     def __init__(self, peer: str, link: Link, background: Background) -> None:
         self.peer, self.link, self.counters = peer, link, Counters(link)
@@ -78,15 +78,15 @@ class Settler(ABC):
         """
 
     def forgive(self) -> None:  # noqa: B027  (most keep no count of their own)
-        """The peer is dead: what was counted as in doubt is not any more."""
+        """Take all for settled: the peer is dead."""
 
     @property
     def in_doubt(self) -> bool:
-        """Whether something may still land."""
+        """True while something may still land."""
         return self.counters.breaks > self.counters.confirmed
 
     def look(self) -> None:
-        """If something is in doubt, let a thread find out. Returns at once."""
+        """Let a thread find out, if something is in doubt. Returns at once."""
         with self._lock:
             if self._asking or not self.in_doubt or self._closed:
                 return
@@ -114,7 +114,7 @@ class Settler(ABC):
             return not self._asking
 
     def ask_now(self) -> None:
-        """`ask` once; a peer whose host refuses the connection is dead. Raises what `ask` does."""
+        """Ask once; a peer whose host refuses the connection is dead. Raises what `ask` does."""
         seen = self.counters.breaks
         try:
             self.ask()

@@ -445,5 +445,4 @@ class Gated(Loopback):
         queue.row["head"] += 1
 
 
-POST_SEND = loopback.post_send
 SYSCALL_ADDRESS = int(ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0)

@@ -13,7 +13,7 @@ import pytest
 from mooncache.kernels import restart
 from mooncache.kernels.arrays import address_of, function_address
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.linux import IOVEC_BYTES
+from mooncache.kernels.records.linux import IOVEC
 from mooncache.kernels.restart import CHANGED, PIECE_BYTES, R_OFFSET, R_RESTARTS, copy_while, writev_while
 from tests.helpers import until
 
@@ -40,7 +40,7 @@ def by_writev(target: int, source: int, length: int, word: int, expected: int, r
     for at in range(0, length, PIECE_BYTES):
         piece = min(PIECE_BYTES, length - at)
         local, remote = np.array([source + at, piece]), np.array([target + at, piece])
-        assert local.nbytes == IOVEC_BYTES
+        assert local.nbytes == IOVEC.itemsize
         moved = writing(
             function_address("syscall"), function_address("__errno_location"), os.getpid(), address_of(local),
             address_of(remote), 1, word, expected, address_of(row),

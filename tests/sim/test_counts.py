@@ -16,7 +16,7 @@ import pytest
 
 from mooncache import Engine
 from mooncache.errors import Status
-from mooncache.kernels import calls, enums, submit
+from mooncache.kernels import calls, submit
 from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim.dispatch import reap
@@ -25,9 +25,10 @@ from mooncache.providers.inprocess.emulated import Emulated, Nic
 from sim.config import PAIRS
 from sim.costs import Prices
 from sim.rank import BASE, PEER, VirtualEngine
+from tests.helpers import TIMING_KINDS
 
 ONE = (Nic(),)
-UNTIMED = [kind for kind in Kind if kind not in enums.TIMING_KINDS]
+UNTIMED = [kind for kind in Kind if kind not in TIMING_KINDS]
 ARENA = 1 << 20
 SETTINGS = {"slices": 8192, "batches": 32, "peers": 1, "cache_slices": 1000, "reaper_lot": 700, "slice_bytes": 4096}
 SIZES = (1, 255, 256, 257, 3000, 257, 1)

@@ -1,1 +1,1 @@
-"""Where the deletion of finished slices happens: seven policies, one contract (`base`), one file each."""
+"""The deletion of finished slices: seven policies, one contract (`base`), one file each."""

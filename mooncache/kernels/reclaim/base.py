@@ -1,4 +1,4 @@
-"""The contract of a reclaim policy, the work they share, and the dispatch to the one an engine runs.
+"""The contract of a reclaim policy, and the work that policies share.
 
 A policy acts at one of three moments and leaves the others empty:
 
@@ -38,7 +38,7 @@ def account_freed(ctl, n):
 
 @kernel
 def free_chunk(ctl, batch, chunk):
-    """Free what is live of the slices in one chunk, one by one, and the chunk; returns how many slices."""
+    """Free the live slices of one chunk, one by one, and the chunk; return how many slices."""
     state = i16(ctl.slice_state)
     live = i64(ctl.chunk_live)[chunk]
     account_freed(ctl, live)

@@ -1,4 +1,7 @@
-"""Free the whole chunk chain at close, with one compare-and-swap. Mooncache's default, with the pool."""
+"""Policy bulk: the whole chunk chain is freed at close, with one compare-and-swap.
+
+Mooncache's default, with the pool.
+"""
 
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import free_whole
@@ -9,5 +12,5 @@ TRAITS = Traits(FreesIn.CALLER, whole_chain=True)
 
 @kernel
 def on_close(ctl, batch):
-    """One compare-and-swap for all."""
+    """Free the whole chain with one compare-and-swap."""
     free_whole(ctl, batch)

@@ -1,4 +1,4 @@
-"""Free each slice in a reaper thread, a lot of them every period: off the worker's path and off the caller's."""
+"""Policy deferred: a reaper thread frees the slices, a lot every period: off the worker's and the caller's path."""
 
 from mooncache.kernels.batch import release_row
 from mooncache.kernels.handle import batch_row
@@ -13,7 +13,7 @@ TRAITS = Traits(FreesIn.REAPER, whole_chain=False, retires=True)
 
 @kernel
 def on_idle(ctl):
-    """Free one lot of retired slices, chunk by chunk. The reaper only. Returns how many slices."""
+    """Free one lot of retired slices, chunk by chunk. The reaper only. Return how many slices."""
     ring, freed = ring_at(ctl.retired_ring), 0
     while freed < ctl.reaper_lot:
         slot = first(ring)

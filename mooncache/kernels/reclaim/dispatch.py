@@ -1,4 +1,4 @@
-"""Which policy's code runs at each of the three moments."""
+"""The dispatch to the policy of an engine, at each of the three moments of deletion."""
 
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import fence, futex_wake
@@ -41,7 +41,7 @@ def hand_over(ctl, batch):
 
 @kernel
 def retire(ctl, batch):
-    """The batch is draining and all its slices are answered: let the policy free it, now or later."""
+    """Let the policy free a draining batch, all of whose slices are answered, now or later."""
     policy = ctl.policy
     if policy == Policy.DEFERRED or policy == Policy.EPOCH:
         hand_over(ctl, batch)
@@ -63,7 +63,7 @@ def retire(ctl, batch):
 
 @kernel
 def on_complete(ctl, batch, slot, n):
-    """In the worker: `n` slices of the batch, from `slot` on, have just completed."""
+    """Let the policy free `n` slices of the batch, from `slot` on, that have just completed. In the worker."""
     if ctl.policy == Policy.INLINE:
         since = clock(ctl)
         inline.on_complete(ctl, batch, slot, n)
@@ -72,7 +72,7 @@ def on_complete(ctl, batch, slot, n):
 
 @kernel
 def on_idle(ctl):
-    """In the worker: nothing else to do. Returns whether there was something to free."""
+    """Let the policy free something when the worker has nothing else to do; return whether there was anything."""
     if ctl.policy != Policy.EPOCH:
         return False
     since = clock(ctl)
@@ -90,7 +90,7 @@ def retired_waits(ctl):
 
 @kernel
 def reap_lot(ctl):
-    """In the reaper: free one lot. Returns how many slices."""
+    """Free one lot in the reaper. Return how many slices."""
     since = clock(ctl)
     freed = deferred.on_idle(ctl)
     charge_freeing(ctl, since)
@@ -99,6 +99,6 @@ def reap_lot(ctl):
 
 @kernel("int64(int64)")
 def reap(ctl):
-    """What `reap_lot` does, for a reaper that is turned from outside (the simulation)."""
+    """Free one lot for a reaper that is turned from outside (the simulation). Return how many slices."""
     ctl = control_at(ctl)
     return reap_lot(ctl)

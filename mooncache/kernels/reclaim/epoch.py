@@ -1,4 +1,4 @@
-"""Free whole batches once no worker can still hold them: epoch-based reclamation.
+"""Policy epoch: whole batches are freed once no worker can still hold them: epoch-based reclamation.
 
 Each retired batch is stamped with an epoch that its retirement ends. A worker announces, at the start of each round,
 the epoch it sees; a batch is free when every worker has announced a later one or sleeps.
@@ -24,7 +24,7 @@ TRAITS = Traits(FreesIn.WORKER, whole_chain=True, retires=True)
 
 @kernel
 def announce_epoch(ctl, worker):
-    """Say that this worker's new round can hold nothing retired before now.
+    """Announce that this worker's new round can hold nothing retired before now.
 
     The fence after a rest: whoever still sees it at rest has withdrawn what this round will no longer find.
     """
@@ -36,7 +36,7 @@ def announce_epoch(ctl, worker):
 
 @kernel
 def oldest_epoch(ctl):
-    """The earliest epoch that any worker's round may still be in."""
+    """Return the earliest epoch that any worker's round may still be in."""
     oldest = EPOCH_QUIET
     for i in range(ctl.workers):
         oldest = min(oldest, acquire(worker_row(ctl, i), "epoch"))
@@ -45,7 +45,7 @@ def oldest_epoch(ctl):
 
 @kernel
 def on_idle(ctl):
-    """Free every retired batch that no worker can hold. Returns how many; 0 when another worker is at it."""
+    """Free every retired batch that no worker can hold. Return how many; 0 when another worker is at it."""
     shared, ring, freed = shared_at(ctl.shared), ring_at(ctl.retired_ring), 0
     if first(ring) == RING_EMPTY or swap(shared, "retired_lock", 1) != 0:
         return freed

@@ -1,4 +1,7 @@
-"""Free each slice in the worker, at its completion. The upstream engine of 6 April 2025: the 500 ms regression."""
+"""Policy inline: the worker frees each slice at its completion.
+
+The upstream engine of 6 April 2025: the 500 ms regression.
+"""
 
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import account_freed, free_each, free_slot
@@ -17,5 +20,5 @@ def on_complete(ctl, batch, slot, n):
 
 @kernel
 def on_close(ctl, batch):
-    """Only what failed is left, and was kept so that the caller could ask."""
+    """Free the failed slices, which were kept so that the caller could ask."""
     free_each(ctl, batch)

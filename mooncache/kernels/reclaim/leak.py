@@ -1,4 +1,7 @@
-"""Never free anything. The upstream engine of February to April 2025: fast, then out of memory. A baseline only."""
+"""Policy leak: nothing is ever freed.
+
+The upstream engine of February to April 2025: fast, then out of memory. A baseline.
+"""
 
 from mooncache.kernels.account import account
 from mooncache.kernels.atomics import i64
@@ -34,7 +37,7 @@ def on_close(ctl, batch):
 
 @kernel("int64(int64)")
 def restart(ctl):
-    """Put all leaked chunks back, as a new process would; returns how many. Only while no other thread uses the pool.
+    """Put all leaked chunks back, as a new process would; return how many. Only while no other thread uses the pool.
 
     The simulation calls it when a leaking engine has run out, so that the baseline can be as long as the run.
     """

@@ -1,4 +1,4 @@
-"""Free each slice in the caller's thread, at close: `freeBatchID`, the first half of the upstream fix."""
+"""Policy on_close: the caller's thread frees each slice, at close: `freeBatchID`, half of the upstream fix."""
 
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.reclaim.base import free_each

@@ -1,4 +1,4 @@
-"""As on_close, through a cache of `cache_slices` that belongs to the closing thread: the accepted upstream fix.
+"""Policy thread_cache: as on_close, through a cache of `cache_slices` of the closing thread: the accepted upstream fix.
 
 On the heap the cache holds slice objects, on the pool whole chunks. What does not fit is freed one by one, and what
 fits is used again only by a submit of the same thread: both are the fix's weak points, kept on purpose.
@@ -71,7 +71,7 @@ def on_close(ctl, batch):
 
 @kernel("int64(int64)")
 def drop(ctl):
-    """Free what this thread keeps, objects and chunks; returns how many slices. When its engine closes."""
+    """Free the objects and chunks that this thread keeps; return how many slices. When its engine closes."""
     ctl = control_at(ctl)
     kept = ctl.cache_count
     if ctl.store == Store.HEAP:

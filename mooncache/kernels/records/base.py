@@ -25,18 +25,18 @@ Field = tuple[Any, ...]  # name, type and, of an array, its length
 
 # ------------------------------------------------------------------------------ dtypes
 def row(fields: Sequence[Field]) -> np.dtype:
-    """The dtype of a row of whole cache lines, so that two rows never share one."""
+    """Make the dtype of a row of whole cache lines, so that two rows never share one."""
     return sized(fields, -(-np.dtype(list(fields), align=True).itemsize // LINE) * LINE)
 
 
 def sized(fields: Sequence[Field], size: int) -> np.dtype:
-    """The dtype of a record of `size` bytes, of which these fields are the first."""
+    """Make the dtype of a record of `size` bytes, of which these fields are the first."""
     plain = np.dtype(list(fields), align=True)
     return _placed(fields, [int(plain.fields[field[0]][1]) for field in fields], size)  # type: ignore[index]
 
 
 def spread(fields: Sequence[Field]) -> np.dtype:
-    """The dtype of a row whose fields are written by different threads: each on a cache line of its own."""
+    """Make the dtype of a row whose fields are written by different threads: each on a cache line of its own."""
     return _placed(fields, [LINE * i for i in range(len(fields))], LINE * len(fields))
 
 
@@ -49,7 +49,7 @@ def _placed(fields: Sequence[Field], offsets: Sequence[int], size: int) -> np.dt
 
 # ------------------------------------------------------------------------------ addresses and records
 def record_at(dtype: np.dtype) -> Any:
-    """A function of kernels: (address of rows, index) or (address) -> that row. It costs nothing."""
+    """Make a function of kernels: (address of rows, index) or (address) -> that row. It costs nothing."""
     record = numba.from_dtype(dtype)
 
     @intrinsic
@@ -67,7 +67,7 @@ def record_at(dtype: np.dtype) -> Any:
 
 @intrinsic
 def address(typing: Any, record: Any) -> Any:
-    """int64 address of a record; 0 for none."""
+    """Return the int64 address of a record; 0 for none."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ptrtoint(args[0], _I64)
@@ -77,7 +77,7 @@ def address(typing: Any, record: Any) -> Any:
 
 @intrinsic
 def behind(typing: Any, record: Any) -> Any:
-    """int64 address of the first byte behind a record."""
+    """Return the int64 address of the first byte behind a record."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.add(builder.ptrtoint(args[0], _I64), ir.Constant(_I64, record.size))
@@ -87,7 +87,7 @@ def behind(typing: Any, record: Any) -> Any:
 
 @intrinsic
 def index_in(typing: Any, rows: Any, record: Any) -> Any:
-    """Which of the rows at the address `rows` a record is."""
+    """Return the index of a record in the rows at the address `rows`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         offset = builder.sub(builder.ptrtoint(args[1], _I64), args[0])
@@ -98,7 +98,7 @@ def index_in(typing: Any, rows: Any, record: Any) -> Any:
 
 @intrinsic
 def missing(typing: Any, record: Any) -> Any:
-    """Whether there is no record: its address is 0."""
+    """Return whether there is no record: its address is 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.icmp_unsigned("==", builder.ptrtoint(args[0], _I64), ir.Constant(_I64, 0))
@@ -115,7 +115,7 @@ def _pointer(context: Any, builder: Any, record: Any, value: Any, name: str) -> 
 
 @intrinsic(prefer_literal=True)
 def where(typing: Any, record: Any, name: Any) -> Any:
-    """int64 address of the field called `name`."""
+    """Return the int64 address of the field called `name`."""
     if _field(record, name) is None:
         return None
 
@@ -126,7 +126,7 @@ def where(typing: Any, record: Any, name: Any) -> Any:
 
 
 def _field(record: Any, name: Any) -> Any:
-    """The Numba type of a field; None until the name is known as a literal."""
+    """Return the Numba type of a field; None until the name is known as a literal."""
     if not isinstance(name, types.StringLiteral):
         return None
     if not isinstance(record, types.Record) or name.literal_value not in record.fields:
@@ -170,7 +170,7 @@ def _compare(builder: Any, pointer: Any, expected: Any, desired: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def acquire(typing: Any, record: Any, name: Any) -> Any:
-    """The field's value; what was written before a `release` of it is seen from here on."""
+    """Read the field: what was written before a `release` of its value is seen from here on."""
     return _typed(_load, record, name)
 
 
@@ -182,19 +182,19 @@ def release(typing: Any, record: Any, name: Any, value: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fetch_add(typing: Any, record: Any, name: Any, amount: Any) -> Any:
-    """Add to the field; returns the value before."""
+    """Add to the field; return the value before."""
     return _typed(_add, record, name, amount)
 
 
 @intrinsic(prefer_literal=True)
 def swap(typing: Any, record: Any, name: Any, value: Any) -> Any:
-    """Write the field; returns the value before."""
+    """Write the field; return the value before."""
     return _typed(_exchange, record, name, value)
 
 
 @intrinsic(prefer_literal=True)
 def compare_swap(typing: Any, record: Any, name: Any, expected: Any, desired: Any) -> Any:
-    """Write `desired` if the field is `expected`; returns the value before, which tells."""
+    """Write `desired` if the field is `expected`; return the value before, which tells."""
     return _typed(_compare, record, name, expected, desired)
 
 

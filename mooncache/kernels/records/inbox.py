@@ -1,4 +1,4 @@
-"""An inbox, its entries, and who sends; see kernels/inbox.py."""
+"""An inbox, its entries, and its senders; see kernels/inbox.py."""
 
 import numpy as np
 

@@ -63,5 +63,4 @@ RECV_WR = np.dtype(
     align=True,
 )  # struct ibv_recv_wr
 ibv_context_at, ibv_qp_at, ibv_cq_at = record_at(IBV_CONTEXT), record_at(IBV_QP), record_at(IBV_CQ)
-recv_wr_at = record_at(RECV_WR)
 send_wr_at, sge_at, wc_at = record_at(SEND_WR), record_at(SGE), record_at(WC)

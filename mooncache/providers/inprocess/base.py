@@ -1,4 +1,4 @@
-"""What wires within a process share: the target's keys and inbox are at hand, and bytes are copied to its pages."""
+"""The common part of wires within a process: the target's keys and inbox are at hand, bytes are copied to its pages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ queue_at, port_at = record_at(QUEUE), record_at(PORT)
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def move_bytes(queue, keys, rkey, opcode, local, remote, length):
-    """Copy one slice if its key still holds; returns a WcStatus. `moving` is odd meanwhile, for `unregister`.
+    """Copy one slice if its key still holds; return a WcStatus. `moving` is odd meanwhile, for `unregister`.
 
     `local` is negated where the engine does not hold what keeps it mapped: then, and where the target does not, either
     may be gone.
@@ -72,7 +72,7 @@ def move_bytes(queue, keys, rkey, opcode, local, remote, length):
 
 @kernel
 def send_note(queue, local, length):
-    """Put a notification into the inbox of a peer in the same process; returns a WcStatus."""
+    """Put a notification into the inbox of a peer in the same process; return a WcStatus."""
     inbox = queue.inbox
     if inbox != 0 and deliver(inbox, queue.sender, local, length):
         return np.int64(WcStatus.SUCCESS)
@@ -82,7 +82,7 @@ def send_note(queue, local, length):
 # ------------------------------------------------------------------------------ the provider
 @dataclass(frozen=True)
 class InProcess:
-    """`Descriptor.data` of the providers whose peers live in the same process."""
+    """The `Descriptor.data` of providers whose peers live in the same process."""
 
     process: int
     keys: KeyTable
@@ -91,13 +91,13 @@ class InProcess:
 
 
 class _Queues:
-    """All queue pairs of these wires in this process."""
+    """The queue pairs of these wires in this process."""
 
     def __init__(self) -> None:
         self.all: weakref.WeakSet[Queue] = weakref.WeakSet()
 
     def disown(self) -> None:
-        """See `forks.Holder`: a copy that was under way in the parent never ends here."""
+        """Forget the queues in a forked child, where the parent's copies never end; see `forks.Holder`."""
         self.all.clear()
 
 
@@ -105,7 +105,7 @@ _queues = forks.private(_Queues())
 
 
 def wait_for_moves() -> None:
-    """Return when every copy that was under way when this was called has ended. Copies take microseconds."""
+    """Wait until every copy that was under way at the call has ended. Copies take microseconds."""
     moving = [(queue, queue.row["moving"]) for queue in list(_queues.all)]
     for queue, seen in moving:
         while seen % 2 == 1 and queue.row["moving"] == seen:
@@ -169,7 +169,7 @@ class InProcessProvider(SoftwareProvider):
         return [[self.pair_of(queue, data) for queue in queues] for queues in ours]
 
     def connected(self, peer: str) -> bool:
-        """See `Provider.connected`: until the peer is closed."""
+        """Return whether the peer is open, see `Provider.connected`."""
         return not self._tables[peer].closed
 
     def forget(self, peer: str) -> None:
@@ -178,7 +178,7 @@ class InProcessProvider(SoftwareProvider):
         self._tables.pop(peer, None)
 
     def retract(self, peer: str, limit_s: float) -> int:
-        """Get back what is in flight to a peer; returns how many queue pairs lead there.
+        """Get back what is in flight to a peer; return how many queue pairs lead there.
 
         What was submitted must not be posted any more. Raises TransportError when it does not come back in time.
         """
@@ -196,11 +196,11 @@ class InProcessProvider(SoftwareProvider):
         return len(ours)
 
     def pair_of(self, queue: Queue, peer: InProcess) -> QueuePair:
-        """How kernels know a queue that leads to a peer."""
+        """Return the queue pair, as kernels know it, of a queue that leads to a peer."""
         return queue.pair
 
     def close(self) -> None:
-        """See `Provider.close`; peers are refused from now on."""
+        """Close the device, see `Provider.close`; peers are refused from now on."""
         self.keys.clear()
         wait_for_moves()
         self._tables.clear()

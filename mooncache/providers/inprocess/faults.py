@@ -1,4 +1,4 @@
-"""What an emulated NIC is to suffer: a plan of faults, drawn from a seed or written by hand."""
+"""The faults of an emulated NIC: a plan, drawn from a seed or written by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PS_PER_NS = 1000
 
 
 class Action(IntEnum):
-    """What happens to the n-th work request of a fault plan, and what its value means."""
+    """The fate of a work request in a fault plan, and what its value means."""
 
     DELAY = 0  # ps later; those behind it on the queue wait too
     FAIL = 1  # WcStatus it ends with; its bytes do not move
@@ -35,7 +35,7 @@ def random_faults(
     seed: int, work_requests: int, *, delay: float = 0, fail: float = 0, flush: float = 0, reorder: float = 0,
     delay_ns: int = 100_000, window: int = 16,
 ) -> list[Fault]:  # fmt: skip
-    """A plan drawn from `seed`: each of the first `work_requests` suffers at most one fault, with these chances."""
+    """Draw a plan from `seed`: each of the first `work_requests` suffers at most one fault, with these chances."""
     stream = np.random.Generator(np.random.Philox(key=[seed, 0]))
     chances = np.cumsum([delay, fail, flush, reorder])
     if chances[-1] > 1 or min(delay, fail, flush, reorder) < 0:

@@ -1,4 +1,7 @@
-"""Peers in the same process: post_send copies at once, poll_cq reports it. No wire, the whole engine."""
+"""The loopback wire: post_send copies at once to a peer in this process, poll_cq reports it.
+
+The whole engine, no wire.
+"""
 
 import numpy as np
 
@@ -45,7 +48,7 @@ def post_send(qp, wr, bad_wr):
 
 @kernel
 def drain(queue, entries, wc):
-    """Report up to `entries` completions of one queue; returns how many."""
+    """Report up to `entries` completions of one queue; return how many."""
     head, tail = queue.head, queue.tail
     mask, ring = queue.mask, queue.ring
     n = min(entries, head - tail)
@@ -58,7 +61,7 @@ def drain(queue, entries, wc):
 
 @callback("int32(int64, int32, int64)")
 def poll_cq(cq, entries, wc):
-    """Completions of all queues of this worker, oldest first within each."""
+    """Report completions of all queues of this worker, oldest first within each."""
     port = port_at(port_of(cq))
     taken = np.int64(0)
     for i in range(port.count):
@@ -76,4 +79,4 @@ class Loopback(InProcessProvider):
     entry = ENTRY
 
     def prepare(self, queue: Queue, worker: int) -> None:
-        """Nothing besides."""
+        """Do nothing: a queue needs no more fields."""

@@ -1,4 +1,4 @@
-"""Who looks after the queue pairs of a wire whose peers live in the same process, when those break.
+"""The mender of queue pairs that break, on wires whose peers live in the same process.
 
     BROKEN   its device is told to fail it, so that all of it comes back
     DRAINED  Order.RETURN: nothing of it is still on its way to the peer
@@ -21,7 +21,7 @@ from mooncache.kernels.state import QueueRow
 
 
 class Mender:
-    """Gives orders about queue pairs that break.
+    """A thread that gives orders about queue pairs that break.
 
     Args:
         fail: lets the device fail what is in flight on a queue pair, and whatever is posted to it.
@@ -47,7 +47,7 @@ class Mender:
         forks.private(self)
 
     def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
-        """Look after these from now on: probe those that are new, or were lost. `ctl` is used under the lock."""
+        """Watch these queue pairs from now on: probe those that are new, or were lost. `ctl` is used under the lock."""
         with self.lock:
             self._ctl = ctl
             for row in rows:
@@ -67,14 +67,14 @@ class Mender:
         self.look_again()
 
     def lose(self, chosen: Callable[[QueueRow], bool]) -> None:
-        """The peer of these is gone: what is under way on them fails, and they are not mended any more."""
+        """Fail what is under way on these queue pairs, whose peer is gone, and mend them no more."""
         with self.lock:
             for row in filter(chosen, self._rows):
                 self._fail(row)
                 self._give(row, Order.LOSE)
 
     def drop(self, rows: Sequence[QueueRow]) -> None:
-        """Look after these no longer. Nothing is under way on them."""
+        """Watch these queue pairs no longer. Nothing is under way on them."""
         with self.lock:
             self._rows = [row for row in self._rows if row not in rows]
             for row in rows:
@@ -95,7 +95,7 @@ class Mender:
         self.descriptor = -1
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close the descriptor in a forked child; see `forks.Holder`."""
         forks.drop([self.descriptor])
 
     def _run(self) -> None:
@@ -106,7 +106,7 @@ class Mender:
             os.eventfd_read(self.descriptor)
 
     def _lose(self, error: Exception) -> None:
-        """The thread failed: what waits for a queue pair to be mended fails as PEER_GONE instead of waiting on."""
+        """Fail what waits for a queue pair to be mended as PEER_GONE: the thread has failed."""
         with self.lock:
             for row in self._rows:
                 if row.state in (QueueState.BROKEN, QueueState.DRAINED) and self._last[row.address] != Order.LOSE:

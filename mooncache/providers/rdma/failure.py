@@ -1,4 +1,4 @@
-"""Errors of libibverbs as this package's: the device, what was asked of it, what the system said, and what to do."""
+"""Errors of libibverbs as this package's: the device, the call, what the system said, and what to do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def asking(device: str, operation: str, cures: Mapping[int, str] | None = None) 
 def refused(
     device: str, operation: str, code: int, cures: Mapping[int, str] | None = None, said: str = ""
 ) -> TransportError:
-    """The error for what libibverbs refused to do.
+    """Return the error for a refusal of libibverbs.
 
     Args:
         operation: what was asked, with its figures, as it follows "could not".
@@ -61,7 +61,7 @@ def refused(
 
 
 def memlock() -> str:
-    """What to do when memory cannot be locked: devices pin all that they reach, and Linux limits that by process."""
+    """Explain what to do when memory cannot be locked: devices pin what they reach, Linux limits that by process."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit == resource.RLIM_INFINITY:
         return "locked memory is not limited (ulimit -l), so the device or the machine itself has run out"

@@ -15,31 +15,31 @@ SUBNET_BYTES = 8
 
 
 def parse(text: str) -> bytes:
-    """The GID that a text means, in any form of an IPv6 address. Raises ValueError."""
+    """Read a GID in any form of an IPv6 address. Raises ValueError."""
     return IPv6Address(text).packed
 
 
 def text_of(gid: bytes) -> str:
-    """Eight words of four hexadecimal digits, as the kernel writes it, pyverbs reads it and peers are told."""
+    """Write a GID as eight words of four hexadecimal digits, as the kernel and pyverbs do and peers are told."""
     return gid.hex(":", 2)
 
 
 def address_of(gid: bytes) -> str:
-    """As people write it: an IPv4 or a shortened IPv6 address."""
+    """Write a GID as people do: as an IPv4 or a shortened IPv6 address."""
     parsed = IPv6Address(gid)
     return str(parsed.ipv4_mapped or parsed)
 
 
 def is_ipv4(gid: bytes) -> bool:
-    """Whether it is an IPv4 address in IPv6's clothes."""
+    """Return whether a GID is an IPv4 address mapped into IPv6."""
     return gid.startswith(MAPPED)
 
 
 def is_link_local(gid: bytes) -> bool:
-    """Whether it is an address that only its own link knows."""
+    """Return whether a GID is an address that only its own link knows."""
     return IPv6Address(gid).is_link_local
 
 
 def common(a: bytes, b: bytes) -> int:
-    """Leading bits that two GIDs have in common."""
+    """Count the leading bits that two GIDs have in common."""
     return 128 - (int.from_bytes(a, "big") ^ int.from_bytes(b, "big")).bit_length()

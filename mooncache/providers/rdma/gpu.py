@@ -36,7 +36,7 @@ class DmaBuf(NamedTuple):
 
 
 def choose(address: int, length: int) -> str:
-    """How an RDMA device may reach `length` bytes of a GPU's memory: by "dma-buf" or by "peer memory".
+    """Choose how an RDMA device reaches `length` bytes of a GPU's memory: by "dma-buf" or by "peer memory".
 
     Raises:
         TransportError: it is not a GPU's own memory, or neither way is open on this system; says what is missing.
@@ -59,7 +59,7 @@ def choose(address: int, length: int) -> str:
 
 
 def dmabuf_fd(address: int, length: int) -> DmaBuf:
-    """A dma-buf of the pages around `length` bytes of a GPU's memory.
+    """Export the pages around `length` bytes of a GPU's memory as a dma-buf.
 
     Raises:
         TransportError: the driver refused; a thread that calls this must have a CUDA context of that GPU.
@@ -81,7 +81,7 @@ def dmabuf_fd(address: int, length: int) -> DmaBuf:
 
 
 def peer_memory(root: str = "/sys/module") -> bool:
-    """Whether the module is loaded by which ordinary registrations find a GPU's memory."""
+    """Return whether the module is loaded by which ordinary registrations find a GPU's memory."""
     return any((Path(root) / module).is_dir() for module in PEER_MODULES)
 
 

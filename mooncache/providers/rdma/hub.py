@@ -29,7 +29,7 @@ NOTES_CQ_ENTRIES = 4 * RECORDS
 
 
 class Rail(NamedTuple):
-    """What a record needs to know of a rail.
+    """The parts of a rail that a record needs.
 
     Attributes:
         queue_pair: address of the `ibv_qp`.
@@ -75,7 +75,7 @@ class Record:
         self.rkeys = [registration.rkey for registration in self._registered]
 
     def open(self, rails: Sequence[Rail], gone: int, most: int = 0) -> None:
-        """Make it usable; its rails are down.
+        """Make the record usable; its rails are down.
 
         Args:
             gone: address of the word that says that the peer is.
@@ -98,39 +98,39 @@ class Record:
         row.put("incarnation", hub.incarnation)
 
     def serve(self, caller: str) -> None:
-        """It is a mailbox of this peer's: what it writes are answers, from a word of their own."""
+        """Make it a mailbox of a peer, whose writes it answers from a word of their own."""
         self._sender = sender(caller)
         self.row.put("sender", address_of(self._sender))
         self.row.put("buffer", self.buffer)
 
     def raise_rail(self, rail: int, receives: int) -> None:
-        """A rail's queue pair is connected: post its receives and use it."""
+        """Post a rail's receives and use its queue pair, which is connected."""
         notes.open_rail(self._hub.address, self.address, rail, receives)
 
     @property
     def under_way(self) -> int:
-        """Number of the last notification sent from it; 0 before the first."""
+        """The number of the last notification sent from it; 0 before the first."""
         return self.row["number"]
 
     @property
     def rail(self) -> int:
-        """The rail it went over."""
+        """The rail that it went over."""
         return self.row["rail"]
 
     def is_up(self, rail: int) -> bool:
-        """Whether nothing has gone wrong on a rail since it was raised."""
+        """Return whether nothing has gone wrong on a rail since it was raised."""
         return bool(self._rails[rail]["up"])
 
     def lower_rail(self, rail: int) -> None:
-        """A rail's queue pair must not be used from now on."""
+        """Use a rail's queue pair no more."""
         notes.close_rail(self._hub.address, self.address, rail)
 
     def close(self) -> None:
-        """Use nothing of it from now on. Its notification on the way, if any, ends as PEER_GONE."""
+        """Use nothing of the record from now on. Its notification on the way, if any, ends as PEER_GONE."""
         notes.close_rail(self._hub.address, self.address, -1)
 
     def release(self) -> None:
-        """Give it back, after `close`, once its queue pairs are destroyed: another peer may get it.
+        """Give the record to another peer, after `close`, once its queue pairs are destroyed.
 
         Raises:
             TransportError: a NIC did not withdraw the memory, which stays this peer's then.
@@ -141,7 +141,7 @@ class Record:
 
 
 class NoteHub:
-    """What the engine's workers need for notifications over these NICs.
+    """The queues and records of the engine's notifications over these NICs.
 
     Args:
         inbox: words of the engine's inbox, see `kernels/inbox.py`.
@@ -189,11 +189,11 @@ class NoteHub:
             port.row.set(hub=self.address, serves=worker == 0)
 
     def completion_queue(self, worker: int) -> CompletionQueue:
-        """The worker's completion queue for notifications."""
+        """Return the worker's completion queue for notifications."""
         return CompletionQueue(address_of(self._software[worker]))
 
     def queue_pair(self, worker: int, cq: int) -> NoteQueue:
-        """One more queue pair for notifications of a worker, which leads nowhere yet."""
+        """Make one more queue pair for notifications of a worker, which leads nowhere yet."""
         row = Row(rows_of(NOTE_QUEUE))
         row["hub"] = self.address
         qp = self._device.queue_pair(row.address)
@@ -205,7 +205,7 @@ class NoteHub:
         return NoteQueue(row, QueuePair(address_of(qp), 1, cq=cq, notes=True))
 
     def record(self) -> Record:
-        """A record that nobody uses. Raises CapacityError; TransportError when a NIC registers no more memory."""
+        """Take a record that nobody uses. Raises CapacityError; TransportError when a NIC registers no more memory."""
         if not self.free:
             raise CapacityError(f"all {RECORDS} connections of this engine are in use")
         index = self.free.pop()
@@ -230,7 +230,7 @@ class NoteQueue(NamedTuple):
 
     @property
     def busy(self) -> bool:
-        """Whether a notification is on its way, or its end was not reported yet."""
+        """True while a notification is on its way, or its end was not reported yet."""
         return bool(self.row["busy"])
 
     def lead_to(self, record: Record) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Incoming:
-    """Made by a peer's "rdma-connect".
+    """A peer's connection, made by its "rdma-connect".
 
     Attributes:
         number: by which the peer calls it.
@@ -70,7 +70,7 @@ class Incoming:
         }
 
     def _plan(self, nic: object, mtu: object, rd_atomic: object, up: object) -> Plan:
-        """A path as the peer proposes it, here checked: `nic` is the index of ours."""
+        """Check a path as the peer proposes it: `nic` is the index of ours."""
         if not isinstance(nic, int) or not 0 <= nic < len(self._provider.nics):
             raise UsageError(f"expected the index of one of {len(self._provider.nics)} NICs, got {nic!r}")
         own = self._provider.ends[nic]
@@ -81,7 +81,7 @@ class Incoming:
         return Plan(PathOf(nic, 0), mtu, rd_atomic, bool(up) and nic not in self._provider.down)
 
     def _make(self, entry: Sequence[Any], queues: list[tuple[int, int, QueuePair]], receives: int) -> int:
-        """Make the end of one queue pair, and connect it if its path is up; returns our first packet's number."""
+        """Make the end of one queue pair, and connect it if its path is up; return our first packet's number."""
         path, number, psn = (int(value) for value in entry)
         if not 0 <= path < len(self._plans):
             raise UsageError(f"expected the index of one of {len(self._plans)} paths, got {path}")
@@ -114,7 +114,7 @@ class Incoming:
         return {}
 
     def repair(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Connect our end of queue pairs anew; the peer's is reset. Returns the first packets' numbers."""
+        """Connect our end of queue pairs anew; the peer's is reset. Return the first packets' numbers."""
         psns = [self._renew(self._at(self._queues, index), psn) for index, psn in body["queues"]]
         note_psns = []
         for index, psn in body["notes"]:
@@ -139,7 +139,7 @@ class Incoming:
         return queues[index]
 
     def close(self) -> None:
-        """Give everything back. When this returns nothing of the peer's reaches our memory through it any more."""
+        """Close all ends. When this returns nothing of the peer's reaches our memory through them any more."""
         self._record.close()
         for _, _, ours in [*self._queues, *self._note_queues]:
             with suppress(TransportError):

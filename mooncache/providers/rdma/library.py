@@ -39,7 +39,7 @@ ACCESS_LOCAL_WRITE, ACCESS_REMOTE_WRITE, ACCESS_REMOTE_READ = 1, 2, 4  # ibv_acc
 
 @dataclass(frozen=True)
 class Verbs:
-    """What the provider uses of pyverbs, under one set of names for all of its versions; and libibverbs itself.
+    """The names of pyverbs that the provider uses, the same for all of its versions; and libibverbs itself.
 
     Attributes:
         Error: base of all exceptions that pyverbs raises.
@@ -64,7 +64,7 @@ class Verbs:
 
 @dataclass(frozen=True)
 class Installed:
-    """What this system has of RDMA's user space.
+    """This system's user space for RDMA.
 
     Attributes:
         pyverbs: its version; "unknown" when whoever installed it did not note one; None when it is not installed.
@@ -94,7 +94,7 @@ def load() -> Verbs:
 
 
 def installed() -> Installed:
-    """What is installed, and what keeps it from working. Loads it to see; never raises."""
+    """Look at what is installed, and what keeps it from working. Loads it to see; never raises."""
     problem = cure = None
     try:
         load()
@@ -126,7 +126,7 @@ def _import() -> Verbs:
 
 @contextmanager
 def _logging_untouched() -> Iterator[None]:
-    """pyverbs.base calls `logging.basicConfig`: that is the application's to do."""
+    """Undo pyverbs.base's call of `logging.basicConfig`: that is the application's to do."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
@@ -222,7 +222,7 @@ def _folder() -> Path | None:
 
 
 def _pyverbs_version() -> str | None:
-    """pip writes a version beside the package, Debian into its own books only."""
+    """Read pyverbs's version: pip writes it beside the package, Debian into its own books only."""
     folder = _folder()
     if folder is None:
         return None
@@ -240,7 +240,7 @@ def _pyverbs_version() -> str | None:
 
 
 def _rdma_core_version() -> str | None:
-    """The library's file is named after it: `libibverbs.so.1.14.44.0` is of rdma-core 44.0."""
+    """Read rdma-core's version off the library's file: `libibverbs.so.1.14.44.0` is of rdma-core 44.0."""
     try:
         ctypes.CDLL(LIBIBVERBS)
     except OSError:

@@ -47,7 +47,7 @@ PIECE_BYTES = 64 << 20  # what one thread faults in at a time: 10 ms of work or 
 
 
 class Limits(NamedTuple):
-    """What a device can hold, as it says itself.
+    """The capacities of a device, as it says itself.
 
     Attributes:
         max_qp_wr: work requests in one send or receive queue.
@@ -70,7 +70,7 @@ class Limits(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that happened to the device.
+    """An event of the device.
 
     Attributes:
         name: of the `ibv_event_type`, such as "PORT_ERR" or "QP_FATAL".
@@ -105,10 +105,10 @@ class Registration:
 
 
 class Closable(Protocol):
-    """What a NIC holds until it is closed."""
+    """A resource that a NIC holds until it is closed."""
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the resource."""
 
 
 class Nic:
@@ -166,7 +166,7 @@ class Nic:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`. What it made is not destroyed here, and never may be: it is the parent's too."""
+        """Forget the resources in a forked child; they are the parent's, never destroyed here; see `forks.Holder`."""
         channels = [resource.fd for resource in self._held if isinstance(resource, Channel)]
         forks.drop([*self._descriptors, *channels])
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # so that pyverbs' objects never end in this process
@@ -243,7 +243,7 @@ class Nic:
 
     # -------------------------------------------------------------- events and the end
     def next_event(self) -> Event | None:
-        """What happened to the device; None when nothing did since. Does not wait. Raises TransportError."""
+        """Return the device's next event; None when there is none. Does not wait. Raises TransportError."""
         subject_and_type = (ctypes.c_uint64 * 2)()
         with self.telling:
             if self.verbs.c.ibv_get_async_event(self.context_address, subject_and_type):
@@ -264,7 +264,7 @@ class Nic:
         self._held[resource] = None
 
     def let_go(self, resource: Closable) -> None:
-        """The resource closes by itself."""
+        """Hold a resource no longer: it closes by itself."""
         self._held.pop(resource, None)
 
     def close(self) -> None:
@@ -282,7 +282,7 @@ class Nic:
 
 
 def _flags(access: int) -> int:
-    """`ibv_access_flags` for bits of `enums.Access`."""
+    """Return the `ibv_access_flags` for bits of `enums.Access`."""
     pairs = (
         (Access.LOCAL, ACCESS_LOCAL_WRITE),
         (Access.READ, ACCESS_REMOTE_READ),

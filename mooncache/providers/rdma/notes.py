@@ -41,7 +41,7 @@ RECEIVES = 4  # receives posted on each of these queue pairs: one is used at a t
 
 
 class Kind(IntEnum):
-    """What a work request of the NIC was for."""
+    """The purpose of a work request of the NIC."""
 
     NOTE = 1
     MAIL = 2  # a receive
@@ -51,39 +51,39 @@ class Kind(IntEnum):
 # ------------------------------------------------------------------------------ kernels
 @kernel
 def lock(hub):
-    """Keep other workers and those who change records out."""
+    """Take the lock against other workers and those who change records."""
     while swap(hub, "lock", 1) != 0:
         pause()
 
 
 @kernel
 def unlock(hub):
-    """Let others in."""
+    """Release the lock."""
     release(hub, "lock", 0)
 
 
 @kernel
 def record_of(hub, index):
-    """Record number `index`."""
+    """Return record number `index`."""
     return note_record_at(hub.records, index)
 
 
 @kernel
 def rail_of(record, rail):
-    """A record's row for a rail."""
+    """Return a record's row for a rail."""
     return rail_at(where(record, "rails"), rail)
 
 
 @kernel
 def work_request_id(hub, record, rail, kind):
-    """The id of a work request of this record."""
+    """Return the id of a work request of this record."""
     index = index_in(hub.records, record)
     return index << 32 | record.incarnation << 16 | rail << 8 | kind
 
 
 @kernel
 def post_write(hub, record, rail, kind, imm, source, length):
-    """Post one write of the bytes at `source`, a note's with immediate data; whether the NIC took it."""
+    """Post one write of the bytes at `source`, a note's with immediate data; return whether the NIC took it."""
     row, wr, sge = rail_of(record, rail), hub.wr, hub.sge
     sge.addr = source
     sge.length = length
@@ -123,7 +123,7 @@ def send(hub, record):
 
 @callback("int32(int64, int64, int64)")
 def post_note(qp, wr, bad_wr):
-    """The `post_send` of a note queue: one SEND at a time, copied into the outbox."""
+    """Post one SEND, which is copied into the outbox: the `post_send` of a note queue."""
     queue, wr = queue_at(ibv_qp_at(qp).qp_context), send_wr_at(wr)
     hub, record = hub_at(queue.hub), note_record_at(queue.record)
     if queue.busy != 0 or wr.next != 0:
@@ -147,7 +147,7 @@ def post_note(qp, wr, bad_wr):
 
 @kernel
 def outcome_of(queue, record):
-    """How the notification on its way has ended, a WcStatus; -1 when it has not."""
+    """Return how the notification on its way has ended, a WcStatus; -1 when it has not."""
     if record.incarnation == 0:
         return np.int64(WcStatus.REM_ABORT_ERR)
     if record.length > record.most:
@@ -163,7 +163,7 @@ def outcome_of(queue, record):
 
 @kernel
 def settle_queue(hub, queue, wc):
-    """Report how a queue's notification has ended, or send it over another rail; returns how many were written."""
+    """Report how a queue's notification has ended, or send it over another rail; return how many were written."""
     record = note_record_at(queue.record)
     status = outcome_of(queue, record)
     if status < 0:
@@ -179,7 +179,7 @@ def settle_queue(hub, queue, wc):
 # ------------------------------------------------------------------------------ serving
 @kernel
 def post_receive(hub, record, rail):
-    """Post one more receive for a peer's mail; whether the NIC took it."""
+    """Post one more receive for a peer's mail; return whether the NIC took it."""
     wr, qp = hub.recv, rail_of(record, rail).qp
     wr.wr_id = work_request_id(hub, record, rail, np.int64(Kind.MAIL))
     wr.next = 0
@@ -190,7 +190,7 @@ def post_receive(hub, record, rail):
 
 @kernel
 def take_mail(hub, record, rail, number):
-    """A notification lies in a mailbox: deliver it unless that was done before, and answer."""
+    """Deliver the notification in a mailbox, unless that was done before, and answer."""
     if number != record.number:
         inbox, who = hub.inbox, record.sender
         mailbox = rail_of(record, rail).buffer
@@ -256,7 +256,7 @@ def serve_nic(hub, nic):
 
 @callback("int32(int64, int32, int64)")
 def poll_notes(cq, entries, wc):
-    """The `poll_cq` of the note queues of one worker; the first worker also serves the NICs."""
+    """Poll the note queues of one worker, as their `poll_cq`; the first worker also serves the NICs."""
     port = port_at(ibv_cq_at(cq).cq_context)
     hub, reported = hub_at(port.hub), np.int64(0)
     if port.serves != 0:
@@ -275,7 +275,7 @@ def poll_notes(cq, entries, wc):
 
 @kernel("int64(int64, int64, int64, int64)")
 def open_rail(hub, record, rail, receives):
-    """A rail's queue pair is connected: post its receives and let it be used. Returns how many receives it took."""
+    """Post a rail's receives and let its connected queue pair be used. Return how many receives it took."""
     hub, record = hub_at(hub), note_record_at(record)
     lock(hub)
     n = 0
@@ -288,7 +288,7 @@ def open_rail(hub, record, rail, receives):
 
 @kernel("int64(int64, int64, int64)")
 def close_rail(hub, record, rail):
-    """A rail's queue pair must not be used any more; all of them for rail -1, and the record is free."""
+    """Use a rail's queue pair no more; all of them for rail -1, and the record is free."""
     hub, record = hub_at(hub), note_record_at(record)
     lock(hub)
     if rail < 0:

@@ -1,4 +1,4 @@
-"""What this provider does not do: objects of pyverbs for each slice. `mooncache bench post` measures against them."""
+"""Objects of pyverbs for each slice, which this provider avoids: `mooncache bench post` measures against them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WC_RDMA_WRITE = 1  # ibv_wc_opcode
 
 
 def build_and_drop(slices: Sequence[tuple[int, int]], length: int, chain: int, signal: int) -> tuple[int, int]:
-    """Make the objects that pyverbs needs to write these slices, and drop them; no device is asked for anything.
+    """Make the objects that pyverbs needs to write these slices, and drop them; no device is involved.
 
     An SGE and a SendWR a slice, linked to chains as `QP.post_send` takes them, and a WC for each completion that is
     asked for, as `CQ.poll` makes it: every `signal` work requests and at a chain's end.

@@ -1,4 +1,4 @@
-"""Which NIC here reaches which NIC there, and how much of the load each path should have."""
+"""Paths: which NIC here reaches which NIC there, and how much of the load each path should have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEAR = 10  # distance of a NUMA node to itself (ACPI)
 
 
 class End(NamedTuple):
-    """A NIC as peers see it.
+    """A NIC as peers know it.
 
     Attributes:
         gid: of its port, 16 bytes.
@@ -35,7 +35,7 @@ class End(NamedTuple):
     up: bool = True
 
     def told(self) -> list[Any]:
-        """As peers are told of it."""
+        """Return the end as peers are told of it."""
         return [text_of(self.gid), *self[1:]]
 
 
@@ -47,7 +47,7 @@ class PathOf(NamedTuple):
 
 
 def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
-    """One path for each NIC here: to the NIC there whose GID has most in common with its own, of several in turn.
+    """Pair each NIC here with the NIC there whose GID has most in common with its own, of several in turn.
 
     NICs of one rail mostly share a subnet, whatever order each host lists them in. A path whose port is down at either
     end is one, too: it is used once it is up. Raises TransportError where no NIC there speaks the same link layer, or
@@ -70,7 +70,7 @@ def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
 
 
 def alike(own: End, other: End) -> bool:
-    """Whether two ports can be on one network: both InfiniBand, or Ethernet with addresses of one family."""
+    """Return whether two ports can be on one network: both InfiniBand, or Ethernet with addresses of one family."""
     return bool(own.lid) == bool(other.lid) and (bool(own.lid) or is_ipv4(own.gid) == is_ipv4(other.gid))
 
 
@@ -79,7 +79,7 @@ def _listed(ends: Sequence[End]) -> str:
 
 
 def weights(rates: Sequence[float], nodes: Sequence[int], root: str = NODES) -> list[int]:
-    """What share of the load each path should have, WEIGHT_ONE for the best: its rate, less if its NIC is far away.
+    """Return each path's share of the load, WEIGHT_ONE for the best: its rate, less if its NIC is far away.
 
     Args:
         rates: Gbit/s of each path, the slower of its ends.
@@ -91,7 +91,7 @@ def weights(rates: Sequence[float], nodes: Sequence[int], root: str = NODES) -> 
 
 
 def distance(node: int, root: str = NODES) -> int:
-    """From the NUMA nodes this process may run on to a node: the least, as the firmware tells it; 10 is near."""
+    """Return the distance from this process's NUMA nodes to a node: the least, as firmware tells it; 10 is near."""
     try:
         distances = [int(d) for d in Path(root, f"node{node}", "distance").read_text().split()]
         own = [n for n in range(len(distances)) if runs_on(n, root)]
@@ -101,7 +101,7 @@ def distance(node: int, root: str = NODES) -> int:
 
 
 def runs_on(node: int, root: str = NODES) -> bool:
-    """Whether this process may run on a core of the node."""
+    """Return whether this process may run on a core of the node."""
     cores = set[int]()
     for part in Path(root, f"node{node}", "cpulist").read_text().strip().split(","):
         first, _, last = part.partition("-")

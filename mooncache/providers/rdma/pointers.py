@@ -1,4 +1,4 @@
-"""The C structs behind pyverbs objects, found by evidence instead of by trust.
+"""The C structs behind pyverbs objects are found by evidence instead of by trust.
 
 A pyverbs object holds the address of its struct in a word that differs by class and version. Every word of the object
 is tried; what one points to is taken only if it agrees with everything that pyverbs tells publicly about the object,
@@ -36,7 +36,7 @@ EVENTS = "anon_inode:[infinibandevent]"  # what /proc/self/fd shows for a descri
 
 
 class Operations(NamedTuple):
-    """Addresses of the functions that a device's user-space driver answers a kernel's calls with."""
+    """The addresses of a device's functions in its user-space driver."""
 
     post_send: int
     poll_cq: int
@@ -45,17 +45,17 @@ class Operations(NamedTuple):
 
 
 def word(address: int) -> int:
-    """The 64-bit word at an address."""
+    """Read the 64-bit word at an address."""
     return ctypes.c_uint64.from_address(address).value
 
 
 def half(address: int) -> int:
-    """The 32-bit word at an address."""
+    """Read the 32-bit word at an address."""
     return ctypes.c_uint32.from_address(address).value
 
 
 def context_pointer(context: Any) -> int:
-    """Address of the `ibv_context` of a pyverbs Context. Raises TransportError when the evidence is not unique."""
+    """Find the `ibv_context` of a pyverbs Context. Raises TransportError when the evidence is not unique."""
 
     def fits(p: int) -> bool:
         return (half(p + CONTEXT_CMD_FD), half(p + CONTEXT_NUM_COMP_VECTORS)) == (
@@ -67,12 +67,12 @@ def context_pointer(context: Any) -> int:
 
 
 def pd_pointer(pd: Any, context: int) -> int:
-    """Address of the `ibv_pd` of a pyverbs PD whose `ibv_context` is at `context`. Raises TransportError."""
+    """Find the `ibv_pd` of a pyverbs PD whose `ibv_context` is at `context`. Raises TransportError."""
     return _find(pd, lambda p: word(p) == context and half(p + PD_HANDLE) == pd.handle, PD_BYTES)
 
 
 def channel_pointer(channel: Any, context: int) -> int:
-    """Address of the `ibv_comp_channel` of a pyverbs CompChannel. Raises TransportError."""
+    """Find the `ibv_comp_channel` of a pyverbs CompChannel. Raises TransportError."""
 
     def fits(p: int) -> bool:
         return word(p) == context and _is_events(half(p + CHANNEL_FD))
@@ -81,12 +81,12 @@ def channel_pointer(channel: Any, context: int) -> int:
 
 
 def cq_pointer(cq: Any, context: int) -> int:
-    """Address of the `ibv_cq` of a pyverbs CQ. Raises TransportError."""
+    """Find the `ibv_cq` of a pyverbs CQ. Raises TransportError."""
     return _find(cq, lambda p: word(p) == context and half(p + CQ_CQE) == cq.cqe, IBV_CQ.itemsize)
 
 
 def qp_pointer(qp: Any, context: int, pd: int, send_cq: int, recv_cq: int) -> int:
-    """Address of the `ibv_qp` of a pyverbs QP, made from the structs at the other addresses. Raises TransportError."""
+    """Find the `ibv_qp` of a pyverbs QP, made from the structs at the other addresses. Raises TransportError."""
 
     def fits(p: int) -> bool:
         made_from = (word(p), word(p + QP_PD), word(p + QP_SEND_CQ), word(p + QP_RECV_CQ))
@@ -101,7 +101,7 @@ def qp_pointer(qp: Any, context: int, pd: int, send_cq: int, recv_cq: int) -> in
 
 
 def operations(context: int) -> Operations:
-    """The functions in the `ops` of the `ibv_context` at this address."""
+    """Read the functions in the `ops` of the `ibv_context` at this address."""
     return Operations(*(word(context + int(IBV_CONTEXT.fields[name][1])) for name in Operations._fields))  # type: ignore[index]
 
 

@@ -1,4 +1,4 @@
-"""RDMA devices, their ports and GIDs as the kernel lists them; and which of them to use.
+"""RDMA devices, their ports and GIDs as the kernel lists them; and the choice of those to use.
 
 A GID is the address of a port. RoCE ports have several: for every IP address of their network interface one for RoCE
 v2 (in UDP, routable) and one for v1 (Ethernet only). Both ends must use the same kind.
@@ -95,7 +95,7 @@ class Choice(NamedTuple):
 
 
 def all_ports(root: str = ROOT) -> list[Port]:
-    """Every port of every RDMA device, by name and number; empty when there is none. Needs no pyverbs."""
+    """Return every port of every RDMA device, by name and number; empty when there is none. Needs no pyverbs."""
     devices = sorted(Path(root).glob("*"), key=_natural)
     return [_port(device, port) for device in devices for port in sorted((device / "ports").glob("*"), key=_natural)]
 
@@ -108,7 +108,7 @@ def choose(
     family: str | None = None,
     root: str = ROOT,
 ) -> list[Choice]:
-    """The ports to use, each with one GID.
+    """Choose the ports to use, each with one GID.
 
     The GID is a RoCE v2 one before a v1; of those one that is an IPv4 address, then a global and last a link-local
     IPv6 one; then the lowest index. On InfiniBand it is the first.
@@ -209,7 +209,7 @@ def _port(device: Path, port: Path) -> Port:
 
 
 def _gids(port: Path, link_layer: str) -> list[Gid]:
-    """Tables have up to 1,024 entries, most of them unused: these cost one plain read each, and nothing else."""
+    """Read a GID table of up to 1,024 entries, most of them unused: these cost one plain read each, no more."""
     found, table, attributes = [], port / "gids", port / "gid_attrs"
     for index in sorted(map(int, os.listdir(table) if table.is_dir() else ())):
         text = _read(f"{table}/{index}")
@@ -231,12 +231,12 @@ def _mtu(file: Path) -> int:
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
-    """Sorts "mlx5_10" after "mlx5_9"."""
+    """Return a key that sorts "mlx5_10" after "mlx5_9"."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D+|^)(\d*)", path.name)]
 
 
 def _read(file: Path | str) -> str:
-    """The content; empty where the kernel answers with an error, as it does for what an unused entry has not."""
+    """Read a file; empty where the kernel answers with an error, as it does for an unused entry."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except OSError:

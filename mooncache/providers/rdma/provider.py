@@ -55,7 +55,7 @@ SETTLE_S = 5.0
 
 
 class Rdma(Provider):
-    """Any verbs NIC: InfiniBand, RoCE, or Soft-RoCE.
+    """A wire over verbs NICs: InfiniBand, RoCE, or Soft-RoCE.
 
     Args:
         devices: "device" or "device:port" names; None takes every active port.
@@ -151,11 +151,11 @@ class Rdma(Provider):
             self._watched.register(nic.async_fd, select.EPOLLIN)
 
     def ends_now(self) -> list[End]:
-        """Our NICs, and whether each is up."""
+        """Return our NICs, and whether each is up."""
         return [end._replace(up=index not in self.down) for index, end in enumerate(self.ends)]
 
     def depth_on(self, nic: Nic) -> int:
-        """Work requests in flight on one queue pair of a NIC."""
+        """Return the work requests in flight on one queue pair of a NIC."""
         return min(self._depth, nic.limits.max_qp_wr)
 
     def connect_pair(self, verbs: Verbs, end: End, number: int, psn: int, remote_psn: int, plan: Plan) -> None:
@@ -239,7 +239,7 @@ class Rdma(Provider):
         return self._let_go(lambda known: known.caller == caller)
 
     def _let_go(self, chosen: Callable[[Incoming], bool]) -> int:
-        """End the chosen connections of peers; how many. Nothing of theirs reaches our memory any more."""
+        """End the chosen connections of peers; return how many. Nothing of theirs reaches our memory any more."""
         with self.lock:
             ended = [known for known in self._incoming.values() if chosen(known)]
             for known in ended:
@@ -271,7 +271,7 @@ class Rdma(Provider):
             self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def forget_socket(self, sock: socket.socket) -> None:
-        """A connection's socket is about to be closed."""
+        """Stop watching a connection's socket, which is about to be closed."""
         with self.lock:
             if self._sockets.pop(sock.fileno(), None) is not None:
                 with suppress(OSError):
@@ -303,7 +303,7 @@ class Rdma(Provider):
         return outgoing.pairs
 
     def _end(self, outgoing: Outgoing, deadline: Deadline) -> None:
-        """Give a connection back that is gone, once the workers have nothing to do with it any more."""
+        """Close a connection that is gone, once the workers have nothing to do with it any more."""
         limit = deadline.within(SETTLE_S)
         limit.waits_for(f"what is under way to peer {outgoing.peer!r}")
         if not limit.until(lambda: outgoing.quiet):
@@ -349,7 +349,7 @@ class Rdma(Provider):
 
     # -------------------------------------------------------------------------- the keeper
     def _keep(self) -> None:
-        """In a thread of its own: whatever happens to NICs, queue pairs and peers."""
+        """Look after NICs, queue pairs and peers, in a thread of its own."""
         by_descriptor = {nic.async_fd: index for index, nic in enumerate(self.nics)}
         while not self._closed:
             for descriptor, _ in self._watched.poll(NOTE_S / 2):
@@ -365,7 +365,7 @@ class Rdma(Provider):
                 outgoing.stir()
 
     def _unwatched(self, error: Exception) -> None:
-        """The keeper failed: nothing would be mended, and no peer noticed to be gone. So they count as gone now."""
+        """Count all peers as gone: the keeper failed, and nothing would be mended, no end be noticed."""
         for outgoing in list(self._outgoing.values()):
             outgoing.lose(f"nobody looks after it: {error}")
 
@@ -384,7 +384,7 @@ class Rdma(Provider):
             self._take_down(index, str(error))
 
     def _take_down(self, index: int, why: str) -> None:
-        """A port reaches nobody: what is on it goes over the others, if there are any."""
+        """Take a port down that reaches nobody: what is on it goes over the others, if there are any."""
         port = self.nics[index].port.name
         if self.background.note(f"RDMA port {port}", why):
             log.warning("RDMA port %s: %s", port, why)
@@ -430,7 +430,7 @@ class Rdma(Provider):
         self.trouble_fd = -1
 
     def disown(self) -> None:
-        """See `forks.Holder`; its NICs and sockets do so by themselves."""
+        """Close nothing in a forked child; NICs and sockets do so by themselves; see `forks.Holder`."""
         self._closed = True
         self._watched.close()
         forks.drop([self.trouble_fd])

@@ -42,7 +42,7 @@ class Remote(NamedTuple):
 
 
 class Channel:
-    """What becomes readable when a completion queue that was armed gets a completion. Made by `Nic.completion_channel`.
+    """A descriptor that is readable when an armed completion queue gets a completion. By `Nic.completion_channel`.
 
     Attributes:
         address: of the `ibv_comp_channel`. `ibv_get_cq_event` takes an event from it, without waiting, and tells the
@@ -68,7 +68,7 @@ class Channel:
 
 
 class CompletionQueue:
-    """Where finished work requests are reported. Made by `Nic.completion_queue`.
+    """A queue in which finished work requests are reported. Made by `Nic.completion_queue`.
 
     Attributes:
         address: of the `ibv_cq`.
@@ -85,7 +85,7 @@ class CompletionQueue:
         nic.hold(self)
 
     def acknowledge(self, events: int) -> None:
-        """Say that `events` more of this queue's events were dealt with; `close` would wait for the others forever."""
+        """Acknowledge `events` more of this queue's events; `close` would wait for the others forever."""
         self._nic.verbs.c.ibv_ack_cq_events(self.address, events)
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class QueuePair:
             self.pyverbs.to_rts(attributes)
 
     def _way(self, remote: Remote) -> Any:
-        """The address of the peer's port. Routed by GID on Ethernet and between InfiniBand subnets, else by LID."""
+        """Return the address of the peer's port: by GID on Ethernet and between InfiniBand subnets, else by LID."""
         nic, verbs = self._nic, self._nic.verbs
         routed = not nic.lid or nic.gid[:SUBNET_BYTES] != remote.gid[:SUBNET_BYTES]
         route = verbs.GlobalRoute(dgid=verbs.GID(text_of(remote.gid)), sgid_index=nic.gid_index, hop_limit=HOP_LIMIT)
@@ -226,7 +226,7 @@ class QueuePair:
 
     @property
     def state(self) -> str:
-        """What the device says now: one of STATES. Raises TransportError."""
+        """The state that the device reports now: one of STATES. Raises TransportError."""
         with asking(self._nic.port.device, f"tell the state of queue pair {self.number}"):
             attributes, _ = self.pyverbs.query(QP_STATE)
         return STATES[int(attributes.qp_state)]

@@ -1,4 +1,4 @@
-"""Records of notifications over RDMA; see `notes` for how they are used."""
+"""The records of notifications over RDMA; see `notes` for how they are used."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What Python holds of connections: the row and memory of each lane, a worker's port, a queue pair with its lanes.
+"""Connections as Python holds them: the row and memory of each lane, a worker's port, a queue pair with its lanes.
 
 The kernels here hand a lane to its worker, have it cut, and wake the worker to look.
 """
@@ -68,7 +68,7 @@ def cut(port, lane):
 
 @kernel("int64(int64)")
 def give_up(queue):
-    """A queue pair whose connections were to be renewed is gone: what waits for it fails. Nothing else is touched."""
+    """Fail what waits for a queue pair that is gone before its connections were renewed. Nothing else is touched."""
     queue = queue_at(queue)
     if compare_swap(queue, "broken", lanes.Broken.RENEWING, lanes.Broken.GONE) == lanes.Broken.RENEWING:
         lanes.end_epoch(queue)
@@ -108,12 +108,12 @@ def _zero_pages() -> np.ndarray:
 
 
 def zeros() -> int:
-    """Address of pages that read as zero, as long as the longest slice; they cost address space only."""
+    """Return the address of pages that read as zero, as long as the longest slice; they cost address space only."""
     return address_of(_zero_pages())
 
 
 class Ticket(NamedTuple):
-    """Which queue pair of a peer a connection belongs to, and how often that had been connected: its epoch."""
+    """The queue pair of a peer that a connection belongs to, and how often that had been connected: its epoch."""
 
     queue: int  # random, so that nobody can name another's
     round: int
@@ -156,17 +156,17 @@ class Lane:
 
     @property
     def state(self) -> int:
-        """A LaneState."""
+        """The lane's LaneState."""
         return self.row["state"]
 
     @property
     def open(self) -> bool:
-        """Whether its descriptor is."""
+        """True while its descriptor is open."""
         return self.state in (LaneState.READY, LaneState.LIVE)
 
     @property
     def free(self) -> bool:
-        """Whether another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
+        """True if another connection may have it: nobody's, or broken, no longer in the worker's list, and told of."""
         if self.reserved:
             return False
         if self.state == LaneState.BROKEN:
@@ -175,11 +175,11 @@ class Lane:
 
     @property
     def incoming(self) -> bool:
-        """Whether a peer sends over it, now."""
+        """True while a peer sends over it."""
         return self.state in (LaneState.READY, LaneState.LIVE) and not self.row["queue"]
 
     def serves(self, queue: Queue) -> bool:
-        """Whether its latest connection is one of this queue pair; once free it may become another's."""
+        """Return whether its latest connection is one of this queue pair; once free it may become another's."""
         return self.row["queue"] == queue.address
 
     def prepare(self, sock: socket.socket, queue: Queue | None, peer: str, ticket: Ticket) -> None:
@@ -197,13 +197,13 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        """Whether something was under way on it: requests not answered, or a frame not complete."""
+        """True if something was under way on it: requests not answered, or a frame not complete."""
         row = self.row
         open_frames = row["flight_head"] != row["flight_tail"] or row["out_at"] < row["out_end"]
         return bool(open_frames or row["in_stage"] != lanes.HEADER or row["in_got"])
 
     def why(self) -> str:
-        """Why it broke."""
+        """Explain why it broke."""
         reason, number = Reason(self.row["reason"]), self.row["errno"]
         return os.strerror(number) if number else REASONS[reason]
 
@@ -262,13 +262,16 @@ class Port:
 
     @property
     def load(self) -> int:
-        """Lanes that serve connections, or are about to."""
+        """The lanes that serve connections, or are about to."""
         states = self.rows["state"][: len(self.lanes)]
         live = np.count_nonzero((states == LaneState.READY) | (states == LaneState.LIVE))
         return int(live) + sum(lane.reserved for lane in self.lanes)
 
     def reserve(self, n: int) -> list[Lane]:
-        """Lanes for `n` connections: `attach` them, or `release` them. Raises CapacityError, with none reserved."""
+        """Reserve lanes for `n` connections: `attach` them, or `release` them.
+
+        Raises CapacityError, with none reserved.
+        """
         states = self.rows["state"][: len(self.lanes)]
         ended = (states == LaneState.EMPTY) | (states == LaneState.BROKEN)
         found = [self.lanes[i] for i in np.flatnonzero(ended) if self.lanes[i].free][:n]
@@ -287,7 +290,7 @@ class Port:
 
     @staticmethod
     def release(reserved: Sequence[Lane]) -> None:
-        """Give lanes back that were reserved and not attached."""
+        """Release lanes that were reserved and not attached."""
         for lane in reserved:
             lane.reserved = False
 
@@ -315,7 +318,7 @@ class Port:
         self._list, self._events = self._list[:0].copy(), self._events[:0].copy()
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Close the descriptors in a forked child; see `forks.Holder`."""
         forks.drop([*(lane.row["fd"] for lane in self.lanes if lane.open), self.nudge])
         self.epoll.close()
 
@@ -333,30 +336,30 @@ class StreamQueue(Queue):
 
     @property
     def broken(self) -> bool:
-        """Whether it has no connection, yet or any more."""
+        """True while it has no connection."""
         return bool(self.row["broken"] != Broken.CONNECTED)
 
     @property
     def renewing(self) -> bool:
-        """Whether this end broke its connections and has yet to connect it anew."""
+        """True while this end broke its connections and has yet to connect it anew."""
         return bool(self.row["broken"] == Broken.RENEWING)
 
     @property
     def in_doubt(self) -> int:
-        """Slices sent on connections that have ended, of which it is not known that they land no more."""
+        """The slices sent on connections that have ended, of which it is not known that they land no more."""
         return self.row["doubt"] - self._known
 
     def settle(self, total: int) -> None:
-        """Of all slices ever in doubt the first `total` land no more."""
+        """Note that of all slices ever in doubt the first `total` land no more."""
         self._known = max(self._known, total)
 
     @property
     def settled(self) -> bool:
-        """Whether its worker has reported all that was on it, and let its lanes go."""
+        """True once its worker has reported all that was on it, and let its lanes go."""
         return self.outstanding == 0 and not any(lane.serves(self) and not lane.free for lane in self.lanes)
 
     def lead_to(self, keys: KeyTable, inbox: np.ndarray | None = None, caller: str = "") -> None:
-        """See `Queue.lead_to`. It is another peer's from now on, who has heard of no connection of it."""
+        """Lead to another peer from now on, which has heard of no connection of it; see `Queue.lead_to`."""
         super().lead_to(keys, inbox, caller)
         self.ticket = Ticket(secrets.randbits(62), 0)
         self._known = self.row["doubt"]
@@ -375,7 +378,7 @@ class StreamQueue(Queue):
 
 
 class Buffers(NamedTuple):
-    """What the system gives to a direction of a connection, bytes.
+    """The buffer sizes that the system gives to a direction of a connection, bytes.
 
     Attributes:
         fixed: to who asks: twice what is asked for, or than is allowed (socket(7)).
@@ -387,7 +390,10 @@ class Buffers(NamedTuple):
 
 
 def buffers(direction: str, net: Path = NET) -> Buffers:
-    """For sending, "w", or receiving, "r". Raises OSError or ValueError where the system does not tell."""
+    """Read the sizes for sending, "w", or receiving, "r".
+
+    Raises OSError or ValueError where the system does not tell.
+    """
     fixed = 2 * min(BUFFER_BYTES, int((net / f"core/{direction}mem_max").read_text()))
     _, start, most = map(int, (net / f"ipv4/tcp_{direction}mem").read_text().split())
     tunes = direction == "w" or (net / "ipv4/tcp_moderate_rcvbuf").read_text().strip() != "0"
@@ -395,8 +401,7 @@ def buffers(direction: str, net: Path = NET) -> Buffers:
 
 
 def set_lane_options(sock: socket.socket, *, ours: bool) -> None:
-    """Of a data connection: that the end of its host is noticed, buffers where tuning by the system gives less, and
-    what congestion control suits loopback.
+    """Set a data connection's options: an end of its host is noticed, buffers and congestion control suit it.
 
     A buffer that is asked for is never tuned, and over a distance is then too small by far where the limit is low.
     One of `ours`, which carries our requests, is reset when it is closed, by whomever, the end of the process

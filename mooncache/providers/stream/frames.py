@@ -1,4 +1,4 @@
-"""What goes over a connection: frames of many slices, a table in front, the bytes behind it.
+"""Frames: the bytes on a connection. A table of many slices in front, their bytes behind it.
 
     request   [ magic+kind | seq | count | bytes ][ address length key ] x count    WRITE and NOTE: then the bytes
     answer    [ magic+kind | seq | failed | bytes ][ index status 0 ] x failed      DATA: then the bytes and a trailer
@@ -29,7 +29,7 @@ DISCARD = 0  # base of an iovec whose bytes are to be dropped
 
 
 class Frame(IntEnum):
-    """Kinds of frames. The first three are requests and have the numbers of their opcodes."""
+    """The kinds of frames. The first three are requests and have the numbers of their opcodes."""
 
     WRITE = 0
     NOTE = 2
@@ -40,13 +40,13 @@ class Frame(IntEnum):
 
 @kernel
 def head_bytes(count):
-    """Length of a frame's head with a table of `count` entries."""
+    """Return the length of a frame's head with a table of `count` entries."""
     return max(HEADER_BYTES, FRAME_BYTES + count * ENTRY_BYTES)
 
 
 @kernel
 def trailer_bytes(count):
-    """Length of the trailer behind the bytes of a READ of `count` slices."""
+    """Return the length of the trailer behind the bytes of a READ of `count` slices."""
     return (count + WORD - 1) & -WORD
 
 
@@ -61,7 +61,7 @@ def write_header(frame, kind, seq, count, size):
 
 @kernel
 def slice_in(frame, i):
-    """The i-th entry of a frame's table."""
+    """Return the i-th entry of a frame's table."""
     return slice_at(behind(frame), i)
 
 
@@ -76,7 +76,7 @@ def write_entry(frame, i, first, second, third):
 
 @kernel
 def header_holds(frame, incoming):
-    """Whether a header is one of ours, of a request if `incoming`, else of an answer, with a table that fits."""
+    """Check a header: is it one of ours, of a request if `incoming`, else of an answer, with a table that fits?"""
     kind = frame.kind - MAGIC
     if incoming:
         known = kind == Frame.WRITE or kind == Frame.NOTE or kind == Frame.READ
@@ -87,7 +87,7 @@ def header_holds(frame, incoming):
 
 @kernel
 def request_holds(frame):
-    """Whether a request's table is sound: at least one entry, lengths in range, their sum as stated."""
+    """Check a request's table: at least one entry, lengths in range, their sum as stated."""
     count, total = frame.count, 0
     kind = frame.kind - MAGIC
     for i in range(count):
@@ -109,7 +109,7 @@ def set_range(iov, i, base, length):
 
 @kernel
 def advance(iov, i, n):
-    """Strike the next `n` bytes off an array of iovecs whose i-th is the first with any left; where it stands now."""
+    """Strike the next `n` bytes off an array of iovecs whose i-th is the first with any left; return the new i."""
     while n > 0:
         at = iovec_at(iov, i)
         left = at.length

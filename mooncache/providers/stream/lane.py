@@ -51,7 +51,7 @@ PENDING = -1  # an entry's status until it is answered
 
 
 class Route(IntEnum):
-    """How an entry's bytes travel. Above these: copied, to or from this address, where the peer's memory is mapped.
+    """The way of an entry's bytes. Above these: copied, to or from this address, where the peer's memory is mapped.
 
     Below: the same, negated, but by the kernel, since our own range may be gone.
     """
@@ -61,7 +61,7 @@ class Route(IntEnum):
 
 
 class Broken(IntEnum):
-    """Whether a queue pair is connected: its `broken`."""
+    """The connectedness of a queue pair: its `broken`."""
 
     CONNECTED = 0
     GONE = 1  # not yet, or no more: what is posted fails, until a submit connects anew
@@ -69,7 +69,7 @@ class Broken(IntEnum):
 
 
 class LaneState(IntEnum):
-    """Who may touch a lane's row."""
+    """The owner of a lane's row at this moment."""
 
     EMPTY = 0  # Python
     READY = 1  # the worker will take it
@@ -78,7 +78,7 @@ class LaneState(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a lane broke."""
+    """The reason for which a lane broke."""
 
     NONE = 0
     CLOSED = 1
@@ -101,7 +101,7 @@ ENDED = 2  # `readable`: the stream has ended, and what is left of it can be rea
 
 @kernel
 def entry_of(queue, at):
-    """The queue's ring entry number `at`."""
+    """Return the queue's ring entry number `at`."""
     return entry_at(queue.ring, at & queue.mask)
 
 
@@ -171,7 +171,7 @@ def report_trouble(port):
 
 @kernel
 def break_queue(queue, expired):
-    """Answer what was to go by lane, and say so to submitters.
+    """Fail what was to go by lane, and tell submitters.
 
     As gone; but if this end broke the connection because a batch has `expired`, as flushed, so that the others' slices
     are posted again once it is renewed. Not a notification that was sent: it must not come twice. What was sent is in
@@ -197,13 +197,13 @@ def break_queue(queue, expired):
 
 @kernel
 def waits_for_lane(entry):
-    """Whether an entry that goes by lane is not answered."""
+    """Return whether an entry that goes by lane is not answered."""
     return entry.status == PENDING and entry.route == Route.LANE
 
 
 @kernel
 def end_epoch(queue):
-    """What was submitted to this queue pair's peer so far is posted no more, and submitters connect anew."""
+    """End the epoch: what was submitted to this queue pair's peer so far is posted no more; submitters connect anew."""
     table = table_at(queue.table)
     fetch_add(table, "epoch", 1)
     release(table, "gone", 1)
@@ -211,7 +211,7 @@ def end_epoch(queue):
 
 @kernel
 def fault(lane, reading):
-    """A system call on the lane failed: wait until it can be read, or else written, again; or break the lane."""
+    """Deal with a failed system call on the lane: wait until it can be read, or written, again; or break the lane."""
     error = errno(port_at(lane.port).errno)
     if error == EAGAIN:
         if reading:
@@ -224,20 +224,20 @@ def fault(lane, reading):
 
 @kernel
 def is_unreachable(lane):
-    """Whether a system call on the lane failed because memory that it was given is gone, or may not be touched."""
+    """Return whether a system call failed because memory that it was given is gone, or may not be touched."""
     return errno(port_at(lane.port).errno) == EFAULT
 
 
 @kernel
 def is_open_for(lane, events):
-    """Whether more can be read or written at once: what was short then was so because of memory."""
+    """Return whether more can be read or written at once: what was short then was so because of memory."""
     port = port_at(lane.port)
     return is_ready(port.syscall, lane.fd, events, where(port, "poll"))
 
 
 @kernel
 def slice_of(lane, nth):
-    """Which slice of a READ the `nth` range of its answer is: those that the answer's table calls failed have none."""
+    """Return which slice of a READ the `nth` range of its answer is: those that its table calls failed have none."""
     status, i = i64(lane.in_status), np.int64(0)
     while True:
         why = status[i]
@@ -250,14 +250,14 @@ def slice_of(lane, nth):
 
 @kernel
 def drained(lane):
-    """A read was short, so the socket is empty; unless the stream has ended, which only another read tells."""
+    """Note that the socket is empty, as a read was short; unless the stream has ended: only another read tells."""
     if lane.readable == 1:
         lane.readable = 0
 
 
 @kernel
 def has_output(lane):
-    """Whether a frame is half sent, or one could be started."""
+    """Return whether a frame is half sent, or one could be started."""
     if lane.out_at < lane.out_end:
         return True
     queue = queue_at(lane.queue)
@@ -266,20 +266,20 @@ def has_output(lane):
 
 @kernel
 def flights(lane):
-    """Frames sent and not yet answered."""
+    """Count the frames sent and not yet answered."""
     return lane.flight_head - lane.flight_tail
 
 
 @kernel
 def guard(lane):
-    """Say that pages of ours are about to be touched for a peer, or no longer are; odd in between."""
+    """Mark that pages of ours are about to be touched for a peer, or no longer are; odd in between."""
     release(lane, "moving", lane.moving + 1)
     fence()
 
 
 @kernel
 def may_land(lane):
-    """Whether bytes of an incoming lane may still be put into our pages; called between `guard` and `guard`.
+    """Return whether bytes of an incoming lane may still be put into our pages; called between two `guard`s.
 
     Not if this engine has cut it, nor if its peer has reset or closed it: whoever did that took them for lost. The
     kernel is asked for the latter unless epoll has been asked just before.

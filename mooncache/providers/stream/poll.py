@@ -1,4 +1,4 @@
-"""Serving lanes: what a worker's poll does with all connections of its port, each for a few system calls."""
+"""The poll of a worker serves all connections of its port, each for a few system calls."""
 
 from mooncache.kernels.account import CLOCK_MONOTONIC, NS_PER_S
 from mooncache.kernels.atomics import call_clock_gettime, i64
@@ -31,7 +31,7 @@ from mooncache.providers.stream.send import send
 
 @kernel
 def serve(lane):
-    """Move what can be moved on a lane without waiting; returns whether anything was. It may be broken afterwards."""
+    """Move what can be moved on a lane without waiting; return whether anything was. It may be broken afterwards."""
     moved, calls = False, 0
     while calls < CALLS and lane.state == LaneState.LIVE:
         calls += 1
@@ -56,13 +56,13 @@ def serve(lane):
 
 @kernel
 def answering(lane):
-    """Whether an incoming lane has an answer laid out that is not all sent."""
+    """Return whether an incoming lane has an answer laid out that is not all sent."""
     return lane.out_end > 0
 
 
 @kernel
 def has_whole_header(lane):
-    """Whether the next step needs no read: a header came along with the body before it, or there is no body to come."""
+    """Return whether the next step needs no read: its header came with the body before it, or no body is to come."""
     stage = lane.in_stage
     if stage == HEADER:
         return lane.in_got == HEADER_BYTES
@@ -73,7 +73,7 @@ def has_whole_header(lane):
 
 @kernel
 def wants_more(lane):
-    """Whether a lane could go on at once, so that no descriptor would tell of it."""
+    """Return whether a lane could go on at once, so that no descriptor would tell of it."""
     if lane.state != LaneState.LIVE:
         return False
     if lane.writable != 0 and has_output(lane):
@@ -147,7 +147,7 @@ def gather_events(port):
 
 @kernel
 def serve_listed(port):
-    """Serve every listed lane once; those that could go on stay listed. Returns whether anything moved."""
+    """Serve every listed lane once; those that could go on stay listed. Return whether anything moved."""
     listed, n, kept, moved = i64(port.list), port.listed, 0, False
     for i in range(n):
         lane = lane_at(listed[i])
@@ -170,7 +170,7 @@ def tell_time(port):
 
 @kernel
 def turn_lanes(port):
-    """One round over a worker's lanes; returns whether bytes moved or could move at once."""
+    """Run one round over a worker's lanes; return whether bytes moved or could move at once."""
     before = port.now
     tell_time(port)
     if before != 0 and port.now - before > port.stall:

@@ -1,4 +1,4 @@
-"""How much of an engine one peer may take, and how much of the process all of them together."""
+"""Quotas: how much of an engine one peer may take, and how much of the process all of them together."""
 
 from __future__ import annotations
 

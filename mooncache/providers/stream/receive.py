@@ -54,7 +54,7 @@ from mooncache.providers.stream.records import flight_at, frame_at, port_at, que
 
 @kernel
 def begin_in(lane, ranges):
-    """The head of a frame has been read: behind `ranges` iovecs of its body comes the next frame's header."""
+    """Begin a frame's body: behind its `ranges` iovecs comes the next frame's header."""
     set_range(lane.in_iov, ranges, lane.in_next, HEADER_BYTES)
     lane.in_at = 0
     lane.in_end = ranges
@@ -64,7 +64,7 @@ def begin_in(lane, ranges):
 
 @kernel
 def open_request(lane):
-    """A peer's request is there with its table: check every range, and lay out where its bytes go."""
+    """Check every range of a peer's request, which is there with its table, and lay out where its bytes go."""
     frame, iov, status = frame_at(lane.in_head), lane.in_iov, i64(lane.in_status)
     keys = port_at(lane.port).keys
     if not request_holds(frame):
@@ -86,7 +86,7 @@ def open_request(lane):
 
 @kernel
 def drop_withdrawn(lane):
-    """Before more of a WRITE is received: what lies in a region withdrawn meanwhile is dropped."""
+    """Drop what lies in a region withdrawn meanwhile, before more of a WRITE is received."""
     frame, iov, status = frame_at(lane.in_head), lane.in_iov, i64(lane.in_status)
     keys = port_at(lane.port).keys
     for i in range(lane.in_at, lane.in_end):
@@ -99,7 +99,7 @@ def drop_withdrawn(lane):
 
 @kernel
 def answer_request(lane):
-    """All of a request has been received: lay out its answer."""
+    """Lay out the answer to a request that has been received whole."""
     frame, status = frame_at(lane.in_head), i64(lane.in_status)
     answer, iov = frame_at(lane.out_head), lane.out_iov
     kind, count = frame.kind - MAGIC, frame.count
@@ -131,7 +131,7 @@ def answer_request(lane):
 
 @kernel
 def may_be_said(why):
-    """Whether a target may answer this for a slice: what went wrong with itself, never here or on the way."""
+    """Return whether a target may give this answer for a slice: its own fault, never one here or on the way."""
     return (
         why == WcStatus.REM_ACCESS_ERR
         or why == WcStatus.REM_INV_REQ_ERR
@@ -142,7 +142,7 @@ def may_be_said(why):
 
 @kernel
 def open_answer(lane):
-    """An answer is there with its table: match it with the oldest request, and lay out where its bytes go."""
+    """Match an answer, which is there with its table, with the oldest request, and lay out where its bytes go."""
     frame, iov, status = frame_at(lane.in_head), lane.in_iov, i64(lane.in_status)
     queue, oldest = queue_at(lane.queue), lane.flight_tail
     flight = flight_at(lane.flights, oldest % FLIGHTS)
@@ -178,7 +178,7 @@ def open_answer(lane):
 
 @kernel
 def settle_flight(lane):
-    """All of an answer has been received: write the statuses of its request's entries."""
+    """Write the statuses of a request's entries, whose answer has been received whole."""
     queue, oldest = queue_at(lane.queue), lane.flight_tail
     flight = flight_at(lane.flights, oldest % FLIGHTS)
     status, told = i64(lane.in_status), i8(lane.trailer)
@@ -196,7 +196,7 @@ def settle_flight(lane):
 
 @kernel
 def read_head(lane, buffer, length):
-    """Read on in a frame's head; whether it is complete. The lane may be broken afterwards."""
+    """Read on in a frame's head; return whether it is complete. The lane may be broken afterwards."""
     port, got = port_at(lane.port), lane.in_got
     if got < length:
         n = recv(port.syscall, lane.fd, buffer + got, length - got)
@@ -216,7 +216,7 @@ def read_head(lane, buffer, length):
 
 @kernel
 def lose_target(lane, at):
-    """What range `at` of the frame coming in names cannot be written: its bytes are dropped, and its slice fails."""
+    """Drop the bytes for range `at` of the frame coming in, which cannot be written; its slice fails."""
     status = i64(lane.in_status)
     iovec_at(lane.in_iov, at).base = DISCARD
     lane.in_single = 0
@@ -228,7 +228,7 @@ def lose_target(lane, at):
 
 @kernel
 def read_body(lane):
-    """Read on in a frame's body, and into the next frame's header; whether the body is complete."""
+    """Read on in a frame's body, and into the next frame's header; return whether the body is complete."""
     port = port_at(lane.port)
     at, end = lane.in_at, lane.in_end
     if at == end:
@@ -292,7 +292,7 @@ def next_frame(lane):
 
 @kernel
 def receive(lane):
-    """One step of receiving: a head, or a piece of a body. Returns whether anything moved."""
+    """Do one step of receiving: a head, or a piece of a body. Return whether anything moved."""
     frame, incoming = frame_at(lane.in_head), lane.queue == 0
     before = lane.in_got
     if lane.in_stage == HEADER:

@@ -1,4 +1,4 @@
-"""Records of wires that carry frames over sockets: queue pairs, their entries, ports, lanes, frames."""
+"""The records of wires that carry frames over sockets: queue pairs, their entries, ports, lanes, frames."""
 
 import numpy as np
 

@@ -76,7 +76,7 @@ def next_request(lane):
 
 @kernel
 def spoil_withdrawn(lane):
-    """Before more of a DATA frame is sent: what lies in a region withdrawn meanwhile goes out as zeros."""
+    """Send zeros for what lies in a region withdrawn meanwhile, before more of a DATA frame is sent."""
     keys, frame, iov = port_at(lane.port).keys, frame_at(lane.in_head), lane.out_iov
     status, trailer = i64(lane.in_status), lane.out_trailer
     at = 1
@@ -92,7 +92,7 @@ def spoil_withdrawn(lane):
 
 @kernel
 def lose_source(lane, at):
-    """What range `at` of the frame under way names cannot be read: zeros go in its place, and its slice fails."""
+    """Send zeros for range `at` of the frame under way, which cannot be read; its slice fails."""
     queue = queue_at(lane.queue)
     iovec_at(lane.out_iov, at).base = port_at(lane.port).zeros
     lane.out_single = 0
@@ -105,7 +105,7 @@ def lose_source(lane, at):
 
 @kernel
 def send(lane):
-    """Send what there is, frame after frame, until the socket takes no more; returns system calls that moved bytes."""
+    """Send what there is, frame after frame, until the socket takes no more; return system calls that moved bytes."""
     port, queue = port_at(lane.port), queue_at(lane.queue)
     message, moved = port.message, 0
     port.fresh = 0

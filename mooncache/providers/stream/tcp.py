@@ -1,4 +1,4 @@
-"""Peers anywhere: every slice travels in frames over TCP connections."""
+"""The tcp wire reaches peers anywhere: every slice travels in frames over TCP connections."""
 
 import numpy as np
 
