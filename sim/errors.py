@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import reprlib
 from typing import NamedTuple
 
+from mooncache import errors
 from mooncache.errors import UsageError
 
 
 def came(value: object) -> str:
-    """Quote a refused value: shortened, and with its type, since `4` and `"4"` print alike."""
-    return "nothing" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
+    """Quote a refused value as `mooncache.errors.came` does; None is nothing."""
+    return "nothing" if value is None else errors.came(value)
 
 
 class Problem(NamedTuple):

@@ -94,8 +94,8 @@ def once(store: str, policy: str, layers: int, ranks: int, traffic: Traffic) -> 
 
 
 def pair_of(name: str) -> tuple[str, str]:
-    """Read a pair: `"heap+inline"` -> `("heap", "inline")`. Raises UsageError for names that do not exist."""
-    store, _, policy = name.partition("+")
+    """Read a pair: `"heap + inline"` -> `("heap", "inline")`. Raises UsageError for names that do not exist."""
+    store, _, policy = name.replace(" ", "").partition("+")
     if store not in STORES or policy not in POLICIES:
         stores, policies = ", ".join(STORES), ", ".join(POLICIES)
         raise UsageError(f"expected --pair STORE+POLICY of {stores} and {policies}, got {name!r}")

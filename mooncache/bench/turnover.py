@@ -20,7 +20,7 @@ import numpy as np
 import typer
 
 from mooncache import Batch, Engine
-from mooncache.bench.harness.measure import FingerprintError, resident_bytes
+from mooncache.bench.harness.measure import FingerprintError, descriptors, resident_bytes
 from mooncache.bench.harness.options import JSON
 from mooncache.bench.harness.process import Process, serve
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
@@ -66,7 +66,7 @@ def look() -> Usage:
     """Return what this process holds."""
     gc.collect()
     return Usage(
-        len(os.listdir("/proc/self/fd")),
+        descriptors(),
         len(os.listdir("/proc/self/task")),
         len(Path("/proc/self/maps").read_text().splitlines()),
         round(resident_bytes() / 2**20, 2),

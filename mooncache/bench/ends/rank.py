@@ -13,12 +13,12 @@ import gc
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mooncache.bench.harness import blocks, sockets
+from mooncache.bench.harness.measure import descriptors, resident_bytes
 from mooncache.bench.harness.process import serve
 from mooncache.bench.harness.wires import Case, Plan, open_wire
 from mooncache.errors import UsageError
@@ -150,7 +150,9 @@ class Side:
     def _look(self) -> list[int]:
         """Return resident bytes and open descriptors of the initiator, then of the target."""
         assert self.target is not None
-        return [figure for pid in (os.getpid(), self.target["pid"]) for figure in (resident(pid), descriptors(pid))]
+        return [
+            figure for pid in (os.getpid(), self.target["pid"]) for figure in (resident_bytes(pid), descriptors(pid))
+        ]
 
     def refer(self, start: int) -> dict[str, Any]:
         """Move the sample by the reference; return when that began and ended, ns. Only the initiator's times count."""
@@ -198,16 +200,6 @@ def wait_until(start: int) -> int:
     while (left := start - time.monotonic_ns()) > 0:
         time.sleep(left / 1e9)
     return time.monotonic_ns()
-
-
-def resident(pid: int) -> int:
-    """Return the resident bytes of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def descriptors(pid: int) -> int:
-    """Count the open file descriptors of a process."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 # ------------------------------------------------------------------------------ commands

@@ -161,6 +161,11 @@ def median(samples: Sequence[float]) -> float:
     return quantile(samples, 0.5)
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pid: int | str = "self") -> int:
+    """Return the resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(pid: int | str = "self") -> int:
+    """Count the open file descriptors of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd"))

@@ -207,7 +207,9 @@ class NoteHub:
     def record(self) -> Record:
         """Take a record that nobody uses. Raises CapacityError; TransportError when a NIC registers no more memory."""
         if not self.free:
-            raise CapacityError(f"all {RECORDS} connections of this engine are in use")
+            raise CapacityError(
+                f"all {RECORDS} connections of this engine are in use; forget() peers that are not needed"
+            )
         index = self.free.pop()
         try:
             return Record(self, index)

@@ -115,7 +115,9 @@ class Rdma(Provider):
         gid_index, interface, family = self._gid
         choices = choose(self._devices, gid_index=gid_index, interface=interface, family=family)
         if len(choices) > limits.NICS:
-            raise CapacityError(f"expected at most {limits.NICS} ports, there are {len(choices)}: name some of them")
+            raise CapacityError(
+                f"expected at most {limits.NICS} ports, there are {len(choices)}: name some, Rdma(['mlx5_0', ...])"
+            )
         self._depth, self.instance = queue_depth, secrets.randbits(62)
         with ExitStack() as undo:
             for choice in choices:

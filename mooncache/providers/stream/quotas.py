@@ -17,14 +17,14 @@ LEASES = 4
 
 
 def check_lanes(callers: Sequence[str], caller: str) -> None:
-    """Raise CapacityError when a peer may have no further connection to us; `callers`: whose there are."""
+    """Raise CapacityError when a peer may have no further connection to us; `callers`: of all connections."""
     if callers.count(caller) >= LANES:
         raise CapacityError(f"{caller!r} has {LANES} connections to this engine, as many as one peer may")
     _check_descriptors(len(callers))
 
 
 def check_leases(callers: Sequence[str], caller: str) -> None:
-    """Raise CapacityError when a peer may not map our memory once more; `callers`: who does."""
+    """Raise CapacityError when a peer may not map our memory once more; `callers`: of all mappings."""
     if callers.count(caller) >= LEASES:
         raise CapacityError(f"{caller!r} maps memory of this engine {LEASES} times already, as often as one peer may")
     _check_descriptors(2 * len(callers))  # a socket and the guards
