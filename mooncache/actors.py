@@ -1,4 +1,4 @@
-"""Who works for an engine beside its callers: the workers, and the reaper where the policy needs one."""
+"""The actors of an engine beside its callers: the workers, and the reaper where the policy needs one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mooncache.kernels.reclaim.policies import TRAITS
 from mooncache.kernels.state import Block, State
 
 JOIN_SECONDS = 5.0
-"""What a close waits for workers to get the NIC's last answers, before connections are broken."""
+"""The time that a close leaves workers to get the NIC's last answers, before connections are broken."""
 
 
 class Actors:
@@ -82,7 +82,7 @@ class Actors:
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> list[str]:
-    """Wait for threads to end, all together for so long; names of those that did not."""
+    """Wait for threads to end, all together for so long; return the names of those that did not."""
     deadline = monotonic_ns() + round(seconds * 1e9)
     for thread in threads:
         thread.join(max(0.0, (deadline - monotonic_ns()) / 1e9))

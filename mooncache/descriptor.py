@@ -1,4 +1,4 @@
-"""What an engine tells its peers: who it is, which regions it has registered, and the keys peers must show."""
+"""An engine's description for its peers: who it is, which regions it has registered, and the keys peers must show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Keys(NamedTuple):
-    """What a registration is answered with: for each NIC the local key, and the key peers must show."""
+    """The answer to a registration: for each NIC the local key, and the key peers must show."""
 
     lkeys: tuple[int, ...]
     rkeys: tuple[int, ...]
@@ -22,14 +22,14 @@ class RemoteRegion(NamedTuple):
     access: int  # bits of enums.Access
 
     def covered_by(self, other: RemoteRegion) -> bool:
-        """Whether every byte of this one can be reached through the other, in every way."""
+        """Return whether every byte of this region can be reached through the other, in every way."""
         end, others = self.address + self.length, other.address + other.length
         return other.address <= self.address and end <= others and self.access & ~other.access == 0
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What an engine tells its peers: who it is, what is registered, and what its provider needs to connect.
+    """An engine's description for its peers: its name, what is registered, and what its provider needs to connect.
 
     Attributes:
         generation: random, 63 bits; another one means that another engine has this name now.

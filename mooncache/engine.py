@@ -41,11 +41,11 @@ from mooncache.transfers import Transfers
 log = logging.getLogger("mooncache")
 
 FENCE_S = 1.0
-"""What `fence` may take: microseconds mostly; a copy of a megabyte by a process that has to share its core, some ms."""
+"""The time that `fence` may take: microseconds mostly; some ms where a process that copies shares its core."""
 
 
 class Engine:
-    """Moves ranges of registered memory to and from peers.
+    """An engine moves ranges of registered memory to and from peers.
 
     Args:
         name: how peers call it; must be unique in the process. Default: "engine-<n>".
@@ -65,7 +65,7 @@ class Engine:
             peers are called by "host:port".
         advertise: "host" or "host:port" that peers are told, if it is not that of `listen`: what a port mapping, NAT or
             a load balancer makes of it.
-        settings: capacities and limits, see `kernels.state.Settings`: workers, slices, batches, peers, regions (of
+        settings: capacities and limits, see `kernels.settings.Settings`: workers, slices, batches, peers, regions (of
             this engine, and of each peer), notes (notifications kept until they are fetched), note_bytes (of the
             longest), slice_bytes, queue_depth, chain, poll_lot, retries, signal, cache_slices, reaper_lot,
             reaper_period_ns, spin_ns.
@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def ctl(self) -> int:
-        """Address of the calling thread's control block."""
+        """The address of the calling thread's control block."""
         try:
             return self._callers.local.ctl  # type: ignore[no-any-return]
         except AttributeError:
@@ -136,7 +136,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------ memory
     def allocate(self, nbytes: int, *, huge: bool = False) -> np.ndarray:
-        """Zeroed memory that peers on the same host can map, which is their fastest way; see `segments.allocate`.
+        """Allocate zeroed memory that peers on the same host can map, their fastest way; see `memory.allocate`.
 
         Register it, or parts of it, before use.
         """
@@ -144,7 +144,7 @@ class Engine:
         return allocate(nbytes, huge=huge)
 
     def register(self, buffer: Any, *, access: str = "both") -> Region:
-        """Let transfers use a buffer, and peers reach it.
+        """Register a buffer, so that transfers may use it and peers reach it.
 
         Args:
             buffer: a contiguous NumPy array, torch tensor (of a GPU too with provider "rdma"), DLPack object, writable
@@ -165,7 +165,7 @@ class Engine:
         return region
 
     def unregister(self, region: Any) -> None:
-        """What `Region.unregister` does."""
+        """Withdraw a registration, as `Region.unregister` does."""
         self.check_own()
         if not isinstance(region, Region) or region._engine is not self:
             raise UsageError(f"{came(region)} is not registered with engine {self.name!r}")
@@ -175,11 +175,11 @@ class Engine:
         self._registry.release(region)
 
     async def aregister(self, buffer: Any, *, access: str = "both") -> Region:
-        """`register` in a thread, which goes on with it when this is cancelled: see `regions`."""
+        """Register in a thread, which goes on with it when this is cancelled: see `regions`."""
         return await asyncio.to_thread(partial(self.register, buffer, access=access))
 
     async def aunregister(self, region: Any) -> None:
-        """`unregister` in a thread, which goes on with it when this is cancelled."""
+        """Unregister in a thread, which goes on with it when this is cancelled."""
         await asyncio.to_thread(self.unregister, region)
 
     @property
@@ -189,29 +189,29 @@ class Engine:
 
     @property
     def regions(self) -> dict[int, Region]:
-        """What is registered, by the slot of its first part."""
+        """The registered regions, by the slot of their first part."""
         return self._registry.regions
 
     # ------------------------------------------------------------------------------ peers
     @property
     def address(self) -> str:
-        """Where it answers peers, "host:port"; empty when they are all in this process."""
+        """The address where it answers peers, "host:port"; empty when they are all in this process."""
         return "" if self._service is None else self._service.address
 
     @property
     def near(self) -> str:
-        """Where it answers others of this machine, who may not reach what it advertises; empty likewise."""
+        """The address for others of this machine, who may not reach the advertised one; empty likewise."""
         return "" if self._service is None else self._service.near
 
     def descriptor(self) -> Descriptor:
-        """What peers are told, keys included. Waits for nobody."""
+        """Return the description that peers get, keys included. Waits for nobody."""
         self.check_own()
         regions = self._registry.described  # before the rest: what they lie in is described, too
         data = self.provider.describe(self._service.unix if self._service is not None else "")
         return Descriptor(self.name, self.generation, self.address, self.provider.name, regions, data)
 
     def describe(self) -> dict[str, Any]:
-        """This engine in plain values: name, address, provider, regions, and how bytes travel to each peer."""
+        """Describe this engine in plain values: name, address, provider, regions, and the wire to each peer."""
         self.check_own()
         return {
             "name": self.name,
@@ -247,13 +247,13 @@ class Engine:
         return self._peers.connected(name) or self._peers.ask(name, patient=False).result(deadline)
 
     async def aconnect(self, name: str, timeout: float | None = None) -> Peer:
-        """`connect` for a coroutine, whose event loop goes on meanwhile. Cancelling it leaves the try to others."""
+        """Connect from a coroutine, whose event loop goes on meanwhile. Cancelling it leaves the try to others."""
         self.check_open()
         deadline = deadline_of(timeout)
         return self._peers.connected(name) or await self._peers.ask(name, patient=False).aresult(deadline)
 
     def forget(self, peer: str | Peer) -> None:
-        """Give back all that belongs to a peer: connections, mapped memory, descriptors, its place among the `peers`.
+        """Forget a peer, and free all that belongs to it: connections, mapped memory, descriptors, its row.
 
         What is under way to it fails as PEER_GONE, or ends as it would have: blocks until then, and until nothing of it
         can land there any more, 5 s at most. Batches to it stay as they are. Connecting to it again makes a new `Peer`;
@@ -267,11 +267,11 @@ class Engine:
         self._peers.forget(peer)
 
     async def aforget(self, peer: str | Peer) -> None:
-        """`forget` for a coroutine, in a thread of its event loop, which goes on with it when this is cancelled."""
+        """Forget a peer from a coroutine, in a thread, which goes on with it when this is cancelled."""
         await asyncio.to_thread(self.forget, peer)
 
     def supersede(self, name: str, generation: int) -> None:
-        """A peer's name is another engine's now: the next submit connects anew. What is under way goes on."""
+        """Note that a peer's name is another engine's: the next submit connects anew. What is under way goes on."""
         self._peers.supersede(name, generation)
 
     # ------------------------------------------------------------------------------ transfers
@@ -316,7 +316,7 @@ class Engine:
         self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
         notify: bytes | str | None = None,
     ) -> Batch:  # fmt: skip
-        """`write` for a coroutine: its event loop goes on while the peer is connected to or slots are waited for.
+        """Write from a coroutine: its event loop goes on while the peer is connected to or slots are waited for.
 
         Cancelled meanwhile, it has submitted nothing.
         """
@@ -326,11 +326,11 @@ class Engine:
         self, peer: str | Peer, source: Operand, target: Operand, length: Operand, *, timeout: float | None = None,
         notify: bytes | str | None = None,
     ) -> Batch:  # fmt: skip
-        """`read` for a coroutine, as `awrite`."""
+        """Read from a coroutine, as `awrite` writes."""
         return await self._transfers.asubmit(self, Opcode.READ, peer, target, source, length, timeout, notify)
 
     def notifications(self) -> Inbox:
-        """What peers have sent along with batches: iterate to take out what is there, `async for` to wait for more."""
+        """Return the inbox of notifications: iterate to take out what is there, `async for` to wait for more."""
         self.check_own()
         return self._runtime.inbox
 
@@ -358,16 +358,19 @@ class Engine:
         return self._peers.fence(peer, self.generation, limit_s)
 
     async def afence(self, peer: str | Peer, *, timeout: float = FENCE_S) -> int:
-        """`fence`, in a thread, so that the event loop goes on."""
+        """Fence a peer in a thread, so that the event loop goes on."""
         return await asyncio.to_thread(partial(self.fence, peer, timeout=timeout))
 
     def retract_from(self, generation: int, limit_s: float) -> int:
-        """An engine of this process, of this generation, fences this one. Returns how many queue pairs lead there."""
+        """Get back what this engine has in flight to an engine of this process that fences it.
+
+        Return how many queue pairs lead there.
+        """
         return self._peers.retract_from(generation, limit_s)
 
     # ------------------------------------------------------------------------------ looking
     def stats(self) -> Stats:
-        """Counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
+        """Return counters and levels; see `Stats`. Costs some microseconds and disturbs nobody."""
         self.check_own()
         trouble = self.provider.background.trouble + self._runtime.looker.background.trouble
         if self._service is not None:
@@ -387,7 +390,10 @@ class Engine:
 
     # ------------------------------------------------------------------------------ the end
     def disown(self) -> None:
-        """See `forks.Holder`: as if closed, but without touching anything. No thread gets a control block any more."""
+        """Close the engine in a forked child without touching anything; see `forks.Holder`.
+
+        No thread gets a control block any more.
+        """
         self.closed = self.inherited = self._ended = True
         self._ending = threading.RLock()
 
@@ -415,7 +421,7 @@ class Engine:
                 self._end()
 
     async def aclose(self) -> None:
-        """`close` in a thread, which goes on with it when this is cancelled."""
+        """Close the engine in a thread, which goes on with it when this is cancelled."""
         await asyncio.to_thread(self.close)
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""What batches, regions, peers and the service need of the engine that they belong to."""
+"""The part of an engine that batches, regions, peers and the service need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mooncache.stats import Stats
 
 
 class Owner(Protocol):
-    """An engine, seen by what it has made. See `Engine`, which is the only one, for what is not said here.
+    """An engine as the objects know it that it has made. `Engine`, the only one, says the rest.
 
     Attributes:
         name, generation: by which peers know it.
@@ -30,19 +30,19 @@ class Owner(Protocol):
 
     @property
     def ctl(self) -> int:
-        """Address of the calling thread's control block."""
+        """The address of the calling thread's control block."""
 
     @property
     def memory(self) -> object:
-        """Whoever holds this keeps the engine's arrays in place, also while it is closed."""
+        """The engine's arrays: a holder of this keeps them in place, also while it is closed."""
 
     @property
     def regions(self) -> Mapping[int, object]:
-        """What is registered, by the slot of its first part."""
+        """The registered regions, by the slot of their first part."""
 
     @property
     def near(self) -> str:
-        """Where it answers others of this machine; empty when it answers in this process only."""
+        """The address for others of this machine; empty when it answers in this process only."""
 
     def check_own(self) -> None:
         """Raise EngineInherited in a process that was forked from the engine's."""
@@ -54,13 +54,16 @@ class Owner(Protocol):
         """Withdraw a region."""
 
     def descriptor(self) -> Descriptor:
-        """What peers are told."""
+        """Return the description that peers get."""
 
     def supersede(self, name: str, generation: int) -> None:
-        """A peer's name is another engine's now."""
+        """Note that a peer's name is another engine's."""
 
     def retract_from(self, generation: int, limit_s: float) -> int:
-        """An engine of this process, of this generation, fences this one. Returns how many queue pairs lead there."""
+        """Get back what is in flight to an engine of this process that fences this one.
+
+        Return its queue pairs' number.
+        """
 
     def stats(self) -> Stats:
-        """Counters and levels."""
+        """Return counters and levels."""

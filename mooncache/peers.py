@@ -56,11 +56,11 @@ class Peers:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`."""
+        """Forget the peers in a forked child; see `forks.Holder`."""
         self._closed, self._lock = True, threading.RLock()
 
     def own(self, peer: Any) -> Peer:
-        """What `connect` has returned, as long as it is of use. Raises UsageError for anything else."""
+        """Return a peer that `connect` has returned, as long as it is of use. Raises UsageError for anything else."""
         if not isinstance(peer, Peer):
             raise UsageError(f"expected a peer's name, or what this engine's connect() returned, got {came(peer)}")
         if peer.forgotten:
@@ -71,13 +71,13 @@ class Peers:
 
     @property
     def wires(self) -> dict[str, str]:
-        """How bytes travel to each peer, by its name, in a few words."""
+        """The wire to each peer, by its name, in a few words."""
         with self._lock:
             return {peer.name: self._provider.wire(peer.name) for peer in self.known.values()}
 
     # ------------------------------------------------------------------------------ connecting
     def connected(self, name: str) -> Peer | None:
-        """The peer, if nothing has to be asked of it first. Raises UsageError for what is no str."""
+        """Return the peer, if nothing has to be asked of it first. Raises UsageError for what is no str."""
         if not is_text(name):
             raise UsageError(
                 f"expected a peer's name, its 'host:port', or what this engine's connect() returned, got {came(name)}"
@@ -91,8 +91,10 @@ class Peers:
         return self._ways.begin(name, partial(self._reach, name), patient=patient, news=news)
 
     def _reach(self, name: str, deadline: Deadline) -> Peer:
-        """Connect to a peer, or learn what it has registered by now; it may even be another engine, opened under the
-        same name. In a thread of `Ways`."""
+        """Connect to a peer, or learn what it has registered by now, in a thread of `Ways`.
+
+        It may even be another engine, opened under the same name.
+        """
         while True:
             described = self._look_up(name, deadline)  # asks the peer, so never while holding one's own lock
             peer = self._enter(name, described)
@@ -105,7 +107,7 @@ class Peers:
                 raise
 
     def _meet(self, peer: Peer, described: Descriptor, deadline: Deadline) -> bool:
-        """Connect, or look again; False when the peer was forgotten meanwhile."""
+        """Connect, or look again; return False when the peer was forgotten meanwhile."""
         deadline.waits_for(f"another try to reach peer {peer.name!r}, by another of its names")
         if not peer.connecting.acquire(timeout=deadline.left()):
             raise TimeoutError
@@ -122,7 +124,7 @@ class Peers:
         return self._service.look_up(name, deadline)
 
     def _enter(self, name: str, described: Descriptor) -> Peer:
-        """A peer not connected to yet, or one known by another name."""
+        """Enter a peer not connected to yet, or one known by another name."""
         while True:
             with self._lock:
                 self._check_open()
@@ -145,11 +147,11 @@ class Peers:
                 )
 
     def _is_gone(self, peer: Peer) -> bool:
-        """Whether a peer has to be connected to anew, and nobody is at it."""
+        """Return whether a peer has to be connected to anew, and nobody is at it."""
         return self._has_ended(peer) and not (peer.connecting.locked() and not peer.met)
 
     def _has_ended(self, peer: Peer) -> bool:
-        """Whether a connection to a peer has ended, or never was, so that it has to be connected to anew."""
+        """Return whether a connection to a peer has ended, or never was: it has to be connected to anew."""
         return peer.gone or (peer.met > 0 and not self._provider.connected(peer.name))
 
     def _learn(self, peer: Peer, described: Descriptor, deadline: Deadline) -> None:
@@ -174,7 +176,7 @@ class Peers:
                 peer.gone = True
 
     def supersede(self, name: str, generation: int) -> None:
-        """A peer's name is another engine's now: the next submit connects anew. What is under way goes on."""
+        """Note that a peer's name is another engine's: the next submit connects anew. What is under way goes on."""
         self._ways.hurry(name)
         peer = self.known.get(name)
         if peer is not None and peer.generation != generation:
@@ -182,7 +184,7 @@ class Peers:
 
     # ------------------------------------------------------------------------------ slices that peers refused
     def look_where_asked(self) -> None:
-        """Look again at peers that refused what workers believed they had; each in a thread, which may have to wait."""
+        """Look again at peers that refused what workers believed they had; each in a thread."""
         for peer in set(self.known.values()):
             if number := look.begin(peer.table.header.address):
                 try:
@@ -202,7 +204,7 @@ class Peers:
 
     # ------------------------------------------------------------------------------ forgetting
     def forget(self, peer: str | Peer) -> None:
-        """Give back all that belongs to a peer; see `Engine.forget`."""
+        """Forget a peer, and free all that belongs to it; see `Engine.forget`."""
         known = self.known.get(peer) if isinstance(peer, str) else self.own(peer)
         if known is None:
             raise UsageError(
@@ -211,14 +213,14 @@ class Peers:
         self._forget(known, lambda peer: True)
 
     def _give_back(self, peer: Peer, still: Callable[[Peer], bool]) -> bool:
-        """`_forget`, where it is no matter if that cannot be done now."""
+        """Forget a peer, or let it be if that cannot be done now."""
         try:
             return self._forget(peer, still, ROOM_SECONDS)
         except TransportError:
             return False
 
     def _forget(self, peer: Peer, still: Callable[[Peer], bool], seconds: float = REST_SECONDS) -> bool:
-        """Forget a peer; False if another thread has, or `still` does not hold."""
+        """Forget a peer; return False if another thread has, or `still` does not hold."""
         with peer.connecting:
             if peer.forgotten or not still(peer):
                 return False
@@ -236,7 +238,7 @@ class Peers:
         return True
 
     def _await_rest(self, peer: Peer, quiet: Callable[[], bool], deadline: Deadline) -> None:
-        """Return when no batch to a peer is under way, its queue pairs rest, and so says `quiet`."""
+        """Wait until no batch to a peer is under way, its queue pairs rest, and so says `quiet`."""
         limit = deadline.within(REST_SECONDS)
         limit.waits_for(f"what is under way to peer {peer.name!r}")
         if not limit.until(
@@ -260,10 +262,12 @@ class Peers:
         peer.kept.clear()
 
     def _let_workers_turn(self) -> None:
-        """Return when every worker has begun a new round: what was withdrawn before is in nobody's hands."""
+        """Wait until every worker has begun a new round: then nobody holds what was withdrawn before."""
         epoch = calls.grace(self._callers.ctl)
         if not Deadline(REST_SECONDS).until(lambda: bool(calls.graced(self._callers.ctl, epoch)), 1e-4):
-            raise TransportError(f"workers of engine {self._name!r} do not get on; try again")
+            raise TransportError(
+                f"workers of engine {self._name!r} began no new round within {REST_SECONDS:g} s; call forget() again"
+            )
 
     # ------------------------------------------------------------------------------ fences
     def fence(self, peer: str | Peer, generation: int, limit_s: float) -> int:
@@ -279,7 +283,10 @@ class Peers:
         return sum(engine.retract_from(generation, limit_s) for engine in callers)
 
     def retract_from(self, generation: int, limit_s: float) -> int:
-        """An engine of this process fences this one. Returns how many queue pairs lead there."""
+        """Get back what is in flight to an engine of this process that fences this one.
+
+        Return its queue pairs' number.
+        """
         assert isinstance(self._provider, InProcessProvider)
         there = {peer for peer in self.known.values() if peer.generation == generation}
         for peer in there:
@@ -292,7 +299,7 @@ class Peers:
             raise EngineClosed(f"engine {self._name!r} is closed")
 
     def close(self) -> None:
-        """Enter no other from now on."""
+        """Enter no other peer from now on."""
         with self._lock:
             self._closed = True
 

@@ -1,4 +1,4 @@
-"""What works inside an engine: its memory, its wire, its workers, and what wakes those who wait."""
+"""The inside of an engine: its memory, its wire, its workers, and what wakes those who wait."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mooncache.looker import Looker
 from mooncache.providers.base import Provider
 
 SETTLE_S = 1.0
-"""What `close` waits for peers to confirm that nothing of broken connections lands any more; they answer within ms."""
+"""The time that `close` gives peers to confirm that nothing of broken connections lands any more; they take ms."""
 
 
 class Runtime:
@@ -59,28 +59,28 @@ class Runtime:
         self.looker.start(name, look)
 
     def end_idle(self, ctl: int) -> None:
-        """Let the threads leave that were started; nothing was ever submitted. `ctl`: of the calling thread."""
+        """Let the started threads leave; nothing was ever submitted. `ctl`: of the calling thread."""
         self.actors.end_idle(ctl)
         self.looker.stop()
 
     def stop(self, ctl: int) -> list[str]:
-        """Wait for the threads to leave; workers were told to stop. Returns names of workers that hang in the NIC."""
+        """Wait for the threads to leave; workers were told to stop. Return names of workers that hang in the NIC."""
         hanging = self.actors.join(ctl, self.provider.hang_up)
         self.looker.stop()
         self.awaiting.release()
         return hanging
 
     def close(self) -> None:
-        """Close the wire, and what wakes; all threads have left. Peers get 1 s to confirm what is in doubt."""
+        """Close the wire and the eventfds; all threads have left. Peers get 1 s to confirm what is in doubt."""
         self.provider.settle(SETTLE_S)
         self._parts.close()
 
     def release(self, blocks: Iterable[Block]) -> None:
-        """Give the memory back. `blocks`: of the callers."""
+        """Free the memory. `blocks`: of the callers."""
         self.state.release([*blocks, *self.actors.blocks])
         self.inbox.release()
 
     def drop_caches(self, blocks: Iterable[Block]) -> None:
-        """Give back the slots that callers and workers keep for themselves."""
+        """Free the slots that callers and workers keep for themselves."""
         for block in [*blocks, *self.actors.workers]:
             thread_cache.drop(block.ctl)

@@ -23,10 +23,10 @@ HUGE_BYTES = 2 << 20
 
 F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has no name for it
 LASTS = fcntl.F_SEAL_SHRINK
-"""What memory of a peer's must have before it is mapped: a file cut short under a mapping kills who touches it."""
+"""The seal that a peer's memory must have to be mapped: touching a file cut short under a mapping kills a process."""
 
 SEALS = LASTS | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-"""Of all memory with a descriptor. The last: nobody who is handed it can forbid its owner to write."""
+"""The seals of all memory with a descriptor. By the last, nobody who is handed it can forbid its owner to write."""
 
 
 class Pages:

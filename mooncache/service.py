@@ -28,7 +28,7 @@ log = logging.getLogger("mooncache")
 
 
 TROUBLES, TROUBLE_CHARACTERS = 16, 200
-"""How much of `stats().trouble` an engine tells others, so that it fits into an answer."""
+"""The part of `stats().trouble` that an engine tells others, so that it fits into an answer."""
 
 
 class Service:

@@ -30,7 +30,7 @@ PATIENCE_NS = 5 * 10**9  # after which a call that may wait for ever for slots o
 
 
 class Transfers:
-    """Makes batches of an engine's calls. Methods may be called from any thread."""
+    """The maker of batches from an engine's calls. Methods may be called from any thread."""
 
     def __init__(self, state: State, callers: Callers, peers: Peers) -> None:
         self._state, self._settings, self._callers, self._peers = state, state.settings, callers, peers
@@ -55,7 +55,7 @@ class Transfers:
         return done
 
     async def asubmit(self, engine: Owner, *arguments: Any) -> Batch:
-        """`submit`, which awaits what that waits for."""
+        """Submit from a coroutine, which awaits what `submit` waits for."""
         call = self._call(engine, *arguments)
         done = self._attempt(engine, call)
         if done is None:
@@ -86,7 +86,7 @@ class Transfers:
         return Call(name, submit.submit_noted, opcode, deadline, operands, requests, True, timeout, given)
 
     def _attempt(self, engine: Owner, call: Call) -> Batch | None:
-        """The batch, unless the kernel refuses it or the peer has to be connected to first."""
+        """Try to submit; return None if the kernel refuses, or the peer has to be connected to first."""
         to = self._peers.known.get(call.peer)
         if to is None or (to.name != call.peer and to.gone):  # two names of one engine may be of two later on
             return None
@@ -96,8 +96,9 @@ class Transfers:
 
     # ------------------------------------------------------------------------------ when the first attempt fails
     def _attempts(self, engine: Owner, call: Call) -> Generator[Asked | int, None, Batch]:
-        """A submit was refused, or its peer is not known: yields what has to be waited for before the next attempt (a
-        way to the peer, or the value of the capacity bell that must change), or says what is wrong."""
+        """Yield what has to be waited for before the next attempt: a way to the peer, or the value of the capacity bell
+        that must change. Raises the error if waiting does not help.
+        """
         ctl, looked, connects, told = self._callers.ctl, False, 0, False
         since = monotonic_ns()
         while True:

@@ -23,8 +23,8 @@ CONNECT_S = 30.0
 """One try: names (two requests to a store), a handshake, lanes, and the first bytes over RDMA (20 s by themselves)."""
 
 PAUSE_S, PAUSE_MOST_S = 0.05, 2.0
-"""After a try that failed, before submits begin another; doubled each time. So a peer that is back is found by submits
-within 2 s, and at once by `connect`, or when the store of names has news of it."""
+"""The pause after a failed try, before submits begin another; doubled each time. So a peer that is back is found by
+submits within 2 s, and at once by `connect`, or when the store of names has news of it."""
 
 KEPT = 1024
 """Names whose last try failed that are remembered, beyond which the oldest are forgotten."""

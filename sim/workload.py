@@ -29,7 +29,7 @@ SLICES_MAX = 10**10
 """Simulated one by one: some minutes. Fast mode simulates so many of its sample."""
 
 SAMPLE_REQUESTS = 4
-"""Of a fast run, simulated exactly as well."""
+"""The requests of a fast run that are simulated exactly as well."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from mooncache.bench.harness.process import Process
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 
 NBYTES = {"tcp": 16 << 20, "shm": 16 << 20, "rdma": 2 << 20}
-"""Of the pages. Moving them takes about as long as MOMENT_S; the RDMA device may be an emulated one."""
+"""The bytes of the pages. Moving them takes about as long as MOMENT_S; the RDMA device may be an emulated one."""
 
 
 class Provider(str, Enum):

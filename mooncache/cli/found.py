@@ -20,7 +20,7 @@ class Place(NamedTuple):
     load: Callable[[], Callable[..., None]]
     """Imports it; returns the function whose parameters are its options."""
     needs: str = ""
-    """What pip installs for it to work, such as mooncache[sim]."""
+    """The requirement that pip installs for it to work, such as mooncache[sim]."""
 
 
 class Found(TyperGroup):

@@ -26,10 +26,10 @@ from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, Usage
 log = logging.getLogger("mooncache")
 
 LEASE_S = 10.0
-"""How long a record outlives its engine: as long as a TCP connection takes to notice (handshake.TCP_OPTIONS)."""
+"""A record outlives its engine for as long as a TCP connection takes to notice (handshake.TCP_OPTIONS)."""
 
 TIMEOUT_S = 3.0
-"""For one request to a store. A refresh every third of the lease may fail once and the record stays."""
+"""The time for one request to a store. A refresh every third of the lease may fail once and the record stays."""
 
 SIMILAR = 5
 """Names that an error message suggests."""

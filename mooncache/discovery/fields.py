@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from mooncache.errors import DiscoveryError
 
 VERSION = 1
-"""Of records and handshakes alike: all engines that talk to each other are of one release."""
+"""The version of records and handshakes alike: all engines that talk to each other are of one release."""
 
 NAME_LENGTH = 255
 """Characters of a name: a host name (253) fits."""

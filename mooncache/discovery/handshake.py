@@ -33,7 +33,7 @@ HEADER = struct.Struct(">4sI")
 NONCE_BYTES = 32
 
 HANDSHAKE_S = 5.0
-"""For a whole handshake: a thousand times what three messages take on a busy network, and no test of patience."""
+"""The time for a whole handshake: a thousand times that of three messages on a busy network."""
 
 FDS = (
     REGIONS_MOST  # a segment each
@@ -52,8 +52,8 @@ TCP_OPTIONS = {
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 10_000,  # ms
 }
-"""Of every connection. A host that vanished shows within 10 s: 4 s of silence and 3 probes 2 s apart unanswered, or
-bytes that nobody acknowledged for 10 s, since no probes are sent while there are such bytes."""
+"""The options of every connection. A host that vanished shows within 10 s: 4 s of silence and 3 probes 2 s apart
+unanswered, or bytes that nobody acknowledged for 10 s, since no probes are sent while there are such bytes."""
 
 HELLO_BYTES = 1 * KiB
 """Largest hello, whatever version it speaks: a nonce in hex and three field names."""
@@ -64,7 +64,7 @@ COMMON_BYTES = (
     + 20  # generation
     + 884  # the names of fields, version, purpose, what else a body says; rounded up to 4 KiB
 )
-"""Of each call, and of each answer, besides what grows with an engine."""
+"""The bytes of each call, and of each answer, besides what grows with an engine."""
 
 CONNECT_BYTES = (
     NICS * 96  # paths: GID of 39 characters, LID, MTU, rkey, three small numbers
@@ -72,7 +72,7 @@ CONNECT_BYTES = (
     + NICS * 96  # the same for notifications; in answers with an address and an rkey of 19 digits
     + 20  # address of the answer word
 )
-"""What a peer over RDMA says of its queue pairs when it connects, or is answered."""
+"""The bytes in which a peer over RDMA describes its queue pairs when it connects, or is answered."""
 
 SEGMENTS_BYTES = REGIONS_MOST * 64
 """Number, address and length of each segment that a peer on this host may map, 19 digits each; asked by number."""

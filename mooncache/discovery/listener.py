@@ -35,7 +35,7 @@ from mooncache.errors import CapacityError, DiscoveryError, MooncacheError
 log = logging.getLogger("mooncache")
 
 CALLS = 32
-"""Of one caller that are being answered at once: its workers connect at the same time."""
+"""The calls of one caller that are being answered at once: its workers connect at the same time."""
 
 SERVING = 8
 """Threads that answer what may wait, for former connections to end or for a NIC's queue pairs, 5 s at most: half of the
@@ -49,7 +49,7 @@ ACCEPT_PAUSE_S = 0.1
 
 
 class Listener:
-    """Answers handshakes, in a thread of its own.
+    """The listener answers handshakes, in a thread of its own.
 
     Args:
         bind: "host:port"; port 0 takes a free one.
@@ -125,7 +125,7 @@ class Listener:
         self.background.close()
 
     def disown(self) -> None:
-        """See `forks.Holder`; its sockets are closed by themselves. What is left is the loop's, to wake itself."""
+        """Wake nothing in a forked child; sockets are closed by themselves; see `forks.Holder`."""
         self._closed = True
         self._selector.close()
         for sock in (getattr(self._loop, "_ssock", None), getattr(self._loop, "_csock", None)):
@@ -133,7 +133,7 @@ class Listener:
                 sock.close()
 
     def _key(self) -> bytes | None:
-        """What callers have to prove that they know."""
+        """Return the key that callers have to prove."""
         if self._open:
             return None
         return of_user() if self._secret is None else key_of(self._secret)
@@ -153,7 +153,7 @@ class Listener:
         self._spare.give()
 
     def _went_wrong(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Something in the event loop raised that nobody waits for; the loop goes on."""
+        """Log what raised in the event loop and nobody waits for; the loop goes on."""
         error = context.get("exception")
         why = context["message"] if error is None else f"{context['message']}: {type(error).__name__}: {error}"
         if self.background.note(f"listener of {self._name!r}", why):
@@ -172,7 +172,7 @@ class Listener:
         self._complaints.close()
 
     def _accept(self, listening: socket.socket) -> None:
-        """Connections that wait. A plain callback: a coroutine that is cancelled could lose the socket it accepted."""
+        """Accept connections that wait. A plain callback: a cancelled coroutine could lose the socket it accepted."""
         for _ in range(ACCEPTED):
             try:
                 sock, remote = listening.accept()
@@ -216,7 +216,7 @@ class Listener:
             self._accept_again(each)
 
     def _make_room(self, listening: socket.socket) -> bool:
-        """Hang up on who has to go; False when that is too early, and nobody is accepted until then."""
+        """Hang up on the visitor that has to go; return False when that is too early: nobody is accepted until then."""
         visitor, when = self._visitors.next_to_go()
         early = when - self._loop.time()
         if early > 0:
@@ -264,7 +264,7 @@ class Listener:
         self, sock: socket.socket, host: str, source: str, process: Process | None, patience: float,
         none: CapacityError | None,
     ) -> None:  # fmt: skip
-        """One connection to its end, whatever that is."""
+        """Serve one connection to its end, whatever that is."""
         handed_over = False
         try:
             call = await asyncio.wait_for(self._hear(sock, host, source), patience)
@@ -296,7 +296,7 @@ class Listener:
     def _hand_over(
         self, sock: socket.socket, host: str, source: str, then: Callable[[socket.socket], None], reply: Reply
     ) -> None:
-        """In a thread: the connection becomes the provider's."""
+        """Hand the connection to the provider, in a thread."""
         try:
             then(sock)
         except Exception:
@@ -305,7 +305,7 @@ class Listener:
             self._complaints.tell(host, "engine %r could not go on with %s", self._name, source, trace=True)
 
     async def _hear(self, sock: socket.socket, host: str, source: str) -> tuple[Call, bytes | None] | None:
-        """The call of one who has proven to know the secret, and what to prove the answer with; None when refused."""
+        """Read the call of a caller that has proven to know the secret, and the answer's key; None when refused."""
         hello = Hello(handshake.new_nonce(), not self._open, not self._open and self._secret is None)
         await self._loop.sock_sendall(sock, handshake.frame(hello.message(), handshake.HELLO_BYTES))
         header = await self._receive(sock, handshake.HEADER.size)
@@ -343,7 +343,7 @@ class Listener:
     async def _answered(
         self, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
     ) -> tuple[bytes, Reply]:
-        """`_answer`, in a thread unless that is quick. What a thread makes for a caller who has left is given back."""
+        """Answer, in a thread unless that is quick. What a thread makes for a caller who has left is undone."""
         if none is not None or call.purpose in self._quick:
             return self._answer(call, key, process, none)
         work = self._serving.submit(self._answer, call, key, process, none)
@@ -356,7 +356,7 @@ class Listener:
     def _answer(
         self, call: Call, key: bytes | None, process: Process | None, none: CapacityError | None
     ) -> tuple[bytes, Reply]:
-        """The frame that answers a call, and what is to follow it."""
+        """Return the frame that answers a call, and what is to follow it."""
         try:
             if none is not None:
                 raise none
@@ -384,7 +384,7 @@ class Listener:
         return handshake.frame(call.answer(refused, key), handshake.ANSWER_BYTES), Reply({})
 
     async def _receive(self, sock: socket.socket, n: int) -> bytes:
-        """Exactly n bytes: what comes after the call is not the listener's."""
+        """Read exactly n bytes: what comes after the call is not the listener's."""
         got = b""
         while len(got) < n:
             more = await self._loop.sock_recv(sock, n - len(got))
@@ -408,6 +408,6 @@ class Listener:
 
 
 def _give_up(work: Future[tuple[bytes, Reply]]) -> None:
-    """Nobody waits for an answer any more."""
+    """Undo an answer that nobody waits for any more."""
     if not work.cancelled() and work.exception() is None:
         work.result()[1].give_up()

@@ -1,4 +1,4 @@
-"""What one engine asks of another and is answered, as its services and providers see it.
+"""The requests and answers between engines, as their services and providers know them.
 
 How that travels, and is proven, is the handshake's matter (`handshake`); `dial` asks and `listener` answers.
 """
@@ -15,7 +15,7 @@ from mooncache.discovery.credentials import Process
 
 @dataclass(frozen=True)
 class Request:
-    """What a peer asks.
+    """A peer's request.
 
     Attributes:
         purpose: which of the engine's services.
@@ -33,13 +33,13 @@ class Request:
 
     @property
     def local(self) -> bool:
-        """Whether it came from a process of this host."""
+        """True if it came from a process of this host."""
         return self.process is not None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What is answered.
+    """The answer to a request.
 
     Attributes:
         body: JSON object.
@@ -56,7 +56,7 @@ class Reply:
     undo: Callable[[], object] | None = None
 
     def give_up(self) -> None:
-        """What was made for the caller is not taken over by anybody."""
+        """Undo what was made for the caller, which nobody takes over."""
         if self.undo is not None:
             self.undo()
 

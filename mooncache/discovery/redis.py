@@ -27,7 +27,7 @@ NAMES = "mooncache/segments"
 CHANGES = "mooncache/changes"
 
 LISTEN_S = 0.5
-"""How long the listener waits before it looks whether to end: what a close costs at most."""
+"""The time that the listener waits before it looks whether to end: what a close costs at most."""
 
 # KEYS: the name's hash. ARGV: the name, its generation, then what each needs.
 PUBLISH = f"""

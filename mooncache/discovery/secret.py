@@ -26,7 +26,7 @@ SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "maxmem": 32 << 20}
 """A guess costs 50 ms of a core and 16 MiB; so does the first engine of a process."""
 
 SALT = b"mooncache handshake 1"
-"""The same for all: whoever calls knows nothing yet of whom it calls."""
+"""The salt is the same for all, since a caller knows nothing yet of the engine that it calls."""
 
 PLACES = ("/run/user/{uid}", "/dev/shm", "/tmp")
 """Folders where the user's own folder can be, best first: the first is there only while the user is logged in, but no

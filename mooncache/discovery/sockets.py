@@ -18,7 +18,7 @@ BACKLOG = 512
 
 
 UNIX_PREFIX = "mooncache-"
-"""Of the names of Unix sockets, by which engines are found on a machine."""
+"""The beginning of the names of Unix sockets, by which engines are found on a machine."""
 
 
 def resolve_own(bind: str, loopback_only: bool) -> tuple[int, Any]:

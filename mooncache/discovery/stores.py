@@ -1,4 +1,4 @@
-"""Which store of names a URL names."""
+"""The stores of names, by the schemes of their URLs."""
 
 from __future__ import annotations
 

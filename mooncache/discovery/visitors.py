@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Hashable
 
 VISITORS = 256
-"""At once, of one listener: every peer an engine can have (limits.PEERS) may come in the same moment."""
+"""The visitors of one listener at once: every peer an engine can have (limits.PEERS) may come in the same moment."""
 
 CROWD = 32
 """From so many on they count as a crowd, which has less patience."""
 
 CROWD_S = 1.0
-"""For the call of one who comes in a crowd: a hundred times what it takes on a busy host."""
+"""The time for the call of a visitor in a crowd: a hundred times what it takes on a busy host."""
 
 GRACE_S = 0.1
 """Nobody has to go earlier than this: ten times what a call takes on a busy host."""

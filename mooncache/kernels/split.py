@@ -173,8 +173,7 @@ def holds(ctl, slot, n, longest):
 # ------------------------------------------------------------------------------ all others, one after another
 @kernel
 def merge(ctl, first):
-    """Merge requests from `first` on that lie side by side at both ends; return their bytes and the next request's
-    number.
+    """Merge requests from `first` on that lie side by side at both ends; return their bytes and the next request.
 
     Bytes are negative, and the number that of the offending request, where a length cannot be.
     """

@@ -13,10 +13,10 @@ from mooncache.discovery.sockets import UNIX_PREFIX
 from mooncache.errors import MooncacheError
 
 LISTENS = 0x10000
-"""In the flags of a socket in /proc/net/unix (__SO_ACCEPTCON)."""
+"""The flag of a listening socket in /proc/net/unix (__SO_ACCEPTCON)."""
 
 ASK_S = 2.0
-"""For one engine, whose process may be stopped; mostly a millisecond."""
+"""The time for one engine, whose process may be stopped; mostly a millisecond."""
 
 
 def ask(name: str) -> dict[str, Any]:

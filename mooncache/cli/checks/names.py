@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from mooncache.cli.checks.base import Finding, check
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {"redis": ("redis",), "etcd": ("etcd3gw", "requests", "urllib3")}
-"""What `pip install 'mooncache[NAME]'` brings."""
+"""The packages that `pip install 'mooncache[NAME]'` brings."""
 
 
 @check("discovery")

@@ -26,7 +26,7 @@ print(0 if moved == 8 else ctypes.get_errno())
 PROBE_S = 30
 
 SCOPES = {"1": "its descendants only", "2": "CAP_SYS_PTRACE only", "3": "nobody, until the machine is booted again"}
-"""What /proc/sys/kernel/yama/ptrace_scope allows to look into a process, other than "0"."""
+"""The processes that /proc/sys/kernel/yama/ptrace_scope allows to look into a process, other than "0"."""
 
 
 def refusal() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from mooncache.cli.checks.base import ROOT, Finding, check, read
 
 MACHINES = ("x86_64", "aarch64")
-"""Whose system calls and memory fences the kernels know (`kernels/linux.py`, `kernels/atomics.py`)."""
+"""Architectures whose system calls and fences the kernels know (`kernels/linux.py`, `kernels/atomics.py`)."""
 
 CONTAINERS = {".dockerenv": "Docker", "run/.containerenv": "Podman", "run/systemd/container": "systemd-nspawn"}
 """Files that container engines leave inside."""

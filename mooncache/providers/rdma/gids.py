@@ -9,7 +9,7 @@ from __future__ import annotations
 from ipaddress import IPv6Address
 
 MAPPED = bytes(10) + b"\xff\xff"
-"""What an IPv4 address in IPv6's clothes begins with (RFC 4291, 2.5.5.2)."""
+"""The beginning of an IPv4 address that is mapped into IPv6 (RFC 4291, 2.5.5.2)."""
 
 SUBNET_BYTES = 8
 

@@ -45,13 +45,13 @@ SIGNAL = 16
 """Work requests behind one completion: a sixteenth of the polling, and a queue of 512 still reports 32 times."""
 
 CQ_ENTRIES = 16_384
-"""Of one worker and NIC: 32 peers with full queues of which every work request fails at once."""
+"""The entries of one worker and NIC: 32 peers with full queues of which every work request fails at once."""
 
 POPULATE_BYTES = 64 << 20
 """From here on pages are faulted in by several threads before a NIC pins them: 16,384 pages, 10 ms or so."""
 
 SETTLE_S = 5.0
-"""For workers to give back what a connection that is gone had under way: microseconds, and no test of patience."""
+"""The time for workers to give back what a connection that is gone had under way, which takes microseconds."""
 
 
 class Rdma(Provider):
