@@ -37,7 +37,7 @@ REGIONS = (
 there is a table for each peer."""
 
 REGIONS_MOST = 4096
-"""What that may be set to: 4 TiB in pieces of 1 GiB. Keys have room for it, and records of engines."""
+"""The most that `regions` may be set to: 4 TiB in pieces of 1 GiB. Keys have room for it, and records of engines."""
 
 PEERS = 256
 """Peers of one engine: a decode fleet of 32 machines x 8 ranks."""
@@ -84,20 +84,20 @@ pins one for each NIC and direction of a connection.
 """
 
 NOTE_BYTES_MOST = 1 << 20
-"""What that may be set to."""
+"""The most that `note_bytes` may be set to."""
 
 NOTE_HEAD_BYTES = (
     1  # so that it is never empty
     + 7  # rounding up to whole words
 )
-"""What a notification has besides its message as it travels."""
+"""The bytes of a notification besides its message, as it travels."""
 
 SENDER_BYTES = (
     2  # length of the name
     + 255 * 4  # an engine's name: 255 characters of at most four bytes
     + 2  # rounding up to whole words
 )
-"""Who sent a notification, as its target keeps it beside each."""
+"""The bytes in which a target keeps the sender beside each notification."""
 
 INBOX_NOTES = 1024
 """Notifications an engine keeps until they are fetched. A sender may have as many there as are free besides, so that

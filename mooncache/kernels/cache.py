@@ -44,7 +44,7 @@ KEPT = 16
 """Directories of other versions that stay, those used last: a few checkouts of developers, some 5 MB each."""
 
 WAIT_S = 600
-"""How long a process waits for another that compiles, half a minute as a rule, before it compiles by itself."""
+"""The time that a process waits for another that compiles, which takes minutes, before it compiles by itself."""
 
 
 class Place(NamedTuple):
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
     path: Path
     lasting: bool
-    """Whether it outlives the processes that use it."""
+    """True if it outlives the processes that use it."""
 
 
 @cache

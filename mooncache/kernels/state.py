@@ -338,7 +338,10 @@ class State:
         table, vacant = self.queue_tables[worker], self._vacancies[worker]
         used = int(self.worker_rows[worker]["queue_count"]) - len(vacant)
         if used + n > len(table):
-            raise CapacityError(f"a worker has at most {len(table)} queue pairs, and {used} are in use")
+            raise CapacityError(
+                f"a worker has at most {len(table)} queue pairs, and {used} are in use; forget() peers that are not "
+                "needed, or ask for fewer queue pairs on a path"
+            )
 
     def _enter_queues(self, worker: int, peer: int, pairs: Sequence[QueuePair]) -> list[QueueRow]:
         row, table = Row(self.worker_rows, worker), self.queue_tables[worker]

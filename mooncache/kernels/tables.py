@@ -13,7 +13,7 @@ from mooncache.kernels.arrays import Row, address_of, put, rows_of, zeros
 from mooncache.kernels.records.table import TABLE
 
 FOR_GOOD = np.iinfo(np.int64).max
-"""In `refused`, of a range that is no longer there: its slices are refused whatever key it had."""
+"""The entry in `refused` of a range that is no longer there: its slices are refused whatever key it had."""
 
 
 class RegionTable:

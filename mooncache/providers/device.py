@@ -244,7 +244,9 @@ class SoftwareProvider(Provider):
             return
         index = len(self.peers)
         if index >= self._most:
-            raise CapacityError(f"this engine is connected to {self._most} peers, as many as it may: forget one first")
+            raise CapacityError(
+                f"this engine is connected to {self._most} peers, as many as it may: forget() one, or raise `peers`"
+            )
         rails = range(self.rails)
         made = [[self._new_queue(worker, rail, keys) for rail in rails] for worker in range(len(self.queues))]
         for worker, queues in enumerate(made):

@@ -25,11 +25,11 @@ QUEUE_FIELDS = [
     ("sender", np.int64),  # address of who sends them, see kernels/inbox.py
     ("cut", np.int64),  # set to 1 by the kernels to get back what is in flight
 ]
-"""Of a queue pair; a wire's own fields follow."""
+"""The first fields of a queue pair; a wire's own follow."""
 
 PORT_FIELDS = [
     ("count", np.int64),  # queue pairs
     ("turn", np.int64),  # which of them comes first in the next poll
 ]
-"""Of a worker's side of a wire: what its completion queue leads to. A wire's own fields follow, and behind the record
-int64[peers], the addresses of the queue pairs' rows."""
+"""The first fields of a worker's side of a wire, to which its completion queue leads. A wire's own fields follow, and
+behind the record int64[peers], the addresses of the queue pairs' rows."""

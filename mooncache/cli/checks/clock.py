@@ -13,8 +13,7 @@ SLOW = ("hpet", "acpi_pm", "jiffies", "refined-jiffies")
 """Sources that are a device or a counter of ticks: reading one leaves the process, or is too coarse."""
 
 SLOW_NS = 500
-"""A read that stays in the process takes 20 to 60 ns beside Python's own call; one that enters the kernel or a device,
-500 to 2,000."""
+"""A read within the process takes 20 to 60 ns beside Python's call; one that enters the kernel, 500 to 2,000."""
 
 READS, ROUNDS = 2000, 5
 

@@ -84,7 +84,7 @@ def on_idle(ctl):
 
 @kernel
 def retired_waits(ctl):
-    """Whether a worker has batches to free in an idle moment."""
+    """Return whether a worker has batches to free in an idle moment."""
     return ctl.policy == Policy.EPOCH and first(ring_at(ctl.retired_ring)) != RING_EMPTY
 
 

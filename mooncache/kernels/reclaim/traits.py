@@ -1,4 +1,7 @@
-"""How reclaim policies differ for those who have to allow for it. Each policy's file declares its own `TRAITS`."""
+"""The traits of reclaim policies, for all that has to allow for a policy.
+
+Each policy's file declares its own `TRAITS`.
+"""
 
 from enum import Enum, auto
 from typing import NamedTuple
@@ -14,7 +17,7 @@ class FreesIn(Enum):
 
 
 class Traits(NamedTuple):
-    """What a policy does where.
+    """The places and ways in which a policy deletes.
 
     Attributes:
         frees_in: the thread that frees.

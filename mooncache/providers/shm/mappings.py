@@ -42,7 +42,7 @@ class Mapping(Pages):
 
 
 class Lease:
-    """What a peer is given that maps our memory.
+    """A peer's right to map our memory, with the keys and guards that it was given.
 
     Attributes:
         copier: the peer and its process, which the kernel named.
@@ -74,7 +74,7 @@ class Lease:
 
 
 class Share:
-    """What this engine has mapped of one peer.
+    """The memory of one peer that this engine has mapped.
 
     Attributes:
         sock: a connection to it that stays open; when it ends, the peer no longer waits for our guards.
@@ -125,7 +125,7 @@ class Share:
 
     @property
     def revoked(self) -> bool:
-        """Whether the peer has fenced this engine: nothing is copied any more by these mappings."""
+        """True if the peer has fenced this engine: nothing is copied any more by these mappings."""
         return ctypes.c_int64.from_address(self.guards.address + GUARD_EPOCH).value == 0
 
     @property
@@ -135,7 +135,7 @@ class Share:
 
 
 class Retired(NamedTuple):
-    """Mappings that no entry goes by that is posted from now on.
+    """Mappings by which no entry goes that is posted from now on.
 
     Attributes:
         marks: queue pairs, and how far each was posted to before: once all that is answered, nobody uses them any more.
@@ -150,12 +150,12 @@ class Retired(NamedTuple):
 
     @property
     def over(self) -> bool:
-        """Whether all that was posted before is answered."""
+        """True once all that was posted before is answered."""
         return all(queue.row["tail"] >= head for queue, head in self.marks)
 
 
 def reachable(sock: socket.socket, address: int, nonce: int) -> tuple[int, str]:
-    """The process at the other end, if this one may read and write its memory: its pid, or 0 and why.
+    """Find the process at the other end, if this one may read and write its memory: its pid, or 0 and why.
 
     The kernel says which process that is. Reading `nonce` at `address` there shows that its memory can be reached, and
     that it still is the process that answers.
