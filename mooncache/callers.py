@@ -32,7 +32,7 @@ class Callers:
         forks.private(self)
 
     def disown(self) -> None:
-        """See `forks.Holder`: no thread gets a control block any more."""
+        """Give no thread a control block in a forked child; see `forks.Holder`."""
         self._inherited = True
         self._lock, self.local = threading.RLock(), threading.local()
 
@@ -46,7 +46,7 @@ class Callers:
 
     @property
     def ctl(self) -> int:
-        """Address of the calling thread's control block."""
+        """The address of the calling thread's control block."""
         try:
             return self.local.ctl  # type: ignore[no-any-return]
         except AttributeError:
@@ -54,7 +54,7 @@ class Callers:
             return self.local.ctl  # type: ignore[no-any-return]
 
     def _enter(self) -> Block:
-        """A block for a thread that calls for the first time."""
+        """Make a block for a thread that calls for the first time, or take that of a thread that ended."""
         self.check_own()
         with self._lock:
             own = threading.current_thread().ident or 0  # also makes a thread that Python did not start known below
@@ -65,7 +65,7 @@ class Callers:
             return block
 
     def _left_behind(self) -> list[int]:
-        """Threads that have ended and left a block behind. Under the lock."""
+        """Return threads that have ended and left a block behind. Under the lock."""
         alive = {thread.ident for thread in threading.enumerate()}
         return [ident for ident in self._blocks if ident not in alive]
 

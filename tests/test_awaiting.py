@@ -12,6 +12,7 @@ import pytest
 
 from mooncache import (
     Batch,
+    Region,
     TransferFailed,
     UsageError,
 )
@@ -145,7 +146,8 @@ WAITS = {  # what waits for a provider -> the provider's method
     "register": (lambda pair: pair.here.aregister(np.zeros(64, np.uint8), access="read"), "register"),
     "unregister": (lambda pair: pair.here.aunregister(pair.local), "unregister"),
     "forget": (lambda pair: pair.here.aforget(pair.peer), "disconnect"),
-    "close": (lambda pair: pair.here.aclose(), "close"),
+    "fence": (lambda pair: pair.there.afence(pair.here.name, timeout=LIMIT), "retract"),
+    "close": (lambda pair: pair.here.aclose(), "settle"),
 }
 
 
@@ -170,6 +172,7 @@ def test_while_a_provider_takes_its_time_the_event_loop_goes_on(pair, monkeypatc
         return await task
 
     done = asyncio.run(main())
-    assert (what == "register") == (done is not None and done.registered)
+    assert isinstance(done, Region) == (what == "register")
+    assert (done == 1) == (what == "fence")  # connections that ended
     assert pair.local.registered == (what not in ("unregister", "close"))
     assert pair.here.closed == (what == "close")
