@@ -14,7 +14,7 @@ from mooncache.deadline import Deadline
 from mooncache.discovery.messages import Request
 from mooncache.kernels.state import State
 from mooncache.peer import Peer
-from mooncache.providers.shm import provider as shm
+from mooncache.providers.shm import mappings
 from mooncache.providers.stream import connections
 from tests.helpers import Task, assert_balanced, until
 from tests.wires import there
@@ -109,7 +109,7 @@ def test_retired_mappings_live_until_what_was_posted_by_them_is_answered(join, w
     provider = pair.here.provider
     queue = provider.queues_of(pair.peer)[0]
     mapping = provider._shares[pair.peer].segments
-    retired = shm.Retired([(queue, queue.row["head"] + 1)], provider._shares[pair.peer].maps, [], None)
+    retired = mappings.Retired([(queue, queue.row["head"] + 1)], provider._shares[pair.peer].maps, [], None)
     assert mapping
     assert not retired.over
     pair.write(0, 0, 64).wait(20).close()
@@ -257,8 +257,8 @@ STEPS = {
     "queue memory": (connections.StreamQueue, "__init__", 1, MemoryError()),
     "rows": (State, "_check_room", 0, CapacityError("no row")),
     "region slots": (Peer, "refresh", 0, CapacityError("no slot")),
-    "mapping": (shm, "Mapping", 1, OSError(12, "no memory")),
-    "mapping of the last": (shm, "Mapping", 2, OSError(12, "no memory")),
+    "mapping": (mappings, "Mapping", 1, OSError(12, "no memory")),
+    "mapping of the last": (mappings, "Mapping", 2, OSError(12, "no memory")),
 }
 
 
