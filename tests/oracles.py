@@ -239,3 +239,53 @@ QUEUE_TABLE = {
     ("PROBING", "PROBE"): "PROBING",
 }
 """(state, order) -> state, of a queue pair with something on it that has not been answered yet."""
+
+QUEUE_EVENTS = {
+    ("READY", "BREAK"): "BROKEN",
+    ("PROBING", "BREAK"): "BROKEN",
+    ("BROKEN", "DRAIN"): "DRAINED",
+    ("BROKEN", "CLOSE"): "CLOSED",
+    ("DRAINED", "CLOSE"): "CLOSED",
+    ("CLOSED", "PROBE"): "PROBING",
+    ("PROBING", "PASS"): "READY",
+}
+"""(state, event) -> state; what is not here changes nothing."""
+
+
+# ------------------------------------------------------------------------------ what failed
+TRANSIENT = {"WR_FLUSH_ERR", "RETRY_EXC_ERR", "RNR_RETRY_EXC_ERR"}
+
+
+def outcome_of(wc: str, slices: int, retries: int, note: bool, breaks: bool, overdue: bool) -> str:
+    """What becomes of a work request that failed."""
+    if breaks and overdue:
+        return "FLUSH"
+    if slices > 1 and retries and wc != "REM_ACCESS_ERR":
+        return "HOLD" if breaks else "FLUSH"
+    full = note and wc == "RNR_RETRY_EXC_ERR"
+    return "HOLD" if breaks and not full and wc in TRANSIENT | {"LOC_QP_OP_ERR"} else "ANSWER"
+
+
+def fate_of(wc: str, note: bool, stopped: str, exhausted: bool, askable: bool) -> str:
+    """What becomes of a slice of a work request that failed; `stopped`: what its batch was stopped with, if it was."""
+    if note and wc == "RNR_RETRY_EXC_ERR":
+        return "FULL"
+    if wc in TRANSIENT:
+        goes_on, ended = "FAIL" if exhausted else "AGAIN", "STOP"
+    elif wc == "REM_ACCESS_ERR":
+        goes_on, ended = "ASK" if askable else "FAIL", "FAIL"
+    elif wc == "REM_ABORT_ERR":
+        goes_on, ended = "FAIL", "STOP" if stopped == "TIMED_OUT" else "FAIL"
+    else:
+        goes_on = ended = "FAIL"
+    return ended if stopped else goes_on
+
+
+def status_of(wc: str) -> str:
+    """The status of a slice whose work request ended so, and that is not posted again."""
+    known = {
+        "REM_ACCESS_ERR": "REMOTE_ACCESS", "REM_INV_REQ_ERR": "REMOTE_ERROR", "REM_OP_ERR": "REMOTE_ERROR",
+        "RETRY_EXC_ERR": "RETRIES_EXCEEDED", "RNR_RETRY_EXC_ERR": "RETRIES_EXCEEDED", "WR_FLUSH_ERR": "FLUSHED",
+        "REM_ABORT_ERR": "PEER_GONE",
+    }  # fmt: skip
+    return known.get(wc, "LOCAL_ERROR")

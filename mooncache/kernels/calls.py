@@ -20,7 +20,6 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.pool import EVERY_THREAD, wake_waiters
 from mooncache.kernels.pump import ABANDONED, PAUSES, busy, sleep_on_descriptors, work_waits
-from mooncache.kernels.queue import give_order
 from mooncache.kernels.reclaim.dispatch import retire
 from mooncache.kernels.reclaim.epoch import oldest_epoch
 from mooncache.kernels.records.base import acquire, fetch_add, missing, release, swap, where
@@ -30,6 +29,7 @@ from mooncache.kernels.records.shared import shared_at
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.records.worker import EPOCH_QUIET
 from mooncache.kernels.regions import take_out
+from mooncache.kernels.repair import give_order
 from mooncache.kernels.submit import bump_generation, request_cancel
 from mooncache.kernels.worker import end_turn, ring_bell, sleep_on, try_turn, wake_worker, worker_row
 from mooncache.limits import CHUNK_SLICES as SLOTS

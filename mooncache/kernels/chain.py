@@ -125,13 +125,13 @@ def note_renewals(queue, table):
 
 
 @kernel
-def build_note(ctl, queue, slot, wr):
+def build_note(ctl, queue, slot):
     """Write the work request of a notification, and its entry at the queue's head."""
     sge = sge_at(ctl.gathers)
     sge.addr = i64(ctl.slice_source)[slot]
     sge.length = i32(ctl.slice_length)[slot]
     sge.lkey = 0
-    build_plain(queue, wr, Opcode.SEND, ctl.gathers, 1, slot | 1 << SLICES_SHIFT)
+    build_plain(queue, ctl.work_requests, Opcode.SEND, ctl.gathers, 1, slot | 1 << SLICES_SHIFT)
     i16(ctl.slice_state)[slot] = POSTED
 
 

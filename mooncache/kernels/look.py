@@ -1,110 +1,49 @@
-"""Slices that a peer refused wait here until it was asked what it has registered by now.
+"""Regions that a peer has refused, and looks at what it has registered by now.
 
-    refused --> kept --the peer was asked--> posted again, under the key that its region has now --refused--> fails
-                      \\--nothing is new--> fails
-
-Memory that is registered anew, at the same address, has another key than its peers know. A worker cannot ask: it keeps
-the slice, once each, and writes to the eventfd that the engine's looker sleeps on. Looks at a peer are numbered; a
-batch waits for one that began after its refusal.
+A NIC that refuses a key does so for every slice of that region: so the region is marked, and its slices are kept
+(`retry`) until the peer was asked. Looks at a peer are numbered; a batch waits for one that began after its refusal.
 """
 
 import numpy as np
 
-from mooncache.kernels.atomics import i8, i16, i32
-from mooncache.kernels.enums import Slice
+from mooncache.kernels.atomics import cas, i16, i64
+from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.records.base import acquire, fetch_add, release, swap
 from mooncache.kernels.records.control import control_at
 from mooncache.kernels.records.table import table_at
-from mooncache.kernels.worker import peer_table, ring_bell, worker_row, write_one
+from mooncache.kernels.worker import peer_table, ring_bell, worker_row
+from mooncache.limits import CHUNK_BITS
 
 NOWHERE = -1  # region of what goes to none, a notification
-WAITING = int(Slice.WAITING)
-
-
-# ------------------------------------------------------------------------------ attempts: n, or ~n once it was kept
-@kernel
-def was_kept(ctl, slot):
-    """Return whether the peer has been asked for this slice's sake."""
-    return i8(ctl.slice_attempts)[slot] < 0
 
 
 @kernel
-def attempts_of(ctl, slot):
-    """Return how often a slice was posted again because of an error that it may have caused."""
-    attempts = np.int64(i8(ctl.slice_attempts)[slot])
-    return attempts if attempts >= 0 else ~attempts
+def table_of(ctl, slot):
+    """The region table of a slice's peer."""
+    batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
+    return peer_table(ctl, batch.peer)
 
 
 @kernel
-def count_attempt(ctl, slot):
-    """Count one more attempt of a slice."""
-    i8(ctl.slice_attempts)[slot] += -1 if was_kept(ctl, slot) else 1
-
-
-# ------------------------------------------------------------------------------ in the worker
-@kernel
-def may_keep(ctl, slot):
-    """Return whether a refused slice may wait for a look: there is a looker, and none was made for it yet."""
-    return ctl.look_fd >= 0 and i16(ctl.slice_remote)[slot] != NOWHERE and not was_kept(ctl, slot)
+def region_refused(ctl, slot):
+    """Whether the peer has refused the key of a slice's remote region. A notification goes to none."""
+    region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
+    return region != NOWHERE and i64(table.refused)[region] > i64(table.renewed)[region]
 
 
 @kernel
-def append_slice(ctl, ends, slot):
-    """Append a slice to the list with these ENDS."""
-    next_ = i32(ctl.slice_next)
-    next_[slot] = -1
-    if ends.first < 0:
-        ends.first = slot
-    else:
-        next_[ends.last] = slot
-    ends.last = slot
+def refuse_region(ctl, queue, sequence, slot):
+    """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue.
 
-
-@kernel
-def keep(ctl, worker, slot):
-    """Append a slice to those that wait for a look."""
-    append_slice(ctl, worker.kept, slot)
-
-
-@kernel
-def keep_refused(ctl, worker, batch, slot):
-    """Keep a slice that its peer has refused, and have the peer asked."""
-    attempts, table = i8(ctl.slice_attempts), peer_table(ctl, batch.peer)
-    attempts[slot] = ~attempts[slot]
-    i16(ctl.slice_state)[slot] = WAITING
-    batch.look = acquire(table, "begun") + 1  # before it is asked for: one that begins later
-    keep(ctl, worker, slot)
-    if swap(table, "asked", 1) == 0:
-        write_one(ctl, ctl.look_fd)
-
-
-@kernel
-def look_is_due(ctl, batch, slot):
-    """Return whether a slice was kept, and the look that its batch waits for has not ended."""
-    table = peer_table(ctl, batch.peer)
-    return was_kept(ctl, slot) and acquire(table, "looked") < batch.look
-
-
-@kernel
-def in_vain(ctl, batch, slot):
-    """Return whether the peer was asked for a slice's sake and nothing has replaced any region since."""
-    table = peer_table(ctl, batch.peer)
-    return was_kept(ctl, slot) and table.renewals == batch.renewals
-
-
-@kernel
-def resume(ctl, worker):
-    """Move all that is kept to the slices to post again. O(1)."""
-    kept, retried = worker.kept, worker.retry
-    if kept.first < 0:
-        return
-    if retried.first < 0:
-        retried.first = kept.first
-    else:
-        i32(ctl.slice_next)[retried.last] = kept.first
-    retried.last = kept.last
-    kept.first = -1
+    An answer that comes late says nothing about the key that the region has been given meanwhile.
+    """
+    region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
+    if region != NOWHERE and sequence >= queue.renewed_from:
+        known = i64(table.refused)[region]
+        if known <= queue.renewals:
+            cas(table.refused + region * np.int64(8), known, queue.renewals + 1)
+            table.refusals = 1
 
 
 # ------------------------------------------------------------------------------ in the looker

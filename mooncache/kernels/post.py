@@ -1,31 +1,21 @@
-"""Posting: which batch's slices go next, and on which queue pair; slices to post again; and markers."""
+"""Posting: which batch's slices go next, and on which queue pair; and markers."""
 
 import numpy as np
 
 from mooncache.errors import Status
 from mooncache.kernels.account import account
-from mooncache.kernels.atomics import i16, i32, i64
+from mooncache.kernels.atomics import i16, i64
 from mooncache.kernels.batch import append, remove, slot_of
 from mooncache.kernels.chain import build_chain, build_note, build_plain, ring_doorbell
-from mooncache.kernels.complete import (
-    answer_entry,
-    doubt,
-    fail_slice,
-    look_drained,
-    post_later,
-    region_refused,
-    settle,
-)
 from mooncache.kernels.enums import Kind, Note, Opcode, QueueState, Slice
 from mooncache.kernels.handle import SLOT_MASK, batch_row
 from mooncache.kernels.jit import kernel
-from mooncache.kernels.look import in_vain, keep, keep_refused, look_is_due, may_keep, resume
+from mooncache.kernels.look import region_refused
 from mooncache.kernels.queue import (
     ANSWERED,
     HELD,
     SLICES_MASK,
     SLICES_SHIFT,
-    break_queue,
     entry_at,
     in_flight,
     mark_answered,
@@ -35,11 +25,14 @@ from mooncache.kernels.queue import (
 from mooncache.kernels.records.base import acquire, cell_at, missing, release
 from mooncache.kernels.records.batch import NEXT
 from mooncache.kernels.records.queue import queue_at
+from mooncache.kernels.repair import break_queue, look_drained
+from mooncache.kernels.retry import answer_entry, keep_refused, may_keep, resume
+from mooncache.kernels.settle import doubt, fail_slice, settle
 from mooncache.kernels.spread import choose
 from mooncache.kernels.verbs import (
     WcStatus,
 )
-from mooncache.kernels.worker import endpoint_row, peer_table
+from mooncache.kernels.worker import cut_off, endpoint_row, peer_table
 from mooncache.limits import CHUNK_BITS
 from mooncache.limits import CHUNK_SLICES as SLOTS
 
@@ -233,7 +226,7 @@ def post_note(ctl, worker, index, endpoint):
     if not ready(queue) or room(queue) < 1:
         return np.int64(0)
     slot = batch.note
-    build_note(ctl, queue, slot, ctl.work_requests)
+    build_note(ctl, queue, slot)
     accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
     if accepted == 0 and not refused:
         i16(ctl.slice_state)[slot] = WAITING
@@ -245,60 +238,6 @@ def post_note(ctl, worker, index, endpoint):
     else:
         batch.posted += 1
     return np.int64(1)
-
-
-# ------------------------------------------------------------------------------ slices posted again
-@kernel
-def post_retries(ctl, worker, index):
-    """Look once at every slice that is to be posted again; return how many were, or failed. The others wait on."""
-    next_, owner = i32(ctl.slice_next), i64(ctl.chunk_batch)
-    slot, moved = worker.retry.first, np.int64(0)
-    worker.retry.first = -1
-    while slot >= 0:
-        after = np.int64(next_[slot])
-        batch = batch_row(ctl, owner[slot // SLOTS])
-        endpoint = endpoint_row(ctl, index, batch.peer)
-        status = batch.cancelled
-        if status == 0 and cut_off(ctl, endpoint, batch):
-            status = np.int64(Status.PEER_GONE)
-        due = status == 0 and look_is_due(ctl, batch, slot)
-        if status == 0 and not due and (in_vain(ctl, batch, slot) or region_refused(ctl, slot)):
-            status = np.int64(Status.REMOTE_ACCESS)
-        if due:
-            keep(ctl, worker, slot)
-        elif status == 0 and not due and post_again(ctl, worker, batch, endpoint, slot):
-            moved += 1
-        elif status == 0:
-            post_later(ctl, worker, slot)
-        else:
-            fail_slice(ctl, batch, slot, status)
-            settle(ctl, batch)
-            moved += 1
-        slot = after
-    return moved
-
-
-@kernel
-def post_again(ctl, worker, batch, endpoint, slot):
-    """Post one slice on its own; return False when no queue takes it now."""
-    if slot == batch.note:
-        queue = queue_at(endpoint.notes)
-        if not ready(queue) or room(queue) < 1:
-            return False
-        build_note(ctl, queue, slot, ctl.work_requests)
-    else:
-        queue = choose(endpoint, np.int64(1))
-        if missing(queue):
-            return False
-        build_chain(ctl, batch, queue, slot // SLOTS, slot % SLOTS, 1, 1)
-    accepted, refused = ring_doorbell(ctl, worker, queue, np.int64(1))
-    batch.posted += accepted
-    if refused:
-        fail_slice(ctl, batch, slot, Status.LOCAL_ERROR)
-        settle(ctl, batch)
-    elif accepted == 0:
-        i16(ctl.slice_state)[slot] = WAITING
-    return accepted == 1 or refused
 
 
 # ------------------------------------------------------------------------------ batches that stop early
@@ -313,17 +252,6 @@ def stop_posting(ctl, worker, index, batch, status):
     resume(ctl, worker)  # some that are kept may be this batch's
     if left > 0 or (batch.note >= 0 and batch.note_state != Note.ANSWER):
         settle(ctl, batch)
-
-
-@kernel
-def cut_off(ctl, endpoint, batch):
-    """Return whether nothing of a batch may be posted any more: its peer is gone, or a connection to it ended.
-
-    What was submitted before a peer's fence ended the connections must not land over those that came after.
-    """
-    table = peer_table(ctl, batch.peer)
-    ended = acquire(table, "epoch") != batch.epoch
-    return ended or endpoint.lost != 0
 
 
 @kernel

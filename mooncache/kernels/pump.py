@@ -13,34 +13,32 @@ from mooncache.errors import Status
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import call_word, fence, i64, pause
 from mooncache.kernels.batch import DRAINING, SEALED
-from mooncache.kernels.complete import answer_held, look_drained, poll, settle
-from mooncache.kernels.enums import Kind, Order, QueueState
+from mooncache.kernels.complete import poll
+from mooncache.kernels.enums import Kind, Order
 from mooncache.kernels.handle import batch_row, row_of
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linger import lingers
 from mooncache.kernels.linux import epoll_wait
-from mooncache.kernels.look import resume
 from mooncache.kernels.note import enqueue_note
 from mooncache.kernels.post import (
     enqueue,
     post_batches,
     post_markers,
     post_note,
-    post_retries,
     stop_posting,
     take_posted_back,
 )
-from mooncache.kernels.queue import break_queue, reincarnate, take_order
 from mooncache.kernels.reclaim.dispatch import on_idle, reap_lot, retired_waits
 from mooncache.kernels.reclaim.epoch import announce_epoch
 from mooncache.kernels.records.base import acquire, missing, release, where
 from mooncache.kernels.records.control import control_at
-from mooncache.kernels.records.endpoint import endpoint_at
 from mooncache.kernels.records.queue import cq_at, queue_at
 from mooncache.kernels.records.ring import RING_EMPTY, ring_at
 from mooncache.kernels.records.shared import shared_at
+from mooncache.kernels.repair import obey, take_order
+from mooncache.kernels.retry import post_retries, resume
 from mooncache.kernels.ring import first, pop
-from mooncache.kernels.verbs import WcStatus
+from mooncache.kernels.settle import settle
 from mooncache.kernels.worker import end_turn, endpoint_row, sleep_on, take_turn, worker_row
 
 NS_PER_MS = 1_000_000
@@ -127,29 +125,6 @@ def decide(ctl, worker):
             obey(ctl, worker, queue, order)
             happened += 1
     return happened
-
-
-@kernel
-def obey(ctl, worker, queue, order):
-    """Carry out one order; see kernels/queue.py."""
-    state = queue.state
-    if order == Order.BREAK:
-        break_queue(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
-        look_drained(ctl, worker, queue)
-    elif order == Order.RETURN and state == QueueState.DRAINED:
-        answer_held(ctl, worker, queue, WcStatus.WR_FLUSH_ERR)
-    elif order == Order.LOSE:
-        endpoint_at(queue.endpoint).lost = 1
-        break_queue(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
-        if state == QueueState.DRAINED:
-            answer_held(ctl, worker, queue, WcStatus.REM_ABORT_ERR)
-        else:
-            look_drained(ctl, worker, queue)
-    elif order == Order.PROBE and state == QueueState.CLOSED:
-        endpoint_at(queue.endpoint).lost = 0
-        reincarnate(queue)
-        queue.state = QueueState.PROBING
-        worker.owes = 1
 
 
 @kernel

@@ -101,3 +101,14 @@ def end_turn(ctl, worker):
     fence()
     if acquire(worker, "held") != 0:
         futex_wake(ctl.syscall, where(worker, "turn"), EVERY_THREAD)
+
+
+@kernel
+def cut_off(ctl, endpoint, batch):
+    """Return whether nothing of a batch may be posted any more: its peer is gone, or a connection to it ended.
+
+    What was submitted before a peer's fence ended the connections must not land over those that came after.
+    """
+    table = peer_table(ctl, batch.peer)
+    ended = acquire(table, "epoch") != batch.epoch
+    return ended or endpoint.lost != 0

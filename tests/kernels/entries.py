@@ -8,7 +8,7 @@ import ctypes
 import numpy as np
 
 from mooncache.kernels import account as accounts
-from mooncache.kernels import atomics, batch, handle, inbox, pool, regions, ring, spread, worker
+from mooncache.kernels import atomics, batch, failure, handle, inbox, pool, regions, ring, spread, worker
 from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import i64, pause, peek, poke
 from mooncache.kernels.jit import callback, kernel
@@ -446,3 +446,19 @@ class Gated(Loopback):
 
 
 SYSCALL_ADDRESS = int(ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0)
+
+
+# ------------------------------------------------------------------------------ what failed
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def outcome_of(wc_status, slices, retries, note, breaks, overdue):
+    return failure.outcome_of(wc_status, slices, retries, note != 0, breaks != 0, overdue != 0)
+
+
+@kernel("int64(int64, int64, int64, int64, int64)")
+def fate_of(wc_status, note, stopped, exhausted, askable):
+    return failure.fate_of(wc_status, note != 0, stopped, exhausted != 0, askable != 0)
+
+
+@kernel("int64(int64)")
+def status_of(wc_status):
+    return failure.status_of(wc_status)
