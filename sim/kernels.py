@@ -9,18 +9,18 @@ from mooncache.kernels.pump import pump
 from mooncache.kernels.reclaim import leak
 from mooncache.kernels.reclaim.dispatch import reap
 from mooncache.providers import careful
-from mooncache.providers.inprocess import emulated
+from mooncache.providers.inprocess import nic
 
 KERNELS: tuple[jit.Entry, ...] = (  # those that take longest to compile first
     pump,
     submit.prepare,
     submit.publish,
     calls.close,
-    emulated.post_send,
-    emulated.poll_cq,
+    nic.post_send,
+    nic.poll_cq,
     reap,
     leak.restart,
-    emulated.next_completion,
+    nic.next_completion,
     careful.look,
     regions.insert,
     publication.publish,

@@ -38,6 +38,7 @@ from mooncache.kernels.state import Block, State
 from mooncache.kernels.tables import RegionTable
 from mooncache.providers.base import HERE
 from mooncache.providers.inprocess import emulated
+from mooncache.providers.inprocess import nic as nic_kernels
 from mooncache.providers.inprocess.faults import PS_PER_NS
 from sim.clock import Environment
 from sim.config import Scenario
@@ -122,7 +123,7 @@ class VirtualEngine:
         (queues,) = self.provider.open(1, settings.queue_depth, np.zeros(0, np.int64))
         self.state.poll_from(0, queues)
         self.cqs = [queue.address for queue in queues]
-        self.worker.row["next_completion"] = emulated.next_completion.address
+        self.worker.row["next_completion"] = nic_kernels.next_completion.address
         self.remote = RegionTable("the decode side")
         keys = self.provider.register(BASE, SPAN, enums.Access.WRITE)
         self.state.regions.add(BASE, SPAN, keys.lkeys, enums.Access.WRITE)
@@ -294,8 +295,8 @@ class Rank:
         if watched:
             self._at(now).callbacks.append(lambda _: self._slots_came_back())
         if why == Pump.IDLE:
-            due = min(int(emulated.next_completion.ready().ctypes(cq)) for cq in self.engine.cqs)
-            if due < emulated.NEVER:
+            due = min(int(nic_kernels.next_completion.ready().ctypes(cq)) for cq in self.engine.cqs)
+            if due < nic_kernels.NEVER:
                 self._schedule(max(due, self.env.now))
             self.asleep = True  # a new batch may still come before `due`
         else:

@@ -29,7 +29,7 @@ from mooncache.kernels.submit import prepare, publish, submit
 from mooncache.kernels.tables import RegionTable
 from mooncache.limits import CHUNK_SLICES
 from mooncache.providers.base import HERE, Provider
-from mooncache.providers.inprocess import emulated
+from mooncache.providers.inprocess import emulated, nic
 from tests.kernels.entries import Gated, never
 
 LIMIT = 60.0  # seconds: far more than anything here takes; only a hang gets there
@@ -299,7 +299,7 @@ class Rig:
         self.worker.row["next_completion"] = never.address
         if isinstance(self.provider, emulated.Emulated):
             self.provider.clocks = [self.worker.row.where("now")]
-            self.worker.row["next_completion"] = emulated.next_completion.address
+            self.worker.row["next_completion"] = nic.next_completion.address
         (queues,) = self.provider.open(1, self.state.settings.queue_depth, np.zeros(0, np.int64))
         self.queues = queues
         self.state.poll_from(0, queues)

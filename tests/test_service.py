@@ -22,7 +22,7 @@ from mooncache.discovery.base import LEASE_S, Names
 from mooncache.discovery.record import decode, encode
 from mooncache.discovery.stores import open_names
 from mooncache.errors import Status
-from mooncache.providers.stream import provider as stream
+from mooncache.providers.stream import waiting
 from tests.helpers import LIMIT, SMALL, in_threads, random_bytes, until
 from tests.servers import Server, free_ports, has_ipv6
 from tests.wires import there
@@ -309,7 +309,7 @@ def test_a_name_taken_over_is_noticed_without_traffic_and_what_is_under_way_goes
 
 
 def test_a_former_owner_of_a_name_that_moves_nothing_more_is_left_behind(targets, here, monkeypatch):
-    monkeypatch.setattr(stream, "SETTLE_S", 0.2)
+    monkeypatch.setattr(waiting, "SETTLE_S", 0.2)
     first, sender = targets(fresh("hangs")), here()
     sender.write(first)
     peer = sender.engine.connect(first.name)

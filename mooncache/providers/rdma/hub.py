@@ -27,6 +27,8 @@ RECORDS = 2 * limits.PEERS
 NOTES_CQ_ENTRIES = 4 * RECORDS
 """Completions of one NIC for notifications: a note, its answer and the receives of a connection that is torn down."""
 
+NOTE_DEPTH = 8  # notifications in flight on one rail
+
 
 class Rail(NamedTuple):
     """The parts of a rail that a record needs.

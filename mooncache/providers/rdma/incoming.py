@@ -10,20 +10,17 @@ import secrets
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.arrays import address_of
 from mooncache.providers.rdma.gids import parse, text_of
-from mooncache.providers.rdma.hub import Rail
+from mooncache.providers.rdma.hub import NOTE_DEPTH, Rail
 from mooncache.providers.rdma.notes import RECEIVES
-from mooncache.providers.rdma.outgoing import NOTE_DEPTH, VERSION, Plan
-from mooncache.providers.rdma.paths import End, PathOf
+from mooncache.providers.rdma.owner import Owner
+from mooncache.providers.rdma.paths import VERSION, End, PathOf, Plan
 from mooncache.providers.rdma.ports import MTUS
 from mooncache.providers.rdma.queues import QueuePair
-
-if TYPE_CHECKING:
-    from mooncache.providers.rdma.provider import Rdma
 
 
 class Incoming:
@@ -38,7 +35,7 @@ class Incoming:
         UsageError: what it asks for does not hold. TransportError, CapacityError: a NIC has no more to give.
     """
 
-    def __init__(self, provider: Rdma, caller: str, body: dict[str, Any]) -> None:
+    def __init__(self, provider: Owner, caller: str, body: dict[str, Any]) -> None:
         if body["version"] != VERSION:
             raise UsageError(f"this engine speaks RDMA of version {VERSION}, the caller {body['version']!r}")
         self._provider, self.caller, self.number = provider, caller, int(body["connection"])

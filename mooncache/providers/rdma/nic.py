@@ -9,10 +9,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from mooncache import forks
 from mooncache.kernels.enums import Access
+from mooncache.providers.rdma.device import Closable, Limits
 from mooncache.providers.rdma.failure import asking, refused
 from mooncache.providers.rdma.gids import text_of
 from mooncache.providers.rdma.library import ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, load
@@ -44,29 +45,6 @@ UNDRIVEN = (
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 PIECE_BYTES = 64 << 20  # what one thread faults in at a time: 10 ms of work or so
-
-
-class Limits(NamedTuple):
-    """The capacities of a device, as it says itself.
-
-    Attributes:
-        max_qp_wr: work requests in one send or receive queue.
-        max_sge: ranges of memory in one work request.
-        max_cqe: entries of one completion queue.
-        max_mr_size: bytes of one registration.
-        max_rd_atomic: RDMA reads under way on one connection, as far as it can both send and answer them.
-        max_qp, max_mr: queue pairs and registrations.
-        max_msg_sz: bytes of one message over the port.
-    """
-
-    max_qp_wr: int
-    max_sge: int
-    max_cqe: int
-    max_mr_size: int
-    max_rd_atomic: int
-    max_qp: int
-    max_mr: int
-    max_msg_sz: int
 
 
 class Event(NamedTuple):
@@ -102,13 +80,6 @@ class Registration:
         self._nic.let_go(self)
         if mr and (code := self._nic.verbs.c.ibv_dereg_mr(mr)):
             raise refused(self._nic.port.device, f"withdraw a registration (lkey {self.lkey:#x})", code)
-
-
-class Closable(Protocol):
-    """A resource that a NIC holds until it is closed."""
-
-    def close(self) -> None:
-        """Close the resource."""
 
 
 class Nic:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from mooncache.background import Background
 from mooncache.descriptor import Descriptor
@@ -29,18 +29,15 @@ from mooncache.kernels.state import QueuePair, QueueRow
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import SLICES_GATHERED
 from mooncache.providers.base import Link
-from mooncache.providers.rdma.gids import parse, text_of
-from mooncache.providers.rdma.hub import NoteQueue, Rail
-from mooncache.providers.rdma.paths import End, PathOf, pair, weights
+from mooncache.providers.rdma.gids import text_of
+from mooncache.providers.rdma.hub import NOTE_DEPTH, NoteQueue, Rail
+from mooncache.providers.rdma.owner import Owner
+from mooncache.providers.rdma.paths import VERSION, Plan, ends_of, pair, weights
 from mooncache.providers.rdma.queues import QueuePair as Verbs
 from mooncache.providers.settling import Settler
 
-if TYPE_CHECKING:
-    from mooncache.providers.rdma.provider import Rdma
-
 log = logging.getLogger("mooncache")
 
-VERSION = 2
 LOST_S = 5.0
 """A peer that has not answered for this long, while a queue pair waits for it, is gone."""
 
@@ -53,18 +50,8 @@ BACKOFF_S, BACKOFF_MOST_S = 0.1, 2.0
 INLINE_BYTES = 64
 """Writes up to this long are copied into their work request: a cache line, which saves the NIC a fetch."""
 
-NOTE_DEPTH = 8
 NOTE_S = 2.0
 """An answer to a notification that takes longer is lost: a peer's worker answers within microseconds."""
-
-
-class Plan(NamedTuple):
-    """A path, what both ends keep to on it, and whether its ports were up at both when the peer was connected to."""
-
-    path: PathOf
-    mtu: int
-    rd_atomic: int
-    up: bool
 
 
 class Lane:
@@ -89,7 +76,7 @@ class Outgoing:
         gone: it is of no use any more; connect anew.
     """
 
-    def __init__(self, provider: Rdma, peer: Descriptor, link: Link, notes: Sequence[NoteQueue]) -> None:
+    def __init__(self, provider: Owner, peer: Descriptor, link: Link, notes: Sequence[NoteQueue]) -> None:
         self._provider, self.peer, self.link, self._notes = provider, peer.name, link, notes
         self.generation = peer.generation
         self.settler = Retirer(self, provider.background)
@@ -141,21 +128,11 @@ class Outgoing:
                     )
                     self._lanes.append(Lane(index, verbs))
                     depth, local, remote = provider.depth_on(nic), plan.path.local, plan.path.remote
-                    pairs.append(
-                        QueuePair(
-                            verbs.address,
-                            depth,
-                            cq=local,
-                            lkeys=local,
-                            rkeys=remote,
-                            signal=provider.signal,
-                            gathers=sges,
-                            message_bytes=nic.limits.max_msg_sz,
-                            inline=verbs.inline,
-                            weight=shares[index],
-                            breaks=True,
-                        )
-                    )
+                    made = QueuePair(
+                        verbs.address, depth, cq=local, lkeys=local, rkeys=remote, signal=provider.signal, gathers=sges,
+                        message_bytes=nic.limits.max_msg_sz, inline=verbs.inline, weight=shares[index], breaks=True,
+                    )  # fmt: skip
+                    pairs.append(made)
             self.pairs.append([*pairs, self._notes[worker].pair])
         for index, plan in enumerate(self._plans):
             nic, cq = provider.nics[plan.path.local], provider.hub.cqs[plan.path.local]
@@ -165,29 +142,17 @@ class Outgoing:
     def _dial(self, peer: Descriptor) -> None:
         provider = self._provider
         self.number = secrets.randbits(62)
-        answer = self.link.dial(
-            "rdma-connect",
-            {
-                "version": VERSION,
-                "instance": peer.data["instance"],
-                "connection": self.number,
-                "paths": [
-                    [
-                        *provider.ends[p.path.local].told()[:2],
-                        p.path.remote,
-                        p.mtu,
-                        p.rd_atomic,
-                        self._record.rkeys[p.path.local],
-                        p.up,
-                    ]
-                    for p in self._plans
-                ],
-                "queues": [lane.described() for lane in self._lanes],
-                "notes": [lane.described() for lane in self._note_lanes],
-                "answer": self._record.answer,
-            },
-            deadline=self.link.deadline,
-        )
+        paths = []
+        for plan in self._plans:
+            local, remote = plan.path
+            gid, lid, *_ = provider.ends[local].told()
+            paths.append([gid, lid, remote, plan.mtu, plan.rd_atomic, self._record.rkeys[local], plan.up])
+        asked = {
+            "version": VERSION, "instance": peer.data["instance"], "connection": self.number, "paths": paths,
+            "queues": [lane.described() for lane in self._lanes],
+            "notes": [lane.described() for lane in self._note_lanes], "answer": self._record.answer,
+        }  # fmt: skip
+        answer = self.link.dial("rdma-connect", asked, deadline=self.link.deadline)
         self.socket = answer.sock
         try:
             most = min(int(answer.body["note_bytes"]), provider.hub.note_bytes)
@@ -500,20 +465,3 @@ class Retirer(Settler):
     def ask(self) -> None:
         """See `Settler.ask`."""
         self._outgoing.retire(self.link._replace(deadline=self.deadline))
-
-
-def ends_of(peer: Descriptor) -> list[End]:
-    """The NICs that a peer's descriptor tells of. Raises TransportError when it is of another kind or release."""
-    data = peer.data
-    if not isinstance(data, dict) or data.get("rdma") != VERSION:
-        raise TransportError(
-            f"peer {peer.name!r} at {peer.address} uses provider {peer.provider!r} and no RDMA of version {VERSION}; "
-            "open both ends with provider='rdma', of one release"
-        )
-    try:
-        return [
-            End(parse(str(gid)), int(lid), int(mtu), int(reads), float(rate), bool(up))
-            for gid, lid, mtu, reads, rate, up in data["nics"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise TransportError(f"what peer {peer.name!r} says of its NICs does not hold: {error!r}") from error

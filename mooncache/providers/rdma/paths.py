@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mooncache.descriptor import Descriptor
 from mooncache.errors import TransportError
 from mooncache.kernels.records.queue import WEIGHT_ONE
-from mooncache.providers.rdma.gids import common, is_ipv4, text_of
+from mooncache.providers.rdma.gids import common, is_ipv4, parse, text_of
 
+VERSION = 2  # of what peers tell of themselves and of connections
 NODES = "/sys/devices/system/node"
 NEAR = 10  # distance of a NUMA node to itself (ACPI)
 
@@ -44,6 +46,15 @@ class PathOf(NamedTuple):
 
     local: int
     remote: int
+
+
+class Plan(NamedTuple):
+    """A path, what both ends keep to on it, and whether its ports were up at both when the peer was connected to."""
+
+    path: PathOf
+    mtu: int
+    rd_atomic: int
+    up: bool
 
 
 def pair(here: Sequence[End], there: Sequence[End], peer: str) -> list[PathOf]:
@@ -108,3 +119,20 @@ def runs_on(node: int, root: str = NODES) -> bool:
         if first:
             cores |= set(range(int(first), int(last or first) + 1))
     return bool(cores & os.sched_getaffinity(0))
+
+
+def ends_of(peer: Descriptor) -> list[End]:
+    """The NICs that a peer's descriptor tells of. Raises TransportError when it is of another kind or release."""
+    data = peer.data
+    if not isinstance(data, dict) or data.get("rdma") != VERSION:
+        raise TransportError(
+            f"peer {peer.name!r} at {peer.address} uses provider {peer.provider!r} and no RDMA of version {VERSION}; "
+            "open both ends with provider='rdma', of one release"
+        )
+    try:
+        return [
+            End(parse(str(gid)), int(lid), int(mtu), int(reads), float(rate), bool(up))
+            for gid, lid, mtu, reads, rate, up in data["nics"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TransportError(f"what peer {peer.name!r} says of its NICs does not hold: {error!r}") from error

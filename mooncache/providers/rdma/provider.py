@@ -33,8 +33,8 @@ from mooncache.providers.rdma import gpu
 from mooncache.providers.rdma.hub import NoteHub, NoteQueue
 from mooncache.providers.rdma.incoming import Incoming
 from mooncache.providers.rdma.nic import Nic, Registration, populate
-from mooncache.providers.rdma.outgoing import NOTE_S, VERSION, Outgoing, Plan
-from mooncache.providers.rdma.paths import End
+from mooncache.providers.rdma.outgoing import NOTE_S, Outgoing
+from mooncache.providers.rdma.paths import VERSION, End, Plan
 from mooncache.providers.rdma.ports import choose
 from mooncache.providers.rdma.queues import QueuePair as Verbs
 from mooncache.providers.rdma.queues import Remote

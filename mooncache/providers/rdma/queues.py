@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mooncache.errors import TransportError
+from mooncache.providers.rdma.device import Device
 from mooncache.providers.rdma.failure import UNREACHABLE, asking
 from mooncache.providers.rdma.gids import SUBNET_BYTES, text_of
 from mooncache.providers.rdma.library import (
@@ -17,9 +18,6 @@ from mooncache.providers.rdma.library import (
     QPT_RC,
 )
 from mooncache.providers.rdma.pointers import CHANNEL_FD, channel_pointer, cq_pointer, half, qp_pointer
-
-if TYPE_CHECKING:
-    from mooncache.providers.rdma.nic import Nic
 
 STATES = ("RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR")  # by value of ibv_qp_state
 HOP_LIMIT = 255  # routers that a packet may pass: all that there are
@@ -51,7 +49,7 @@ class Channel:
         fd: the descriptor.
     """
 
-    def __init__(self, nic: Nic) -> None:
+    def __init__(self, nic: Device) -> None:
         self._nic = nic
         with asking(nic.port.device, "make a completion channel"):
             self.pyverbs: Any = nic.verbs.CompChannel(nic.context)
@@ -75,7 +73,7 @@ class CompletionQueue:
         capacity: completions it holds: what was asked, or more.
     """
 
-    def __init__(self, nic: Nic, entries: int, channel: Channel | None) -> None:
+    def __init__(self, nic: Device, entries: int, channel: Channel | None) -> None:
         self._nic = nic
         _within(nic, "completion queue entries", entries, nic.limits.max_cqe)
         with asking(nic.port.device, f"make a completion queue of {entries} entries"):
@@ -110,7 +108,7 @@ class QueuePair:
 
     def __init__(
         self,
-        nic: Nic,
+        nic: Device,
         send_cq: CompletionQueue,
         recv_cq: CompletionQueue,
         send_depth: int,
@@ -250,6 +248,6 @@ class QueuePair:
             self.pyverbs.modify(attributes, QP_STATE)
 
 
-def _within(nic: Nic, what: str, asked: int, most: int) -> None:
+def _within(nic: Device, what: str, asked: int, most: int) -> None:
     if not 1 <= asked <= most:
         raise TransportError(f"RDMA device {nic.port.device} has room for 1 to {most} {what}, {asked} were asked for")

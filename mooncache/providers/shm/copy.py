@@ -34,7 +34,7 @@ from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.connections import nudge
 from mooncache.providers.stream.lane import PENDING, Route, entry_of
 from mooncache.providers.stream.poll import push_lanes, turn_lanes
-from mooncache.providers.stream.provider import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
+from mooncache.providers.stream.queue import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
 from mooncache.providers.stream.records import port_at, queue_at
 
 LOT = 32

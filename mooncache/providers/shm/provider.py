@@ -49,8 +49,9 @@ from mooncache.providers.device import KeyTable
 from mooncache.providers.shm.copy import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
 from mooncache.providers.shm.mappings import KEYS_BYTES, Lease, Retired, Share
 from mooncache.providers.stream.connections import STALL_S, StreamQueue
-from mooncache.providers.stream.provider import StreamProvider, wait_while_odd
+from mooncache.providers.stream.provider import StreamProvider
 from mooncache.providers.stream.quotas import check_leases
+from mooncache.providers.stream.waiting import wait_while_odd
 from mooncache.segments import Segment, allocate, segment_of
 
 log = logging.getLogger("mooncache")

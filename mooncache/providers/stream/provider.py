@@ -15,10 +15,9 @@ import os
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,26 +27,13 @@ from mooncache.descriptor import Descriptor, Keys
 from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.messages import Reply, Request
-from mooncache.errors import (
-    CapacityError,
-    DiscoveryError,
-    EngineClosed,
-    MooncacheError,
-    TransportError,
-    UsageError,
-    came,
-)
+from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
 from mooncache.kernels.arrays import Row, address_of, rows_of
-from mooncache.kernels.atomics import i64
-from mooncache.kernels.jit import Callback, kernel
-from mooncache.kernels.records.base import acquire, behind, release
+from mooncache.kernels.jit import Callback
 from mooncache.kernels.records.table import TABLE
-from mooncache.kernels.records.verbs import sge_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
-from mooncache.kernels.verbs import EAGAIN, ENOMEM, POLL_AGAIN, WC_BYTES, WcStatus
 from mooncache.providers.base import Link
-from mooncache.providers.device import Queue, SoftwareProvider, write_completion
-from mooncache.providers.settling import Settler
+from mooncache.providers.device import Queue, SoftwareProvider
 from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.connections import (
     LANES_MOST,
@@ -61,104 +47,15 @@ from mooncache.providers.stream.connections import (
     give_up,
     set_lane_options,
 )
-from mooncache.providers.stream.lane import PENDING, Broken, LaneState, Reason, enlist, entry_of
+from mooncache.providers.stream.lane import LaneState, Reason
 from mooncache.providers.stream.quotas import check_lanes
-from mooncache.providers.stream.records import ENTRY, PORT, QUEUE, lane_at, queue_at
+from mooncache.providers.stream.records import ENTRY, PORT, QUEUE
+from mooncache.providers.stream.settler import StreamSettler
+from mooncache.providers.stream.waiting import wait_until, wait_while_odd
 
 log = logging.getLogger("mooncache")
 
-SETTLE_S = 5.0
-"""Seconds for workers to answer what was on a broken queue pair, before it is connected again."""
 
-
-# ------------------------------------------------------------------------------ kernels
-@kernel
-def post_entry(queue, wr, route):
-    """Append one work request to the queue's ring; False when the queue is full, or its connections are renewed."""
-    head, broken = queue.head, acquire(queue, "broken")
-    if head - queue.tail >= queue.limit or broken == Broken.RENEWING:
-        return False
-    sge, entry = sge_at(wr.sg_list), entry_of(queue, head)
-    gone = broken == Broken.GONE
-    entry.id = wr.wr_id
-    entry.local = sge.addr
-    entry.remote = wr.remote_addr
-    entry.length = np.int64(sge.length)
-    entry.opcode = np.int64(wr.opcode)
-    entry.key = wr.rkey
-    entry.route = route
-    entry.status = np.int64(WcStatus.REM_ABORT_ERR) if gone else np.int64(PENDING)
-    release(queue, "head", head + 1)
-    return True
-
-
-@kernel
-def refusal(queue):
-    """The errno for a work request that `post_entry` did not take."""
-    return np.int32(EAGAIN if acquire(queue, "broken") == Broken.RENEWING else ENOMEM)
-
-
-@kernel
-def list_lanes(queue):
-    """Let the next poll look at what was posted to this queue."""
-    for i in range(queue.lane_count):
-        lane = lane_at(i64(queue.lanes)[i])
-        if lane.state == LaneState.LIVE:
-            enlist(lane)
-
-
-@kernel
-def report(queue, entries, wc):
-    """Write up to `entries` completions, in the order of posting, as far as they are answered; returns how many."""
-    head, tail = queue.head, queue.tail
-    n = np.int64(0)
-    while n < entries and tail < head:
-        entry = entry_of(queue, tail)
-        status = acquire(entry, "status")
-        if status == PENDING:
-            break
-        wc = write_completion(wc, entry.id, status)
-        tail += 1
-        n += 1
-    queue.tail = tail
-    return n
-
-
-@kernel
-def report_all(port, entries, wc):
-    """`report` over all queues of a worker; each poll starts at the next, so that none starves."""
-    count, turn, taken = port.count, port.turn, np.int64(0)
-    for i in range(count):
-        queue = queue_at(i64(behind(port))[(turn + i) % count])
-        if acquire(queue, "cut") != 0:
-            lanes.end_overdue(port, queue)
-        if queue.head > queue.tail:
-            taken += report(queue, entries - taken, wc + taken * WC_BYTES)
-    port.turn = turn + 1
-    return taken
-
-
-@kernel
-def answer_poll(taken, moved):
-    """What poll_cq returns: completions, or whether to call again soon."""
-    if taken == 0 and moved:
-        return np.int32(POLL_AGAIN)
-    return np.int32(taken)
-
-
-@kernel
-def answer_push(queue, posted, wc, all_told):
-    """What push returns: completions if nothing else is on the queue, or whether to call poll_cq.
-
-    all_told: descriptors tell of all that is not answered yet.
-    """
-    alone = queue.head - queue.tail == posted
-    if not all_told:
-        return np.int32(POLL_AGAIN)
-    return np.int32(report(queue, np.int64(posted), wc) if alone else 0)
-
-
-# ------------------------------------------------------------------------------ the provider
 class StreamProvider(SoftwareProvider):
     """A provider whose peers are reached over connections. Subclasses say how entries travel.
 
@@ -334,7 +231,9 @@ class StreamProvider(SoftwareProvider):
     def _settler_of(self, peer: str, link: Link, queues: Sequence[StreamQueue]) -> StreamSettler:
         """A new one, that asks where the peer is now."""
         former = self._settlers.get(peer)
-        settler = self._settlers[peer] = StreamSettler(peer, link, self, queues)
+        settler = self._settlers[peer] = StreamSettler(
+            peer, link, self.background, self._lock, list(zip(self.ports, queues, strict=True)), self._open_lanes
+        )
         if former is not None:
             former.close()
         settler.look()
@@ -554,96 +453,3 @@ def has_ended(sock: socket.socket) -> bool:
     except OSError:
         pass
     return True
-
-
-class StreamSettler(Settler):
-    """Asks a peer to retire the connections of queue pairs that have ended, and renews those that this end broke."""
-
-    def __init__(self, peer: str, link: Link, provider: StreamProvider, queues: Sequence[StreamQueue]) -> None:
-        super().__init__(peer, link, provider.background)
-        self._provider, self._queues = provider, queues
-
-    @property
-    def in_doubt(self) -> bool:
-        """See `Settler.in_doubt`; also whether a connection waits to be renewed."""
-        return super().in_doubt or any(queue.renewing for queue in self._queues)
-
-    @property
-    def slices(self) -> int:
-        """How many slices are in doubt."""
-        return sum(queue.in_doubt for queue in self._queues)
-
-    def ask(self) -> None:
-        """See `Settler.ask`. What is connected by now has been retired by that."""
-        for port, queue in zip(self._provider.ports, self._queues, strict=True):
-            if queue.renewing:
-                self._renew(port, queue)
-        with self._provider._lock:
-            owed = [(q, q.row["doubt"], q.ticket) for q in self._queues if q.in_doubt and q.broken]
-        if owed:
-            asked = {"tickets": [list(ticket) for _, _, ticket in owed]}
-            self.link.dial("retire", asked, deadline=self.deadline).sock.close()
-        for queue, total, _ in owed:
-            queue.settle(total)
-
-    def _renew(self, port: Port, queue: StreamQueue) -> None:
-        """Connect a queue pair anew; if that fails, what waits for it fails, too."""
-        try:
-            # Not under the deadline of the connect that brought the link: that has passed.
-            self._provider._open_lanes(port, queue, self.peer, self.link._replace(deadline=self.deadline))
-        except MooncacheError:
-            give_up(queue.address)
-            raise
-
-    def forgive(self) -> None:
-        """See `Settler.forgive`."""
-        for queue in self._queues:
-            queue.settle(queue.row["doubt"])
-
-
-def wait_until(condition: Callable[[], bool], what: str, deadline: Deadline | None = None) -> None:
-    """Return once a worker has made the condition true. Raises TransportError, naming `what`, after SETTLE_S or at the
-    deadline, and EngineClosed when that was ended."""
-    limit = (deadline or Deadline()).within(SETTLE_S)
-    limit.waits_for(what)
-    if not limit.until(condition):
-        raise TransportError(f"{what} did not come within {limit.seconds:.3g} s; try again")
-
-
-LOOK_S = 0.01
-"""Who copies for longer than this has been stopped, or shares its core: see which. Looking costs a peer its slice."""
-
-
-class Copier(Protocol):
-    """Whose guards are waited for."""
-
-    copier: str  # as messages call it
-    ended: bool
-
-    def lands_no_more(self) -> bool:
-        """Whether a copy that it is in the middle of lands nothing more, although its guard is odd."""
-
-
-def wait_while_odd(
-    words: Sequence[tuple[np.ndarray | Row, Any]], whose: Copier | None = None, limit_s: float = STALL_S
-) -> None:
-    """Return when each word that is odd now has changed, or its owner has ended, or lands nothing more.
-
-    Whoever made it odd is copying, which takes microseconds. Raises TransportError after `limit_s`: it was stopped.
-    """
-    since = time.monotonic()
-    look_at, deadline = since + LOOK_S, since + limit_s
-    for array, index in words:
-        seen = int(array[index])
-        while seen % 2 == 1 and int(array[index]) == seen and not (whose and whose.ended):
-            now = time.monotonic()
-            if whose and now > look_at:
-                if whose.lands_no_more():
-                    return
-                look_at = now + LOOK_S
-            if now > deadline:
-                raise TransportError(
-                    f"{whose.copier if whose else 'a worker'} was stopped in the middle of a copy and may go on with "
-                    "it at any time: end that process before this memory is used for anything else"
-                )
-            time.sleep(0)

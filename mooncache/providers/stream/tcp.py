@@ -9,15 +9,8 @@ from mooncache.kernels.records.verbs import send_wr_at
 from mooncache.providers.device import port_of, queue_of
 from mooncache.providers.stream.lane import Route
 from mooncache.providers.stream.poll import push_lanes, turn_lanes
-from mooncache.providers.stream.provider import (
-    StreamProvider,
-    answer_poll,
-    answer_push,
-    list_lanes,
-    post_entry,
-    refusal,
-    report_all,
-)
+from mooncache.providers.stream.provider import StreamProvider
+from mooncache.providers.stream.queue import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
 from mooncache.providers.stream.records import port_at, queue_at
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from mooncache.descriptor import Descriptor
 from mooncache.providers.rdma import gids
-from mooncache.providers.rdma.outgoing import VERSION, ends_of
-from mooncache.providers.rdma.paths import End
+from mooncache.providers.rdma.paths import VERSION, End, ends_of
 
 IPV4 = bytes(10) + b"\xff\xff" + bytes([10, 0, 1, 5])
 LOCAL = bytes.fromhex("fe80000000000000505400fffe000001")
