@@ -78,6 +78,7 @@ bench: setup  ## measure this machine, into results/
 	$(BIN)/mooncache bench transfer --json > results/bench_transfer.json
 	$(BIN)/mooncache bench latency --json > results/bench_latency.json
 	$(BIN)/mooncache bench post --json > results/bench_post.json
+	$(BIN)/mooncache bench copy --json > results/bench_copy.json
 	@if [ -n "$$(ls /sys/class/infiniband 2> /dev/null)" ]; then $(BIN)/mooncache bench rdma --json > results/bench_rdma.json; fi
 	@echo "Written: results/bench_lifecycle.json, _gil, _soak, _placement, _transfer, _latency and _post"
 

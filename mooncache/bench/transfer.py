@@ -4,8 +4,9 @@
     rank 1   [ initiator ] ----- wire -----> [ target ]
 
 Each sample is sent over the wire and by the reference in turn: plain Python sockets for what goes through the network
-stack, memcpy by one thread for what stays in memory. Both move the same blocks in the same random order, differing ones
-in each sample, and after each sample the receiving process checks every byte.
+stack; for what stays in memory the fastest plain copy, by as many threads as the engine has workers. Both move the same
+blocks in the same random order, differing ones in each sample, and after each sample the receiving process checks every
+byte.
 """
 
 from __future__ import annotations
@@ -252,9 +253,7 @@ def sentence(rows: Sequence[dict[str, Any]]) -> str:
     ratios: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         ratios.setdefault((named(row), row["reference"]), []).append(row["ratio"])
-    takes = [
-        f"{name} took {between(r)} times as long as {'a ' * (of != 'memcpy')}{of}" for (name, of), r in ratios.items()
-    ]
+    takes = [f"{name} took {between(r)} times as long as a {of}" for (name, of), r in ratios.items()]
     return f"{'; '.join(takes)}. Every byte of every sample was checked where it arrived." if takes else ""
 
 
@@ -272,7 +271,7 @@ def command(
     against: str = typer.Option("", help="Also measure other packages: mooncake, nixl, or mooncake,nixl."),
     json: bool = JSON,
 ) -> None:
-    """From process to process over real wires, against plain Python sockets and memcpy in the same run.
+    """From process to process over real wires, against plain Python sockets and plain copies in the same run.
 
     Without --op, --ranks, --workers, --slices and --block: a standard set, in about three minutes; with any of them:
     every combination. Every byte is checked where it arrives. Exit status 1 if memory or descriptors grew.

@@ -146,6 +146,21 @@ def stream_line(typing: Any, target: Any, source: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Let the cache fetch the line at `address`, which may be any."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I8.as_pointer())
+        type_ = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        hints = [ir.Constant(_I32, hint) for hint in (0, 3, 1)]  # to read; near; data
+        function = cgutils.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def fill_bytes(typing: Any, target: Any, byte: Any, length: Any) -> Any:
     """memset: `length` bytes from `target` become `byte`."""
 
@@ -219,34 +234,6 @@ def call_syscall(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: 
 
 
 from mooncache.kernels.jit import kernel  # noqa: E402  (the intrinsics above must exist first)
-
-STREAM_BYTES = 512  # from here on copying past the caches is faster
-BANK_BYTES = 4096
-
-
-@kernel
-def stream_copy(target, source, length):
-    """memcpy for bytes that this core will not read soon: it does not first fetch what it overwrites.
-
-    30,000 scattered blocks of 1, 4 and 16 KiB took 0.44, 0.81 and 0.79 of memcpy's time; 1 GiB in slices of 64 KiB
-    1.1, or 0.93 with four pages at a time as below.
-    """
-    if length < STREAM_BYTES:
-        copy(target, source, length)
-        return
-    done = -target % LINE
-    copy(target, source, done)
-    while length - done >= 4 * BANK_BYTES:
-        for i in range(done, done + BANK_BYTES, LINE):
-            stream_line(target + i, source + i)
-            stream_line(target + i + BANK_BYTES, source + i + BANK_BYTES)
-            stream_line(target + i + 2 * BANK_BYTES, source + i + 2 * BANK_BYTES)
-            stream_line(target + i + 3 * BANK_BYTES, source + i + 3 * BANK_BYTES)
-        done += 4 * BANK_BYTES
-    while length - done >= LINE:
-        stream_line(target + done, source + done)
-        done += LINE
-    copy(target + done, source + done, length - done)
 
 
 @kernel

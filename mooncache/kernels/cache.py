@@ -72,16 +72,25 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def base_directory() -> Path:
+    """Return where this user's caches lie; it may have to be made."""
+    given = os.environ.get("MOONCACHE_CACHE_DIR")
+    return Path(
+        given
+        or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "mooncache"
+        )
+    )
+
+
 def find_place() -> Place:
     """Find, make and hold this version's directory. Once a process: it is held until the process ends.
 
     Raises:
         OSError: neither the usual directory nor one in the temporary folder can be written.
     """
-    base = os.environ.get("MOONCACHE_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "mooncache"
-    )
-    usual = Path(base) / f"kernels-{source_hash()}"
+    base = base_directory()
+    usual = base / f"kernels-{source_hash()}"
     try:
         new = not usual.exists()
         usual.mkdir(parents=True, exist_ok=True)

@@ -20,12 +20,13 @@ from llvmlite import binding, ir
 from numba import types
 
 from mooncache.kernels.arrays import aligned
-from mooncache.kernels.atomics import BANK_BYTES, LINE, STREAM_BYTES, X86, i64, intrinsic, load, stream_copy
+from mooncache.kernels.atomics import LINE, X86, i64, intrinsic, load
+from mooncache.kernels.copying import BANK_BYTES, BANKS, STREAM_BYTES, stream_copy
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import SYS_PROCESS_VM_WRITEV, errno, process_writev
 
 # A copier's row: struct rseq_cs with its start, length and where to go when interrupted, and what belongs to it
-R_VERSION, R_START, R_LENGTH, R_ABORT, R_RESTARTS, R_OFFSET, ROW_WORDS = range(7)
+R_VERSION, R_START, R_LENGTH, R_ABORT, R_RESTARTS, R_OFFSET, R_BANKS_FROM, R_BANKS_BELOW, ROW_WORDS = range(9)
 CHANGED = -(1 << 30)  # no errno
 PIECE_BYTES = 64 << 10
 """Copied in one sequence: 20 us at 3 GB/s, so that it ends before the thread's time slice, some milliseconds, does."""
@@ -37,10 +38,10 @@ _I64 = ir.IntType(64)
 binding.initialize_native_asmparser()
 
 
-def row() -> np.ndarray:
-    """A copier's row, for one thread at a time: int64[ROW_WORDS]."""
+def row(banks_from: int = 1 << 62, banks_below: int = 0) -> np.ndarray:
+    """A copier's row, for one thread at a time: int64[ROW_WORDS]. These lengths go by banks: see `copying.py`."""
     made = aligned(ROW_WORDS)
-    made[R_OFFSET] = _offset()
+    made[R_OFFSET], made[R_BANKS_FROM], made[R_BANKS_BELOW] = _offset(), banks_from, banks_below
     return made
 
 
@@ -96,7 +97,9 @@ def _sequence(body: str, row: str, scratch: str) -> str:
 def _lines(banks: int) -> str:
     """Copy 64 bytes from %rsi to %rdi, past the caches, and as much in the pages that follow."""
     width, load_, store, register = 16, "movdqu", "movntdq", "xmm"
-    if binding.get_host_cpu_features().get("avx"):
+    if binding.get_host_cpu_features().get("avx512f"):
+        width, load_, store, register = 64, "vmovdqu64", "vmovntdq", "zmm"
+    elif binding.get_host_cpu_features().get("avx"):
         width, load_, store, register = 32, "vmovdqu", "vmovntdq", "ymm"
     moves = []
     for bank in range(0, banks * BANK_BYTES, BANK_BYTES):
@@ -131,19 +134,23 @@ _COPY = f"""
     movq %rcx, (%rdi)
     {_advance(8)}
     jmp 11b
-20: cmpq $${4 * BANK_BYTES}, %rdx      # lines, past the caches: four pages at a time
+20: cmpq $${BANKS * BANK_BYTES}, %rdx      # past the caches, by banks
     jb 22f
+    cmpq {8 * R_BANKS_FROM}(%r10), %r14
+    jb 22f
+    cmpq {8 * R_BANKS_BELOW}(%r10), %r14
+    jae 22f
     movl $${BANK_BYTES // LINE}, %ecx
-21: {_lines(4)}
+21: {_lines(BANKS)}
     addq $${LINE}, %rsi
     addq $${LINE}, %rdi
     decl %ecx
     jnz 21b
-    addq $${3 * BANK_BYTES}, %rsi
-    addq $${3 * BANK_BYTES}, %rdi
-    subq $${4 * BANK_BYTES}, %rdx
+    addq $${(BANKS - 1) * BANK_BYTES}, %rsi
+    addq $${(BANKS - 1) * BANK_BYTES}, %rdi
+    subq $${BANKS * BANK_BYTES}, %rdx
     jmp 20b
-22: cmpq $${LINE}, %rdx
+22: cmpq $${LINE}, %rdx                # and by lines
     jb 30f
     {_lines(1)}
     {_advance(LINE)}
@@ -211,7 +218,7 @@ def copy_while(target, source, length, word, expected, row):
         elif load(word) != expected:
             return False
         else:
-            stream_copy(target + done, source + done, piece)
+            stream_copy(target + done, source + done, piece, i64(row)[R_BANKS_FROM], i64(row)[R_BANKS_BELOW])
         done += piece
     return True
 

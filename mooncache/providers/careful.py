@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from mooncache.copy_ways import banks
 from mooncache.kernels import restart
 from mooncache.kernels.arrays import WORD, Row, address_of, function_address, rows_of
 from mooncache.kernels.enums import Opcode
@@ -123,7 +124,7 @@ class Copier:
             while_at=self._row.where("while_is"),  # equal to itself: always
         )
         self._restart = self._row.array["restart"][0]
-        self._restart[:] = restart.row()
+        self._restart[:] = restart.row(*banks())
         self._row["own_pid"] = os.getpid() if look(self.address, os.getpid(), self.address) == WORD else 0
 
     @property

@@ -44,7 +44,7 @@ def test_every_combination_is_measured_and_verified(provider, capsys):
     for row in rows:
         assert set(row) == ROW
         assert row["provider"] == row["transport"] == provider
-        assert row["reference"] == ("plain socket" if provider == "tcp" else "memcpy")
+        assert row["reference"] == ("plain socket" if provider == "tcp" else "plain copy")
         assert row["seconds_max"] >= row["seconds_p50"] >= row["seconds_min"] > 0
         assert row["ratio"] > 0
         assert row["verified_bytes"] == 3 * row["slices"] * row["block_bytes"]
@@ -52,7 +52,7 @@ def test_every_combination_is_measured_and_verified(provider, capsys):
     assert report["provenance"]["cores"] >= 1
     transfer.show(report)
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"times as long as {'a plain socket' if provider == 'tcp' else 'memcpy'}. Every byte" in shown
+    assert f"times as long as a plain {'socket' if provider == 'tcp' else 'copy'}. Every byte" in shown
 
 
 def test_ranks_are_pairs_of_processes_and_auto_says_what_it_chose():
@@ -128,8 +128,8 @@ def test_blocks_of_another_sample_are_noticed(monkeypatch):
 @pytest.mark.parametrize("op", ["write", "read"])
 def test_a_single_wrong_byte_is_noticed(op):
     case = wires.Case("loopback", "loopback", op, 1, 1, slices=300, block=77, layers=1)
-    target = rank.Side("target", case, "memcpy")
-    initiator = rank.Side("initiator", case, "memcpy", target.found())
+    target = rank.Side("target", case, "plain copy")
+    initiator = rank.Side("initiator", case, "plain copy", target.found())
     sender, receiver = (initiator, target) if op == "write" else (target, initiator)
     sender.fill(5)
     initiator.transfer(0)
@@ -150,10 +150,10 @@ def test_a_single_wrong_byte_is_noticed(op):
 
 def test_a_reference_that_leaves_a_block_out_is_noticed():
     case = wires.Case("loopback", "loopback", "write", 1, 1, slices=300, block=64, layers=1)
-    target = rank.Side("target", case, "memcpy")
-    initiator = rank.Side("initiator", case, "memcpy", target.found())
+    target = rank.Side("target", case, "plain copy")
+    initiator = rank.Side("initiator", case, "plain copy", target.found())
     initiator.fill(5)
-    initiator.reference.operands = (*initiator.reference.operands[:2], 299, 64)
+    initiator.reference.copying.parts = [(to[:-1], from_[:-1]) for to, from_ in initiator.reference.copying.parts]
     initiator.refer(0)
     assert target.count_wrong(5) == 1
     for side in (initiator, target):

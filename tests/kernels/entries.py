@@ -9,6 +9,7 @@ import numpy as np
 
 from mooncache.kernels import account as accounts
 from mooncache.kernels import atomics, batch, failure, handle, inbox, pool, regions, ring, spread, worker
+from mooncache.kernels import copying as stream_copying
 from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import i64, pause, peek, poke
 from mooncache.kernels.jit import callback, kernel
@@ -57,9 +58,9 @@ def cas_many(address, n):
     return np.int64(lost)
 
 
-@kernel("int64(int64, int64, int64)", nogil=True)
-def stream_copy(target, source, length):
-    atomics.stream_copy(target, source, length)
+@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
+def stream_copy(target, source, length, banks_from, banks_below):
+    stream_copying.stream_copy(target, source, length, banks_from, banks_below)
     atomics.fence()
     return np.int64(length)
 

@@ -73,10 +73,13 @@ def test_copy_and_fill_touch_exactly_their_bytes():
 
 
 @settings(max_examples=300)
-@given(length=st.integers(0, 70_000), source=st.integers(0, 200), target=st.integers(0, 200))
-def test_copying_past_the_caches_copies_exactly_the_range(length, source, target):
+@given(
+    length=st.integers(0, 70_000), source=st.integers(0, 200), target=st.integers(0, 200),
+    banks=st.sampled_from([(1 << 62, 0), (0, 1 << 62), (20_000, 40_000)]),
+)  # fmt: skip
+def test_copying_past_the_caches_copies_exactly_the_range(length, source, target, banks):
     held, into = random_bytes(70_400), np.zeros(70_400, np.uint8)
-    entries.stream_copy(into.ctypes.data + target, held.ctypes.data + source, length)
+    entries.stream_copy(into.ctypes.data + target, held.ctypes.data + source, length, *banks)
     np.testing.assert_array_equal(into[target : target + length], held[source : source + length])
     assert not into[:target].any()
     assert not into[target + length :].any()

@@ -51,13 +51,14 @@ def by_writev(target: int, source: int, length: int, word: int, expected: int, r
     return True
 
 
+BY_BANKS = 16384, 40_000
 WAYS = {"copy": by_copy, "writev": by_writev}
 
 
-@pytest.fixture(params=["restartable", "plain"])
+@pytest.fixture(params=["restartable", "restartable by banks", "plain", "plain by banks"])
 def row(request) -> np.ndarray:
-    made = restart.row()
-    if request.param == "plain":
+    made = restart.row(*(BY_BANKS if request.param.endswith("banks") else ()))
+    if request.param.startswith("plain"):
         made[R_OFFSET] = 0
     elif not restart.restarts(made):
         pytest.skip("this libc, system or CPU has no restartable sequences")

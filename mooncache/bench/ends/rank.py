@@ -3,7 +3,7 @@
     initiator   its wire, a buffer of blocks, its half of the reference; times what it does
     target      likewise, at the other end; tells whether the right bytes came, from the sample's number alone
 
-The reference moves the same blocks in the same order between the same buffers: by plain sockets, or by memcpy, where
+The reference moves the same blocks in the same order between the same buffers: by plain sockets, or by copies, where
 the target's memory can be mapped by the initiator.
 """
 
@@ -66,8 +66,11 @@ class PlainSockets:
                 plain.close()
 
 
-class Memcpy:
-    """One thread of the initiator, which copies block by block from or into the target's memory, mapped here."""
+class PlainCopy:
+    """Threads of the initiator, as many as the wire has workers, that copy from or into the target's mapped memory.
+
+    They copy in the way that is fastest for these blocks on this machine.
+    """
 
     def __init__(self, side: Side) -> None:
         self.place = blocks.place_of(side.buffer)
@@ -75,12 +78,12 @@ class Memcpy:
         if side.target is not None:
             self.mapped = blocks.Mapped(side.target["reference"], side.buffer.nbytes)
             ends = side.addresses, self.mapped.address + side.offsets_of_target
-            self.ends = ends if side.case.op == "read" else ends[::-1]
-            self.operands = *map(address_of, self.ends), side.case.slices, side.case.block
+            targets, sources = ends if side.case.op == "read" else ends[::-1]
+            self.copying = blocks.Copying(targets, sources, side.case.block, side.case.workers)
 
     def move(self) -> None:
         """Copy one batch."""
-        blocks.copy_blocks(*self.operands)
+        self.copying.copy()
 
     def move_one(self, at: int) -> None:
         """Copy one block."""
@@ -89,10 +92,11 @@ class Memcpy:
     def close(self) -> None:
         """Unmap the target's memory."""
         if self.mapped is not None:
+            self.copying.close()
             self.mapped.close()
 
 
-REFERENCES: dict[str, type[PlainSockets] | type[Memcpy]] = {"plain socket": PlainSockets, "memcpy": Memcpy}
+REFERENCES: dict[str, type[PlainSockets] | type[PlainCopy]] = {"plain socket": PlainSockets, "plain copy": PlainCopy}
 
 
 # ------------------------------------------------------------------------------ one side

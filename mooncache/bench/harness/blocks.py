@@ -1,4 +1,4 @@
-"""The blocks of memory that transfer benches send: their places, their bytes, and a memcpy of them.
+"""The blocks of memory that transfer benches send: their places, their bytes, and the fastest plain copy of them.
 
 What belongs into word w of block b is a function of (seed, b, w), so the process that received blocks can tell by
 itself whether they are the right ones, in the right places, and of this sample:
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from time import perf_counter
 
 import numpy as np
 
-from mooncache.bench.harness.measure import scattered
+from mooncache.bench.harness.measure import median, scattered
 from mooncache.kernels.arrays import address_of
-from mooncache.kernels.atomics import copy, i8, i64
+from mooncache.kernels.atomics import copy, fence, i8, i64
+from mooncache.kernels.copying import fetch_ahead, stream_copy
 from mooncache.kernels.jit import kernel
 from mooncache.segments import segment_of
 
@@ -74,13 +78,69 @@ def count_wrong(addresses: int, n: int, length: int, seed: int) -> int:
     return wrong
 
 
-# ------------------------------------------------------------------------------ memcpy
-@kernel("int64(int64, int64, int64, int64)", nogil=True)
-def copy_blocks(targets: int, sources: int, n: int, length: int) -> int:
-    """Copy each block by one memcpy, in this thread: the reference for everything that stays on one host."""
+# ------------------------------------------------------------------------------ copies
+class Way(IntEnum):
+    """A way to copy a block. Those past the caches fetch the beginning of a block while another is copied."""
+
+    MEMCPY = 0  # libc's
+    LINES = 1  # past the caches, line by line
+    BANKS = 2  # past the caches, by banks: see `kernels/copying.py`
+
+
+AHEAD = 2  # blocks
+
+
+@kernel("int64(int64, int64, int64, int64, int64)", nogil=True)
+def copy_blocks(targets: int, sources: int, n: int, length: int, way: int) -> int:
+    """Copy each block, in this thread; the bytes are visible to others when it returns."""
     for b in range(n):
-        copy(i64(targets)[b], i64(sources)[b], length)
+        if way == Way.MEMCPY:
+            copy(i64(targets)[b], i64(sources)[b], length)
+        else:
+            if b + AHEAD < n:
+                fetch_ahead(i64(sources)[b + AHEAD], length)
+            stream_copy(i64(targets)[b], i64(sources)[b], length, 0, length + 1 if way == Way.BANKS else 0)
+    fence()
     return 0
+
+
+class Copying:
+    """Copies of the same blocks by one thread or several, in the way that is fastest for them here.
+
+    `targets`, `sources`: int64[n] addresses. Each way is tried when this is made, so that all pages have been touched.
+    """
+
+    def __init__(self, targets: np.ndarray, sources: np.ndarray, length: int, threads: int) -> None:
+        self.threads, self._length, self._pool = threads, length, ThreadPoolExecutor(threads, "mooncache-copying")
+        self.parts = [
+            (to, from_)
+            for to, from_ in zip(np.array_split(targets, threads), np.array_split(sources, threads), strict=True)
+            if to.size
+        ]
+        took = {way: median([self.timed(way) for _ in range(3)]) for way in Way}
+        self.way = min(took, key=took.__getitem__)
+        self.seconds = took
+
+    def timed(self, way: Way) -> float:
+        """Copy all blocks by one way; return the seconds that it took."""
+        begin = perf_counter()
+        self.copy(way)
+        return perf_counter() - begin
+
+    def copy(self, way: Way | None = None) -> None:
+        """Copy all blocks, by the fastest way or by another one."""
+        way = self.way if way is None else way
+        jobs = [
+            (address_of(to), address_of(from_), to.size, self._length, int(way)) for to, from_ in self.parts
+        ]  # fmt: skip
+        others = [self._pool.submit(copy_blocks, *job) for job in jobs[1:]]
+        copy_blocks(*jobs[0])
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """End its threads."""
+        self._pool.shutdown()
 
 
 class Mapped:

@@ -15,7 +15,7 @@ from mooncache.bench.harness.wires import Case
 from mooncache.kernels import jit
 from mooncache.sizes import spell
 
-REFERENCE = {"tcp": "plain socket", "shm": "memcpy", "loopback": "memcpy"}
+REFERENCE = {"tcp": "plain socket", "shm": "plain copy", "loopback": "plain copy"}
 START_NS = 10_000_000  # from now to a sample's start: all processes have read the command and sleep by then
 MIB = 1 << 20
 GROWING = "initiator_rss_mib", "initiator_fds", "target_rss_mib", "target_fds"  # as `Side.transfer` looks at them
@@ -71,7 +71,7 @@ class Trial:
         self.case = case
         self.pairs = [crew.pair(case, rank) for rank in range(case.ranks)]
         self.patience = 60 + case.sample_bytes / 1e8 + case.ranks * case.layers * case.slices / 5e3
-        self.reference = reference or REFERENCE.get(case.transport, "memcpy")
+        self.reference = reference or REFERENCE.get(case.transport, "plain copy")
         words = {"do": "open", "case": asdict(case), "reference": self.reference}
         for pair in self.pairs:
             target = pair.target.ask(role="target", **words)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any, NamedTuple
@@ -42,9 +40,6 @@ UNDRIVEN = (
     "is its user-space driver installed (Debian: apt-get install ibverbs-providers), and is /dev/infiniband passed "
     "into the container?"
 )
-
-MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
-PIECE_BYTES = 64 << 20  # what one thread faults in at a time: 10 ms of work or so
 
 
 class Event(NamedTuple):
@@ -260,24 +255,3 @@ def _flags(access: int) -> int:
         (Access.WRITE, ACCESS_REMOTE_WRITE),
     )
     return sum(flag for bit, flag in pairs if access & bit)
-
-
-def populate(address: int, length: int, writable: bool, threads: int) -> None:
-    """Fault all pages of a range in, several at a time: pinning them takes much less time afterwards.
-
-    Other Python threads run meanwhile. Does nothing where the kernel cannot (before Linux 5.14), and leaves it to the
-    registration to tell what is wrong with a range.
-
-    Args:
-        address, length: bytes; rounded outwards to pages.
-        writable: make pages that can be written at once; without it read-only memory is populated too.
-        threads: how many fault pages in.
-    """
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    advice = MADV_POPULATE_WRITE if writable else MADV_POPULATE_READ
-    start = address - address % mmap.PAGESIZE
-    pieces = range(start, address + length, PIECE_BYTES)
-    with ThreadPoolExecutor(threads, "mooncache-populate") as pool:
-        for piece in pieces:
-            pool.submit(madvise, piece, min(PIECE_BYTES, address + length - piece), advice)

@@ -28,11 +28,12 @@ from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, Transp
 from mooncache.kernels import calls
 from mooncache.kernels.enums import Access, Order
 from mooncache.kernels.state import CompletionQueue, QueuePair, QueueRow
+from mooncache.pages import populate
 from mooncache.providers.base import Link, Provider
 from mooncache.providers.rdma import gpu
 from mooncache.providers.rdma.hub import NoteHub, NoteQueue
 from mooncache.providers.rdma.incoming import Incoming
-from mooncache.providers.rdma.nic import Nic, Registration, populate
+from mooncache.providers.rdma.nic import Nic, Registration
 from mooncache.providers.rdma.outgoing import NOTE_S, Outgoing
 from mooncache.providers.rdma.paths import VERSION, End, Plan
 from mooncache.providers.rdma.ports import choose
@@ -173,7 +174,7 @@ class Rdma(Provider):
         on_gpu = memory_kind(address) == "gpu"
         by_dmabuf = on_gpu and gpu.choose(address, length) == "dma-buf"
         if not on_gpu and length >= POPULATE_BYTES:
-            populate(address, length, bool(access & Access.LOCAL), min(8, len(os.sched_getaffinity(0))))
+            populate(address, length, bool(access & Access.LOCAL))
         made: list[Registration] = []
         try:
             for nic in self.nics:

@@ -8,7 +8,8 @@ import numpy as np
 
 from mooncache.kernels import regions
 from mooncache.kernels.arrays import LINE
-from mooncache.kernels.atomics import fence, i64, load, poke, stream_copy
+from mooncache.kernels.atomics import fence, i64, load, poke
+from mooncache.kernels.copying import fetch_ahead, stream_copy
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import callback, kernel
 from mooncache.kernels.records.base import (
@@ -25,7 +26,7 @@ from mooncache.kernels.records.base import (
 )
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.records.verbs import send_wr_at, sge_at
-from mooncache.kernels.restart import CHANGED, copy_while
+from mooncache.kernels.restart import CHANGED, R_BANKS_BELOW, R_BANKS_FROM, copy_while
 from mooncache.kernels.verbs import POLL_AGAIN, WcStatus
 from mooncache.limits import WORKERS
 from mooncache.providers.careful import FIRST, copier_at, move, move_one, set_pair, write_while
@@ -37,15 +38,18 @@ from mooncache.providers.stream.poll import push_lanes, turn_lanes
 from mooncache.providers.stream.queue import answer_poll, answer_push, list_lanes, post_entry, refusal, report_all
 from mooncache.providers.stream.records import port_at, queue_at
 
-LOT = 32
-"""Slices copied between two looks at anything else: 2 MiB of the largest, some hundred microseconds."""
+LOT, LOT_BYTES = 128, 128 << 10
+"""Slices copied between two looks at anything else, and their bytes: some ten microseconds."""
 
 GUARD_EPOCH = WORKERS * LINE
 """Where, behind the guards of all workers, the word lies at which the peer says that it has withdrawn something since:
 by another number, or by 0 when it has fenced this engine. A copy goes on only while it is the same."""
 
+AHEAD = 2
+"""Slices whose beginnings are on their way into the caches while one is copied."""
+
 SHARE_BYTES = 1 << 20
-"""A chain this long is worth waking another worker for: it takes 200 us to copy, waking 30."""
+"""As much waiting to be copied is worth waking another worker for: it takes 100 us to copy, waking 30."""
 
 LANES_EVERY = 16
 """While there is something to copy, connections are looked at every so many lots."""
@@ -101,11 +105,11 @@ def post_send(qp, wr, bad_wr):
         else:
             poke(bad_wr, address(wr))
             error = refusal(queue)
-    if direct > 0:
-        queue.direct += direct
+    queue.direct += direct
     release(queue, "posting", posting + 2)
     if direct > 0:
-        if size >= SHARE_BYTES:
+        waiting = queue.direct - acquire(queue, "copied")  # of as many bytes as these, for all that is known
+        if size * waiting >= SHARE_BYTES * direct:
             call_helpers(port_at(queue.port))
     if by_lane:
         list_lanes(queue)
@@ -146,8 +150,9 @@ def claim(queue, own):
         if start != at:
             compare_swap(queue, "claimed", at, start)
             at = acquire(queue, "claimed")
-    n = np.int64(0)
-    while n < LOT and at + n < head and is_direct(entry_of(queue, at + n)):
+    n, size = np.int64(0), np.int64(0)
+    while n < LOT and size < LOT_BYTES and at + n < head and is_direct(entry_of(queue, at + n)):
+        size += entry_of(queue, at + n).length
         n += 1
     if n == 0 or compare_swap(queue, "claimed", at, at + n) != at:
         return at, np.int64(0)
@@ -191,8 +196,12 @@ def copy_while_permitted(port, queue, at, n):
     epoch, keys, others = load(word), queue.keys, False
     if epoch == 0:
         lanes.end_epoch(queue)
+    restart = where(copier, "restart")
+    banks_from, banks_below = i64(restart)[R_BANKS_FROM], i64(restart)[R_BANKS_BELOW]
     for i in range(at, at + n):
         entry = entry_of(queue, i)
+        if i + AHEAD < at + n:
+            fetch_source(entry_of(queue, i + AHEAD))
         if entry.key < 0:
             continue
         local, remote = entry.local, entry.remote
@@ -206,8 +215,8 @@ def copy_while_permitted(port, queue, at, n):
                 others = True
                 continue
             if opcode == Opcode.READ:
-                stream_copy(local, route, length)
-            elif not copy_while(route, local, length, word, epoch, where(copier, "restart")):
+                stream_copy(local, route, length, banks_from, banks_below)
+            elif not copy_while(route, local, length, word, epoch, restart):
                 return False
         entry.key = ~status
     if others:
@@ -217,6 +226,13 @@ def copy_while_permitted(port, queue, at, n):
                 if not copy_by_kernel(port, queue, at, n, opcode, mapped):
                     return False
     return True
+
+
+@kernel
+def fetch_source(entry):
+    """Let the caches fetch the beginning of an entry's bytes where they come from."""
+    if entry.route > Route.PROCESS:
+        fetch_ahead(entry.route if entry.opcode == Opcode.READ else entry.local, entry.length)
 
 
 @kernel

@@ -17,6 +17,7 @@ from mooncache.discovery.messages import Answer
 from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.publication import rise, withdraw_key
 from mooncache.kernels.tables import RegionTable
+from mooncache.pages import populate
 from mooncache.providers.careful import Copier
 from mooncache.providers.records import KEY
 from mooncache.providers.shm.copy import GUARD_EPOCH
@@ -108,6 +109,7 @@ class Share:
             for (number, address, length), descriptor in zip(answer.body["segments"], answer.fds[first:], strict=True):
                 mapping = Mapping(descriptor, int(length), writable=True)
                 undo.callback(mapping.close)
+                populate(mapping.address, mapping.length, writable=True)  # rather than by the first transfer
                 segments[int(number)] = int(address), mapping
             table = RegionTable("mapped memory", max(1, len(segments)))
             for address, mapping in segments.values():

@@ -43,6 +43,7 @@ from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish
 from mooncache.kernels.state import CompletionQueue, QueuePair
+from mooncache.pages import populate
 from mooncache.providers.base import Link
 from mooncache.providers.careful import Copier
 from mooncache.providers.device import KeyTable
@@ -116,6 +117,7 @@ class Shm(StreamProvider):
         keys = super().register(address, length, access)
         segment = segment_of(address, length)
         if segment is not None:
+            populate(address, length, writable=True)
             self._shared[keys.rkeys[0]] = Shared(segment, address, length, access)
         return keys
 
