@@ -147,7 +147,10 @@ class Queue:
 
     def __init__(self, device: Device, keys: KeyTable, depth: int, record: np.dtype, entry: np.dtype) -> None:
         entries = power_of_two(depth)
-        self.held: list[np.ndarray] = []  # keys and inboxes of its targets, former ones too
+        self.held: list[
+            np.ndarray
+        ] = []  # keys and inboxes of its targets, and how it names itself there; former ones too
+        self._caller: str | None = None
         self.moves = np.zeros(0, np.int64)  # what a provider's row points to besides
         self.copier: Copier | None = None  # where it copies within this process
         self.rail = 0
@@ -168,8 +171,10 @@ class Queue:
             self.held.append(keys.entries)
         if inbox is not None and self.row["inbox"] != address_of(inbox):
             self.held.append(inbox)
-        self._sender = sender(caller)
-        self.row.put("sender", address_of(self._sender))
+        if self._caller != caller:  # else a worker may be reading the words that are there
+            self._caller = caller
+            self.held.append(sender(caller))
+            self.row.put("sender", address_of(self.held[-1]))
         self.row.put("inbox", 0 if inbox is None else address_of(inbox))
         self.row.put("keys", keys.address)
 
@@ -177,6 +182,7 @@ class Queue:
         """Lead to no peer, until it is given to another; `keys` of this engine. Nothing is under way on it."""
         self.row.put("inbox", 0)
         self.row.put("keys", keys.address)
+        self._caller = None
         self.held.clear()
 
     @property
