@@ -1,4 +1,4 @@
-"""Which lengths this CPU copies faster by banks than by lines: see `kernels/copying.py`.
+"""The lengths that this CPU copies faster by banks than by lines: see `kernels/copying.py`.
 
 What `mooncache bench copy --save` has measured on such a CPU goes before what is known of its kind. Others copy by
 lines, which is nowhere slow.
@@ -33,7 +33,7 @@ ZEN_4 = Banks(16 * KiB, 32 * KiB)
 """`mooncache bench copy`: 16 KiB in 0.75 to 0.9 of the time by lines, 32 KiB in 1.0, 64 KiB in 1.2."""
 
 KNOWN = {("AuthenticAMD", 25, model): ZEN_4 for model in (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0))}
-"""By vendor, family and model, of which AMD's Zen 4 has several."""
+"""The shipped lengths by vendor, family and model, of which AMD's Zen 4 has several."""
 
 
 def cpu() -> tuple[str, int, int]:

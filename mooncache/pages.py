@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14
 PIECE_BYTES = 64 << 20
-"""What one thread faults in at a time: 10 to 40 ms of work. Less is done by the calling thread."""
+"""The bytes that one thread faults in at a time: 10 to 40 ms of work. Less is done by the calling thread."""
 
 THREADS = 8
 

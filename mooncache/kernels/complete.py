@@ -41,7 +41,7 @@ DONE = int(Slice.DONE)
 
 @kernel
 def is_overdue(ctl, slot):
-    """Whether the deadline of a slice's batch has passed. What is on its way to the peer all the same is in doubt."""
+    """Return whether the deadline of a slice's batch has passed. What is on its way to the peer is in doubt then."""
     batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
     if batch.cancelled != Status.TIMED_OUT:
         return False
@@ -51,7 +51,10 @@ def is_overdue(ctl, slot):
 
 @kernel
 def fail(ctl, worker, queue, sequence, wc_status):
-    """A work request failed. Where that breaks the queue, what may be posted again is held, else it is answered."""
+    """Answer a failed work request.
+
+    Where that breaks the queue, what may be posted again is held, else it is answered.
+    """
     entry = entry_at(queue, sequence).value
     slot, slices = entry & SLOT_MASK, (entry >> SLICES_SHIFT) & SLICES_MASK
     breaks = queue.breaks != 0
@@ -90,7 +93,9 @@ def poll(ctl, worker):
 
 @kernel
 def arrive(ctl, queue, first, end):
-    """The work requests from `first` up to `end` got through: answer their slices, side by side as they mostly lie."""
+    """Answer the slices of the work requests from `first` up to `end`, which got through, side by side as they mostly
+    lie.
+    """
     entries, mask = i64(queue.entries), queue.mask
     slot, beyond = np.int64(0), np.int64(0)
     for sequence in range(first, end):
@@ -123,7 +128,7 @@ def arrive_run(ctl, slot, n):
 
 @kernel
 def advance(ctl, queue, tail):
-    """All work requests up to `tail` got through."""
+    """Answer all work requests up to `tail`, which got through."""
     arrive(ctl, queue, queue.tail, tail)
     move_tail(queue, tail)
 

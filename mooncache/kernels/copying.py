@@ -20,7 +20,7 @@ AHEAD_BYTES = 1024
 
 @kernel
 def stream_copy(target, source, length, banks_from, banks_below):
-    """memcpy past the caches. By banks where `banks_from` <= length < `banks_below`, else by lines."""
+    """Copy past the caches: by banks where `banks_from` <= length < `banks_below`, else by lines."""
     if length < STREAM_BYTES:
         copy(target, source, length)
         return

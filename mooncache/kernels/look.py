@@ -20,21 +20,22 @@ NOWHERE = -1  # region of what goes to none, a notification
 
 @kernel
 def table_of(ctl, slot):
-    """The region table of a slice's peer."""
+    """Return the region table of a slice's peer."""
     batch = batch_row(ctl, i64(ctl.chunk_batch)[slot >> CHUNK_BITS])
     return peer_table(ctl, batch.peer)
 
 
 @kernel
 def region_refused(ctl, slot):
-    """Whether the peer has refused the key of a slice's remote region. A notification goes to none."""
+    """Return whether the peer has refused the key of a slice's remote region. A notification goes to none."""
     region, table = np.int64(i16(ctl.slice_remote)[slot]), table_of(ctl, slot)
     return region != NOWHERE and i64(table.refused)[region] > i64(table.renewed)[region]
 
 
 @kernel
 def refuse_region(ctl, queue, sequence, slot):
-    """The peer's NIC refused a key: so it will for every slice of that region, each of which would break a queue.
+    """Note that the peer's NIC refused a key: it will for every slice of that region, each of which would break a
+    queue.
 
     An answer that comes late says nothing about the key that the region has been given meanwhile.
     """

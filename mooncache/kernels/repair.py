@@ -27,7 +27,7 @@ from mooncache.kernels.worker import write_one
 
 
 class Event(IntEnum):
-    """What moves a queue pair on."""
+    """The events that move a queue pair on."""
 
     BREAK = 0  # an error came, or the order to break
     DRAIN = 1  # all that was in flight has come back

@@ -31,5 +31,5 @@ def fail_slice(ctl, batch, slot, status):
 
 @kernel
 def doubt(ctl, batch):
-    """Slices of a batch end unanswered: until the peer confirms, it is not known that none of them lands any more."""
+    """Note that slices of a batch end unanswered: until the peer confirms, some of them may still land."""
     fetch_add(peer_table(ctl, batch.peer), "breaks", 1)

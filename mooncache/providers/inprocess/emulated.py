@@ -30,7 +30,8 @@ PS_PER_S = 10**12
 
 @dataclass(frozen=True)
 class Nic:
-    """What a NIC can do. Defaults: a 400 Gb/s port; ConnectX-6's 215 M messages/s rounded down; HDR-class latency.
+    """The capacities of a NIC. Defaults: a 400 Gb/s port; ConnectX-6's 215 M messages/s rounded down; HDR-class
+    latency.
 
     Attributes:
         faults: each of one of this NIC's work requests.

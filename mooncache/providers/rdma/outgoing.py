@@ -64,7 +64,7 @@ class Lane:
         self.ordered = QueueState.READY  # the state that was last answered with an order
 
     def described(self) -> list[int]:
-        """As the peer is told."""
+        """Return the lane as the peer is told of it."""
         return [self.plan, self.verbs.number, self.psn]
 
 
@@ -186,7 +186,7 @@ class Outgoing:
         self._provider.connect_pair(lane.verbs, self._ends[plan.path.remote], lane.peer, lane.psn, psn, plan)
 
     def start(self, rows: Sequence[QueueRow], order: Callable[[QueueRow, Order], None]) -> None:
-        """The workers know the queue pairs: see which of them work. Raises TransportError when none does."""
+        """Probe which queue pairs work: the workers know them now. Raises TransportError when none does."""
         if self._rows:
             return
         self._order = order
@@ -224,7 +224,7 @@ class Outgoing:
 
     @staticmethod
     def why(row: QueueRow) -> str:
-        """The error that broke a queue pair."""
+        """Explain the error that broke a queue pair."""
         try:
             return WcStatus(row.cause).name if row.cause else "nothing came back"
         except ValueError:
@@ -237,7 +237,7 @@ class Outgoing:
         )
 
     def wire(self) -> str:
-        """How bytes travel, in a few words."""
+        """Describe how bytes travel, in a few words."""
         return f"rdma, {self._count(QueueState.READY)} of {len(self._rows)} queue pairs ready: {self._wires()}"
 
     # -------------------------------------------------------------------------- mending
@@ -311,14 +311,14 @@ class Outgoing:
         return self._count(QueueState.READY) > 0
 
     def _is_new(self, i: int, state: QueueState) -> bool:
-        """Whether a queue pair is in a state that was not answered with an order yet: the worker obeys when it can."""
+        """Return whether a queue pair's state was not answered with an order yet: the worker obeys when it can."""
         lane = self._lanes[i]
         if self._rows[i].state != lane.ordered:
             lane.ordered = QueueState.READY
         return self._rows[i].state == state != lane.ordered
 
     def _is_suspect(self, i: int) -> bool:
-        """Whether packets of a broken queue pair may still be on their way: its other end was not reset since."""
+        """Return whether packets of a broken queue pair may be on their way: its other end was not reset since."""
         state = self._rows[i].state
         return state == QueueState.BROKEN or (state == QueueState.DRAINED and self._lanes[i].ordered != state)
 
@@ -389,7 +389,7 @@ class Outgoing:
         return answer.body
 
     def look_at_note(self) -> None:
-        """A notification that was not answered for long goes over another rail: its answer was lost."""
+        """Send a notification that was not answered for long over another rail: its answer was lost."""
         number, now = self._record.under_way, time.monotonic()
         seen, since = self._note
         if number != seen or not any(queue.busy for queue in self._notes):
@@ -399,7 +399,7 @@ class Outgoing:
             self._record.lower_rail(self._record.rail)
 
     def fail_nic(self, nic: int) -> None:
-        """A NIC of ours went down: what is on it comes back at once instead of after the NIC's patience."""
+        """Get back at once what is on a NIC of ours that went down, instead of after the NIC's patience."""
         for lane, row in zip(self._lanes, self._rows, strict=False):
             if self._plans[lane.plan].path.local == nic:
                 self._give(row, Order.BREAK)
@@ -408,7 +408,7 @@ class Outgoing:
 
     # -------------------------------------------------------------------------- the end
     def lose(self, why: str) -> None:
-        """The peer is gone: let all that is under way to it fail."""
+        """Let all that is under way to the peer fail: it is gone."""
         with self._provider.lock:
             if self.gone or self._closed:
                 return
@@ -430,7 +430,7 @@ class Outgoing:
 
     @property
     def quiet(self) -> bool:
-        """Whether no worker has anything to do with its queue pairs any more."""
+        """True when no worker has anything to do with its queue pairs any more."""
         busy = any(queue.busy for queue in self._notes)
         return not busy and all(row.state == QueueState.CLOSED for row in self._rows)
 

@@ -122,7 +122,10 @@ def runs_on(node: int, root: str = NODES) -> bool:
 
 
 def ends_of(peer: Descriptor) -> list[End]:
-    """The NICs that a peer's descriptor tells of. Raises TransportError when it is of another kind or release."""
+    """Return the NICs that a peer's descriptor tells of.
+
+    Raises TransportError when it is of another kind or release.
+    """
     data = peer.data
     if not isinstance(data, dict) or data.get("rdma") != VERSION:
         raise TransportError(

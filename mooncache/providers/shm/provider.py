@@ -128,7 +128,7 @@ class Shm(StreamProvider):
         self._shared.pop(keys.rkeys[0], None)
 
     def _offered(self) -> dict[int, Segment]:
-        """Segments that peers may map, by number: who maps one can read and write all of it."""
+        """Return the segments that peers may map, by number: a peer that maps one can read and write all of it."""
         open_bytes: dict[int, int] = {}
         segments: dict[int, Segment] = {}
         for segment, address, length, access in list(self._shared.values()):
@@ -198,7 +198,7 @@ class Shm(StreamProvider):
         self.watch(sock, lambda: self._end(lease))
 
     def _end(self, lease: Lease) -> None:
-        """A peer that maps our memory is gone, so its guards mean nothing any more."""
+        """End a lease whose peer is gone: its guards mean nothing any more."""
         lease.ended = True
 
     # ------------------------------------------------------------------------------ as an initiator
@@ -269,7 +269,7 @@ class Shm(StreamProvider):
         return share
 
     def _lost(self, peer: str, share: Share) -> None:
-        """A peer has closed its end of a share, or its process has ended."""
+        """Note that a peer has closed its end of a share, or its process has ended."""
         if self._shares.get(peer) is share:
             log.info("peer %r on this host is gone: its memory is let go", peer)
             self.disconnect(peer)
@@ -282,7 +282,7 @@ class Shm(StreamProvider):
         log.debug("peer %r is reached over TCP: %s", peer.name, why)
 
     def _learn(self, share: Share, peer: Descriptor, link: Link) -> None:
-        """The peer has registered other segments than the last time."""
+        """Map the segments that the peer has registered since the last time."""
         answer = link.dial("segments", {"have": sorted(share.segments)}, unix=peer.data["unix"], deadline=link.deadline)
         answer.sock.close()
         try:

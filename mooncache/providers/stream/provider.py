@@ -1,4 +1,4 @@
-"""What providers over connected sockets share: queue pairs whose entries travel in lanes.
+"""The common part of providers over connected sockets: queue pairs whose entries travel in lanes.
 
     engine A                                                engine B
     queue pair of worker 0 for B  ==lane==>  a lane of some worker of B   -->  B's pages, under B's keys
@@ -141,7 +141,7 @@ class StreamProvider(SoftwareProvider):
         return Reply({}, then=lambda sock: self._accept(sock, arrival), undo=lambda: self._turn_away(arrival))
 
     def _reserve(self) -> tuple[Port, Lane]:
-        """A lane of the port that serves the fewest and has one left. Raises CapacityError."""
+        """Reserve a lane of the port that serves the fewest and has one left. Raises CapacityError."""
         ports = sorted(self.ports, key=lambda port: port.load)
         for port in ports[:-1]:
             with suppress(CapacityError):
@@ -229,7 +229,7 @@ class StreamProvider(SoftwareProvider):
         return [[queue.pair._replace(push=self.push.address)] for queue in ours]
 
     def _settler_of(self, peer: str, link: Link, queues: Sequence[StreamQueue]) -> StreamSettler:
-        """A new one, that asks where the peer is now."""
+        """Make a settler that asks where the peer is now."""
         former = self._settlers.get(peer)
         settler = self._settlers[peer] = StreamSettler(
             peer, link, self.background, self._lock, list(zip(self.ports, queues, strict=True)), self._open_lanes
@@ -244,7 +244,7 @@ class StreamProvider(SoftwareProvider):
         return not any(queue.broken for queue in self.queues_of(peer))
 
     def queues_of(self, peer: str) -> list[StreamQueue]:
-        """The queue pairs to a peer, one a worker."""
+        """Return the queue pairs to a peer, one a worker."""
         return self._queues_of(peer)
 
     def disconnect(self, peer: str) -> None:
@@ -271,7 +271,7 @@ class StreamProvider(SoftwareProvider):
         return self._ended(peer) and not doubtful and not any(queue.in_doubt for queue in self.queues_of(peer))
 
     def _ended(self, peer: str) -> bool:
-        """Whether all connections to a peer have ended, and workers have reported what was on them."""
+        """Return whether all connections to a peer have ended, and workers have reported what was on them."""
         return all(queue.broken and queue.settled for queue in self.queues_of(peer))
 
     def forget(self, peer: str) -> None:
@@ -287,7 +287,7 @@ class StreamProvider(SoftwareProvider):
         self._parting.discard(peer)
 
     def let_go(self, peer: str) -> None:
-        """For subclasses: the engine that had a peer's name is gone, and so is what belongs to it."""
+        """Free what a subclass holds of an engine that had a peer's name and is gone."""
 
     def _part(self, peer: str, queues: Sequence[StreamQueue], deadline: Deadline) -> None:
         """Another engine has a peer's name. The former may still be there, or have gone without a word: what is under
@@ -391,7 +391,7 @@ class StreamProvider(SoftwareProvider):
         ended()
 
     def look_around(self) -> None:
-        """For subclasses: in the watching thread, after whatever woke it."""
+        """Do a subclass's work in the watching thread, after whatever woke it."""
 
     def _tell(self, lane: Lane) -> None:
         """Say why a lane's connection ended, once; until then nobody else gets the lane."""
@@ -445,7 +445,7 @@ class StreamProvider(SoftwareProvider):
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether there is anything to read from a socket over which nothing more is said: its end."""
+    """Return whether there is anything to read from a socket over which nothing more is said: its end."""
     try:
         sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

@@ -17,17 +17,17 @@ SETTLE_S = 5.0
 """Seconds for workers to answer what was on a broken queue pair, before it is connected again."""
 
 LOOK_S = 0.01
-"""Who copies for longer than this has been stopped, or shares its core: see which. Looking costs a peer its slice."""
+"""The time after which a copier is looked at: it was stopped, or shares its core. Looking costs a peer its slice."""
 
 
 class Copier(Protocol):
-    """Whose guards are waited for."""
+    """The owner of guards that are waited for."""
 
     copier: str  # as messages call it
     ended: bool
 
     def lands_no_more(self) -> bool:
-        """Whether a copy that it is in the middle of lands nothing more, although its guard is odd."""
+        """Return whether a copy that it is in the middle of lands nothing more, although its guard is odd."""
 
 
 def wait_while_odd(
