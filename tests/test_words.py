@@ -21,12 +21,6 @@ NO_VERB = re.compile(
 
 LONGEST = 120  # characters of a first sentence
 
-YET = {
-    "mooncache/bench/lifecycle.py", "mooncache/bench/transfer.py", "mooncache/kernels/atomics.py",
-    "mooncache/kernels/restart.py", "mooncache/kernels/submit.py", "mooncache/providers/shm/copy.py",
-}  # fmt: skip
-"""Files whose sentences are yet to be mended. A file that is plain throughout must not stand here."""
-
 FILES = sorted([*ROOT.glob("mooncache/**/*.py"), *ROOT.glob("sim/**/*.py")])
 
 
@@ -88,10 +82,7 @@ def test_every_public_name_has_a_plain_first_sentence(file: Path):
     found = [(name, wrong(ast.get_docstring(node), is_called(node))) for name, node in public(tree, file.stem)]
     found += [(name, wrong(text, False)) for name, text in constants(tree)]
     problems = [f"{name} {why}" for name, why in found if why]
-    if str(file.relative_to(ROOT)) in YET:
-        assert problems, "every sentence here is plain: take it out of YET"
-    else:
-        assert problems == []
+    assert problems == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`mooncache bench lifecycle`: what a slice costs who submits it, the worker, and who closes it.
+"""`mooncache bench lifecycle` measures what a slice costs its submitter, the worker, and the closer.
 
 submit ---------> complete ---------> release
 Engine.write      until wait() ends   Batch.close
@@ -93,7 +93,7 @@ class Case:
         self.lives += self.warm_up + count
 
     def result(self) -> dict[str, Any]:
-        """One row of the report, once the engine's counts are found to be those of the work asked for."""
+        """Return the case's row of the report, once the engine's counts are found to be those of the work asked for."""
         expect_counts(wait_until_quiet(self.engine), self.lives * self.slices, self.lives, self.store, self.policy)
         return {
             "store": self.store,
@@ -111,14 +111,14 @@ class Case:
 
 
 def closed(batch: Batch) -> int:
-    """Close a batch; returns how long that took, ns."""
+    """Close a batch; return how long that took, ns."""
     begin = perf_counter_ns()
     batch.close()
     return perf_counter_ns() - begin
 
 
 def repeats_of(store: str, policy: str, slices: int) -> int:
-    """As many as give the default, pool + bulk, a p99; fewer where a life is slow or leaves memory lost."""
+    """Return as many repeats as give pool + bulk a p99; fewer where a life is slow or leaves memory lost."""
     if policy in ("leak", "deferred"):
         return max(2, min(300, MILLION // slices))
     if store == "heap":
@@ -129,7 +129,7 @@ def repeats_of(store: str, policy: str, slices: int) -> int:
 def measure(
     slices: int, pairs: Iterable[tuple[str, str]], threads: Sequence[str], repeats: int | None
 ) -> list[dict[str, Any]]:
-    """Rows for one batch size. Engines take turns, so that what disturbs the machine hits all alike."""
+    """Measure one batch size; return rows. Engines take turns, so that what disturbs the machine hits all alike."""
     traffic = scattered(slices, SLICE_BYTES)
     with ExitStack() as stack:
         apart = stack.enter_context(on_own_cores())
@@ -152,7 +152,7 @@ def measure(
 
 
 def opened(stack: ExitStack, sink: str, traffic: Traffic, store: str, policy: str, thread: str, repeats: int) -> Case:
-    """A case with its own engine, whose pool holds two batches, or all if it never frees any."""
+    """Open a case with its own engine, whose pool holds two batches, or all if it never frees any."""
     case = Case(sink, traffic, store, policy, thread, repeats)
     batches = repeats + case.rounds * case.warm_up if policy == "leak" else 2
     slots = batches * slots_of(case.slices) + CACHE_SLICES  # thread_cache: the closing thread keeps as many
@@ -171,7 +171,7 @@ def run(
     threads: Sequence[str],
     repeats: int | None,
 ) -> dict[str, Any]:
-    """Measure every combination; the report that `--json` prints."""
+    """Measure every combination; return the report that `--json` prints."""
     for what, asked, known in (
         ("store", stores, STORES),
         ("policy", policies, POLICIES),
@@ -199,13 +199,13 @@ def run(
 
 
 def find(results: Sequence[dict[str, Any]], store: str, policy: str, slices: int) -> dict[str, Any] | None:
-    """The row of one pair whose batches were closed by the thread that submitted them."""
+    """Return the row of one pair whose batches were closed by the thread that submitted them."""
     wanted = {"store": store, "policy": policy, "slices": slices, "thread": "same"}
     return next((row for row in results if wanted.items() <= row.items()), None)
 
 
 def release_ratio(results: Sequence[dict[str, Any]]) -> float | None:
-    """How much longer heap + on_close takes to close a batch than pool + bulk, at the largest of both."""
+    """Return how much longer heap + on_close takes to close a batch than pool + bulk, at the largest of both."""
     for slices in sorted({row["slices"] for row in results}, reverse=True):
         heap, pool = find(results, "heap", "on_close", slices), find(results, "pool", "bulk", slices)
         if heap and pool:
@@ -220,7 +220,7 @@ SHOWN = (
 
 
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = (
         "store", "policy", "closed\nby", "slices", "submit\nns per\nslice", "complete\nns per\nslice",
         "release\np50 µs", "release\np99 µs", "longest\nstep ms",

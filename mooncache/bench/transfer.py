@@ -39,7 +39,7 @@ FEWEST_LAYERS = 8  # below that there is no first quarter worth the name
 
 
 class Shape(NamedTuple):
-    """What is sent, whoever sends it."""
+    """One shape of a transfer, whoever sends it."""
 
     op: str
     ranks: int
@@ -60,12 +60,12 @@ STANDARD = (
     Shape("write", 4, 1, 30_000, "4KiB"),  # TP4
     Shape("write", 1, 1, 1, "1GiB"),  # one long stream
 )
-"""What is measured when nothing else is asked for."""
+"""The shapes that are measured when nothing else is asked for."""
 
 
 # ------------------------------------------------------------------------------ one case
 def measure(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """Run one case; its row of the report.
+    """Run one case; return its row of the report.
 
     Another package's threads may poll all the time: its reference runs in processes of its own, the package's are
     stopped meanwhile.
@@ -97,7 +97,7 @@ def measure(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[
 
 
 def figures(case: Case, seconds: Sequence[float]) -> dict[str, Any]:
-    """The case, its times and its rates."""
+    """Return the case, its times and its rates."""
     middle = median(seconds)
     return {
         "provider": case.provider,
@@ -117,7 +117,7 @@ def figures(case: Case, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def violations(row: dict[str, Any]) -> list[str]:
-    """What grew in this row that should have stayed as it was."""
+    """Return what grew in this row that should have stayed as it was."""
     bounds = {"rss_mib": (GROWTH_MIB, "MiB of resident memory"), "fds": (0, "descriptors")}
     return [
         f"{row['provider']} {row['op']}, {row['slices']} x {spell(row['block_bytes'])}: the {side} grew by "
@@ -131,7 +131,10 @@ def violations(row: dict[str, Any]) -> list[str]:
 def shapes(
     ops: Sequence[str], ranks: Sequence[int], workers: Sequence[int], slices: Sequence[int], blocks: Sequence[str]
 ) -> list[Shape]:
-    """The standard ones if nothing was asked for, else every combination. Raises UsageError for what cannot be."""
+    """Return the standard shapes if nothing was asked for, else every combination.
+
+    Raises UsageError for what cannot be.
+    """
     if not (ops or ranks or workers or slices or blocks):
         return list(STANDARD)
     wanted = [
@@ -152,7 +155,7 @@ def shapes(
 
 
 def cases(providers: Sequence[str], against: Sequence[str], wanted: Sequence[Shape], layers: int) -> list[Case]:
-    """Every provider and package with every shape."""
+    """Return every provider and package with every shape."""
     wires = [(name, "" if name == "auto" else name) for name in providers]
     wires += [(name, transport) for name in against for transport in packages.PACKAGES[name].transports]
     found = [
@@ -182,7 +185,7 @@ def check_memory(case: Case) -> None:
 def run(
     providers: Sequence[str], wanted: Sequence[Shape], layers: int, repeats: int, against: Sequence[str]
 ) -> dict[str, Any]:
-    """Measure every combination; the report that `--json` prints. `violations` is empty when nothing grew."""
+    """Measure every combination; return the report that `--json` prints. `violations` is empty when nothing grew."""
     for name in providers:
         one_of("provider", name, PROVIDERS)
     for name in against:
@@ -213,7 +216,7 @@ def run(
 
 
 def compete(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[str, Any]:
-    """A row of another package, or an entry that says why there is none: not for this case, or not at all."""
+    """Return a row of another package, or an entry that says why there is none: not for this case, or not at all."""
     try:
         packages.prepare(case.provider)
     except ProcessError as error:
@@ -228,7 +231,7 @@ def compete(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[
 
 # ------------------------------------------------------------------------------ for people
 def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+    """Print the report for people."""
     columns = (
         "provider", "op", "ranks", "work-\ners", "slices", "block", "p50\nms", "M/s", "GB/s", "reference",
         "p50\nms", "ratio",
@@ -249,7 +252,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def sentence(rows: Sequence[dict[str, Any]]) -> str:
-    """What the ratios mean."""
+    """Say what the ratios mean."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         ratios.setdefault((named(row), row["reference"]), []).append(row["ratio"])
@@ -271,7 +274,7 @@ def command(
     against: str = typer.Option("", help="Also measure other packages: mooncake, nixl, or mooncake,nixl."),
     json: bool = JSON,
 ) -> None:
-    """From process to process over real wires, against plain Python sockets and plain copies in the same run.
+    """Move blocks from process to process, against plain Python sockets and memcpy in the same run.
 
     Without --op, --ranks, --workers, --slices and --block: a standard set, in about three minutes; with any of them:
     every combination. Every byte is checked where it arrives. Exit status 1 if memory or descriptors grew.

@@ -1,4 +1,4 @@
-"""What a CPU offers below a programming language: addresses, atomics, fences, copies, futexes, calls by address.
+"""Instructions below a programming language: addresses, atomics, fences, copies, futexes, calls by address.
 
 Every function takes addresses (int64) and is written as LLVM instructions, so it is correct on weakly ordered CPUs
 too: `load` acquires, `store` releases, `add`, `exchange` and `cas` do both; `peek` and `poke` are plain. Nothing here
@@ -46,7 +46,7 @@ i64 = _view(types.int64, _I64)
 
 @intrinsic
 def address_of(typing: Any, array: Any) -> Any:
-    """int64 address of an array's first element; free of charge inside a kernel."""
+    """Return the int64 address of an array's first element; free of charge inside a kernel."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ptrtoint(make_array(signature.args[0])(context, builder, args[0]).data, _I64)
@@ -162,7 +162,7 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def fill_bytes(typing: Any, target: Any, byte: Any, length: Any) -> Any:
-    """memset: `length` bytes from `target` become `byte`."""
+    """Fill `length` bytes from `target` with `byte`: memset."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], _I8.as_pointer())
@@ -187,49 +187,49 @@ def _call(returns: ir.IntType, operands: list[ir.IntType], result: Any) -> Any:
 
 @intrinsic
 def call_post_send(typing: Any, function: Any, qp: Any, wr: Any, bad_wr: Any) -> Any:
-    """int post_send(struct ibv_qp *, struct ibv_send_wr *, struct ibv_send_wr **)"""
+    """Call int post_send(struct ibv_qp *, struct ibv_send_wr *, struct ibv_send_wr **)."""
     return _call(_I32, [_I64, _I64, _I64], types.int64)
 
 
 @intrinsic
 def call_poll_cq(typing: Any, function: Any, cq: Any, entries: Any, wc: Any) -> Any:
-    """int poll_cq(struct ibv_cq *, int, struct ibv_wc *)"""
+    """Call int poll_cq(struct ibv_cq *, int, struct ibv_wc *)."""
     return _call(_I32, [_I64, _I32, _I64], types.int64)
 
 
 @intrinsic
 def call_word(typing: Any, function: Any, argument: Any) -> Any:
-    """int64_t function(int64_t): malloc, free and a provider's `next_completion`."""
+    """Call int64_t function(int64_t): malloc, free and a provider's `next_completion`."""
     return _call(_I64, [_I64], types.int64)
 
 
 @intrinsic
 def call_words(typing: Any, function: Any, first: Any, second: Any) -> Any:
-    """int64_t function(int64_t, int64_t)"""
+    """Call int64_t function(int64_t, int64_t)."""
     return _call(_I64, [_I64, _I64], types.int64)
 
 
 @intrinsic
 def call_clock_gettime(typing: Any, function: Any, clock: Any, timespec: Any) -> Any:
-    """int clock_gettime(clockid_t, struct timespec *)"""
+    """Call int clock_gettime(clockid_t, struct timespec *)."""
     return _call(_I32, [_I32, _I64], types.int64)
 
 
 @intrinsic
 def call_write(typing: Any, function: Any, descriptor: Any, buffer: Any, length: Any) -> Any:
-    """ssize_t write(int, const void *, size_t)"""
+    """Call ssize_t write(int, const void *, size_t)."""
     return _call(_I64, [_I32, _I64, _I64], types.int64)
 
 
 @intrinsic
 def call_read(typing: Any, function: Any, descriptor: Any, buffer: Any, length: Any) -> Any:
-    """ssize_t read(int, void *, size_t)"""
+    """Call ssize_t read(int, void *, size_t)."""
     return _call(_I64, [_I32, _I64, _I64], types.int64)
 
 
 @intrinsic
 def call_syscall(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
-    """long syscall(long number, ...): number and six operands"""
+    """Call long syscall(long number, ...): number and six operands."""
     return _call(_I64, [_I64] * 7, types.int64)
 
 

@@ -39,19 +39,19 @@ binding.initialize_native_asmparser()
 
 
 def row(banks_from: int = 1 << 62, banks_below: int = 0) -> np.ndarray:
-    """A copier's row, for one thread at a time: int64[ROW_WORDS]. These lengths go by banks: see `copying.py`."""
+    """Make a copier's row, for one thread at a time: int64[ROW_WORDS]."""
     made = aligned(ROW_WORDS)
     made[R_OFFSET], made[R_BANKS_FROM], made[R_BANKS_BELOW] = _offset(), banks_from, banks_below
     return made
 
 
 def restarts(row: np.ndarray) -> bool:
-    """Whether interrupted copies with this row look again before they go on."""
+    """Return whether interrupted copies with this row look again before they go on."""
     return bool(row[R_OFFSET])
 
 
 def _offset() -> int:
-    """From a thread's pointer to what the kernel looks at when it was interrupted; 0: it does not."""
+    """Return the way from a thread's pointer to what Linux looks at when it interrupts it; 0: it does not look."""
     if not X86:
         return 0
     libc = ctypes.CDLL(None)

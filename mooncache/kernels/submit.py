@@ -1,4 +1,4 @@
-"""From requests to a sealed batch in a worker's ring: what a caller's thread does.
+"""Submitting: a caller's thread turns requests into a sealed batch in a worker's ring.
 
 `prepare` cuts, acquires and fills; `publish` seals and hands over. The API does both in one call; the simulation
 lets virtual time pass in between, since a worker cannot see a batch before its submitter has finished it. A batch that
@@ -188,7 +188,7 @@ def publish_row(ctl, batch):
 
 @kernel
 def is_small(ctl, batch):
-    """Whether the submitter may post the batch itself: it is within one chunk, and at most AT_ONCE_BYTES long."""
+    """Return whether the submitter may post the batch itself: within one chunk, at most AT_ONCE_BYTES long."""
     if batch.slices > SLOTS:
         return False
     length, first = i32(ctl.slice_length), batch.first * SLOTS

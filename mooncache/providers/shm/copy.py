@@ -1,4 +1,4 @@
-"""Copying straight from pages to pages: what the queue pairs of `shm` do when they are posted to and polled.
+"""Copying straight from pages to pages: the queue pairs of `shm` do it when they are posted to and polled.
 
 Entries that are not for the lanes are claimed in lots: by the worker that owns the queue pair, and by others of its
 engine that have nothing to do. Between two writes to its guard a worker looks at the key of each slice and copies it.
@@ -42,14 +42,14 @@ LOT, LOT_BYTES = 128, 128 << 10
 """Slices copied between two looks at anything else, and their bytes: some ten microseconds."""
 
 GUARD_EPOCH = WORKERS * LINE
-"""Where, behind the guards of all workers, the word lies at which the peer says that it has withdrawn something since:
+"""The place, behind the guards of all workers, of the word by which the peer says that it has withdrawn something:
 by another number, or by 0 when it has fenced this engine. A copy goes on only while it is the same."""
 
 AHEAD = 2
 """Slices whose beginnings are on their way into the caches while one is copied."""
 
 SHARE_BYTES = 1 << 20
-"""As much waiting to be copied is worth waking another worker for: it takes 100 us to copy, waking 30."""
+"""Bytes waiting to be copied that are worth waking another worker for: 100 us of copying, where waking takes 30."""
 
 LANES_EVERY = 16
 """While there is something to copy, connections are looked at every so many lots."""
@@ -57,7 +57,7 @@ LANES_EVERY = 16
 
 @kernel
 def route_of(queue, opcode, remote, length, held):
-    """How a work request's bytes travel: a Route, or the address at which the range is mapped here.
+    """Return how a work request's bytes travel: a Route, or the address at which the range is mapped here.
 
     Negated, that is, where the engine does not hold what keeps its own range mapped.
     """
@@ -161,7 +161,7 @@ def claim(queue, own):
 
 @kernel
 def is_direct(entry):
-    """Whether an entry waits to be copied."""
+    """Return whether an entry waits to be copied."""
     return entry.route != Route.LANE and entry.status == PENDING
 
 
@@ -237,7 +237,7 @@ def fetch_source(entry):
 
 @kernel
 def is_left(entry, opcode, mapped):
-    """Whether an entry of a lot is left for the kernel to copy, to where it is `mapped` here, or to another process."""
+    """Return whether the kernel is left to copy an entry of a lot: to where it is `mapped`, or another process."""
     undecided = entry.key >= 0 and entry.opcode == opcode
     return undecided and (entry.route < 0) == mapped
 
@@ -317,7 +317,7 @@ def poll_cq(cq, entries, wc):
 
 @kernel("int64(int64, int64)")
 def lead(queue, maps):
-    """From now on entries go by these maps; 0: by none. Returns the former ones.
+    """Let entries go by these maps from now on; 0: by none. Return the former ones.
 
     A `post_send` under way may still go by them: wait until `posting`, looked at after this, is even or changes.
     """
