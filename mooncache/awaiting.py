@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mooncache import forks
 from mooncache.errors import Status
-from mooncache.kernels import calls
+from mooncache.kernels import calls, waits
 
 ROOM = -1
 """Instead of a handle: slots or batch rows are awaited."""
@@ -56,14 +56,14 @@ class Awaiting:
     def finished(self, handle: int) -> asyncio.Future[None]:
         """Return a future of the running event loop, resolved when the batch is done or closed, or its engine is."""
         future = self._enter(handle)
-        if not future.done() and calls.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
+        if not future.done() and waits.await_finish(self.ctl, handle) != Status.NOT_FINISHED:
             future.set_result(None)
         return future
 
     async def room(self, seen: int, timeout: float | None) -> None:
         """Return when slots or batch rows came back since the capacity bell was `seen`, at close, or after so long."""
         future = self._enter(ROOM)
-        if not future.done() and calls.await_capacity(self.ctl, seen):
+        if not future.done() and waits.await_capacity(self.ctl, seen):
             future.set_result(None)
         await asyncio.wait([future], timeout=timeout)
         future.cancel()

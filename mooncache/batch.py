@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mooncache.errors import REASON, EngineClosed, Failure, Status, TransferFailed, UsageError
-from mooncache.kernels import calls
+from mooncache.kernels import calls, waits
 from mooncache.operands import deadline_ns
 from mooncache.owner import Owner
 from mooncache.peer import Peer
@@ -172,7 +172,7 @@ class Batch:
             self._check_held()
         deadline = deadline_ns(timeout)
         ctl, handle = self._engine.ctl, self._handle
-        held = self._engine.memory  # by this thread, while it is in `calls.wait`
+        held = self._engine.memory  # by this thread, while it is in `waits.wait`
         status = calls.status(ctl, handle)
         while status == NOT_FINISHED:
             left = min(NAP_NS, deadline - monotonic_ns()) if deadline else NAP_NS
@@ -181,7 +181,7 @@ class Batch:
                     f"{self!r} was not done within {timeout} s, and its ranges are still in use: wait on, or close it "
                     "and use them again after wait_quiesced()"
                 )
-            status = calls.wait(ctl, handle, left)
+            status = waits.wait(ctl, handle, left)
         del held
         self._tell()
         return self

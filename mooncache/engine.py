@@ -350,7 +350,7 @@ class Engine:
 
         Raises:
             TransportError: a process of this host was stopped in the middle of a copy into these pages, which it would
-                finish when it goes on, having no restartable sequences (`kernels/restart.py`): end it first.
+                finish when it goes on, having no restartable sequences (`kernels/restartable.py`): end it first.
             UsageError: not such a name or timeout. EngineClosed: the engine is closed.
         """
         self.check_open()

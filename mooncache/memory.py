@@ -173,7 +173,7 @@ class Region:
         Raises:
             UsageError: a batch of this engine still has slices in it (nothing is changed), or done before.
             TransportError: a peer on this host was stopped while it copied, and may go on with that later, having no
-                restartable sequences (`kernels/restart.py`).
+                restartable sequences (`kernels/restartable.py`).
         """
         self._engine.unregister(self)
 

@@ -13,7 +13,7 @@ from mooncache.batch import NAP_NS, Batch
 from mooncache.callers import Callers
 from mooncache.errors import CapacityError, Status
 from mooncache.inbox import pack
-from mooncache.kernels import calls, submit
+from mooncache.kernels import calls, submit, waits
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.reclaim.policies import TRAITS
 from mooncache.kernels.state import State
@@ -110,7 +110,7 @@ class Transfers:
                 connects += 1
                 yield self._peers.ask(call.peer)
                 continue
-            bell = calls.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
+            bell = waits.capacity_bell(ctl)  # read before the attempt, so that what comes back meanwhile is not missed
             breaks = to.breaks
             handle = int(call.kernel(ctl, to.handle, int(call.opcode), call.deadline, *call.operands))
             if handle >= 0:
@@ -161,7 +161,7 @@ class Transfers:
             awaited.result(deadline_at(call.deadline, call.timeout))
         else:
             left = min(NAP_NS, call.deadline - monotonic_ns()) if call.deadline else NAP_NS
-            calls.wait_capacity(self._callers.ctl, awaited, max(1, left))
+            waits.wait_capacity(self._callers.ctl, awaited, max(1, left))
 
     async def _await(self, engine: Owner, awaited: Asked | int, call: Call) -> None:
         if isinstance(awaited, Asked):

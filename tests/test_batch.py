@@ -17,7 +17,7 @@ from mooncache import (
     TransferFailed,
     UsageError,
 )
-from mooncache.kernels import calls
+from mooncache.kernels import waits
 from tests.helpers import POLICIES, Task, assert_balanced, awaited, batch_field, in_threads, run_python, until
 from tests.kernels.entries import Gated
 
@@ -243,7 +243,7 @@ def test_of_two_threads_that_close_a_batch_one_is_told(pair):
 def test_a_wait_does_not_hold_the_gil(gated):
     """Were it held, nothing here could open the gate, and the kernel would come back unfinished after its 60 s."""
     batch = gated.scattered(3)
-    waiter = Task(calls.wait, gated.here.ctl, batch._handle, 60_000_000_000)
+    waiter = Task(waits.wait, gated.here.ctl, batch._handle, 60_000_000_000)
     count = 0
     until(lambda: batch_field(gated.here, batch, "waiters") == 1, "the waiter, asleep")
     while count < 100_000:
@@ -260,6 +260,7 @@ import numpy as np
 import mooncache, mooncache.actors
 from mooncache.providers.inprocess.emulated import Emulated, Nic
 from mooncache.kernels import calls
+from mooncache.kernels import waits
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 mooncache.actors.JOIN_SECONDS = 0.05

@@ -31,6 +31,7 @@ from mooncache.bench.harness.measure import (
 )
 from mooncache.bench.harness.options import JSON, POLICIES, STORES
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
+from mooncache.bench.harness.timed import Columns, TimedEmulated
 from mooncache.errors import UsageError
 from mooncache.limits import CACHE_SLICES
 from mooncache.providers.inprocess.emulated import Emulated
@@ -40,6 +41,7 @@ MILLION = 1_000_000
 THREADS = ("same", "other")
 SLICE_BYTES = 512  # a page of one token, one layer, two KV heads: the incident's
 ROUNDS = 10
+REFERENCES = 101
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Case:
     lives: int = 0
     submit: list[int] = field(default_factory=list)
     complete: list[int] = field(default_factory=list)
+    nic: list[int] = field(default_factory=list)  # of that, the emulated NIC's own work
     release: list[int] = field(default_factory=list)
 
     @property
@@ -77,7 +80,10 @@ class Case:
         """Live `count` lives and note their times."""
         source, target, length = self.traffic.operands
         close: Callable[[Batch], int] = closed if self.thread == "same" else lambda b: closer.submit(closed, b).result()
+        wire = self.engine.provider
+        assert isinstance(wire, TimedEmulated)
         for life in range(-self.warm_up, count):
+            spent = wire.spent_ns
             begin = perf_counter_ns()
             batch = self.engine.write(self.sink, source, target, length)
             submitted = perf_counter_ns()
@@ -87,10 +93,16 @@ class Case:
             if life >= 0:
                 self.submit.append(submitted - begin)
                 self.complete.append(done - submitted)
+                self.nic.append(wire.spent_ns - spent)
                 self.release.append(release)
             if self.policy in ("deferred", "epoch"):
                 wait_until_quiet(self.engine)
         self.lives += self.warm_up + count
+
+    @property
+    def engines(self) -> list[int]:
+        """The engine's part of the time from submit to completion, ns: all but what the NIC's functions took."""
+        return [complete - nic for complete, nic in zip(self.complete, self.nic, strict=True)]
 
     def result(self) -> dict[str, Any]:
         """Return the case's row of the report, once the engine's counts are found to be those of the work asked for."""
@@ -101,7 +113,8 @@ class Case:
             "thread": self.thread,
             "slices": self.slices,
             "submit_ns_per_slice": round(median(self.submit) / self.slices, 2),
-            "complete_ns_per_slice": round(median(self.complete) / self.slices, 2),
+            "complete_ns_per_slice": round(median(self.engines) / self.slices, 2),
+            "nic_ns_per_slice": round(median(self.nic) / self.slices, 2),
             "release_us_p50": round(median(self.release) / 1e3, 3),
             "release_us_p99": round(quantile(self.release, 0.99) / 1e3, 3),
             "step_ms_p50": round(max(map(median, (self.submit, self.complete, self.release))) / 1e6, 3),
@@ -148,7 +161,13 @@ def measure(
             if turn < case.rounds:
                 case.visit(case.repeats // case.rounds + (turn < case.repeats % case.rounds), closer)
             bar()
-        return [case.result() for case in cases]
+        columns, took = Columns(traffic.source, traffic.target, traffic.length), []
+        for _ in range(REFERENCES):
+            begin = perf_counter_ns()
+            columns.fill()
+            took.append(perf_counter_ns() - begin)
+        reference = {"reference_ns_per_slice": round(median(took) / slices, 2)}
+        return [case.result() | reference for case in cases]
 
 
 def opened(stack: ExitStack, sink: str, traffic: Traffic, store: str, policy: str, thread: str, repeats: int) -> Case:
@@ -157,7 +176,7 @@ def opened(stack: ExitStack, sink: str, traffic: Traffic, store: str, policy: st
     batches = repeats + case.rounds * case.warm_up if policy == "leak" else 2
     slots = batches * slots_of(case.slices) + CACHE_SLICES  # thread_cache: the closing thread keeps as many
     case.engine = stack.enter_context(
-        Engine(provider=Emulated(FREE_WIRE), store=store, policy=policy, slices=slots, peers=1)
+        Engine(provider=TimedEmulated(FREE_WIRE), store=store, policy=policy, slices=slots, peers=1)
     )
     case.engine.register(traffic.source_buffer)
     return case
@@ -214,16 +233,17 @@ def release_ratio(results: Sequence[dict[str, Any]]) -> float | None:
 
 
 SHOWN = (
-    "store", "policy", "thread", "slices", "submit_ns_per_slice", "complete_ns_per_slice", "release_us_p50",
-    "release_us_p99", "step_ms_max",
+    "store", "policy", "thread", "slices", "submit_ns_per_slice", "reference_ns_per_slice", "complete_ns_per_slice",
+    "nic_ns_per_slice", "release_us_p50", "release_us_p99", "step_ms_max",
 )  # fmt: skip
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the report for people."""
     columns = (
-        "store", "policy", "closed\nby", "slices", "submit\nns per\nslice", "complete\nns per\nslice",
-        "release\np50 µs", "release\np99 µs", "longest\nstep ms",
+        "store", "policy", "closed\nby", "slices", "submit\nns per\nslice", "plain\nfill\nns",
+        "complete\nns per\nslice",
+        "NIC's\nns", "release\np50 µs", "release\np99 µs", "longest\nstep ms",
     )  # fmt: skip
     rows = [[row[key] for key in SHOWN] for row in report["results"]]
     ratio = report["release_ratio_heap_on_close_to_pool_bulk"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from enum import Enum
 from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +24,18 @@ import typer
 from mooncache.bench.harness import against as packages
 from mooncache.bench.harness.blocks import span
 from mooncache.bench.harness.measure import GROWTH_MIB, SEED, FingerprintError, median
-from mooncache.bench.harness.options import JSON, PROVIDERS, one_of, within
+from mooncache.bench.harness.options import JSON, Op, Provider, names
 from mooncache.bench.harness.process import ProcessError
 from mooncache.bench.harness.report import answer, between, named, progress, provenance, show_table
 from mooncache.bench.harness.trial import Crew, Trial, paused
-from mooncache.bench.harness.wires import OPS, Case
+from mooncache.bench.harness.wires import Case
 from mooncache.errors import UsageError
 from mooncache.sizes import size_of, spell
 
-DEFAULT_PROVIDERS = ("tcp", "shm")
+DEFAULT_PROVIDERS = (Provider.TCP, Provider.SHM)
 SLICES, BLOCKS, RANKS, DEFAULT_OPS, WORKERS = (30_000,), ("512B", "4KiB", "16KiB"), (1,), ("write",), (1,)
 MOST_SLICES, MOST_RANKS, MOST_WORKERS, MOST_LAYERS = 1_000_000, 16, 16, 100_000
-REPEATS = 5
+REPEATS, MOST_REPEATS = 5, 1000
 FEWEST_LAYERS = 8  # below that there is no first quarter worth the name
 
 
@@ -131,27 +132,11 @@ def violations(row: dict[str, Any]) -> list[str]:
 def shapes(
     ops: Sequence[str], ranks: Sequence[int], workers: Sequence[int], slices: Sequence[int], blocks: Sequence[str]
 ) -> list[Shape]:
-    """Return the standard shapes if nothing was asked for, else every combination.
-
-    Raises UsageError for what cannot be.
-    """
+    """Return the standard shapes if nothing was asked for, else every combination."""
     if not (ops or ranks or workers or slices or blocks):
         return list(STANDARD)
-    wanted = [
-        Shape(*one)
-        for one in product(
-            ops or DEFAULT_OPS, ranks or RANKS, workers or WORKERS, slices or SLICES, blocks or BLOCKS
-        )
-    ]  # fmt: skip
-    for shape in wanted:
-        one_of("op", shape.op, OPS)
-        for what, value, most in (
-            ("ranks", shape.ranks, MOST_RANKS),
-            ("workers", shape.workers, MOST_WORKERS),
-            ("slices", shape.slices, MOST_SLICES),
-        ):
-            within(what, value, most)
-    return list(dict.fromkeys(wanted))
+    combinations = product(ops or DEFAULT_OPS, ranks or RANKS, workers or WORKERS, slices or SLICES, blocks or BLOCKS)
+    return list(dict.fromkeys(Shape(*one) for one in combinations))
 
 
 def cases(providers: Sequence[str], against: Sequence[str], wanted: Sequence[Shape], layers: int) -> list[Case]:
@@ -186,13 +171,7 @@ def run(
     providers: Sequence[str], wanted: Sequence[Shape], layers: int, repeats: int, against: Sequence[str]
 ) -> dict[str, Any]:
     """Measure every combination; return the report that `--json` prints. `violations` is empty when nothing grew."""
-    for name in providers:
-        one_of("provider", name, PROVIDERS)
-    for name in against:
-        one_of("against", name, tuple(packages.PACKAGES))
-    within("layers", layers, MOST_LAYERS)
-    within("repeat", repeats, 1000)
-    chosen = cases(list(dict.fromkeys(providers)), list(dict.fromkeys(against)), wanted, layers)
+    chosen = cases(providers, against, wanted, layers)
     results: list[dict[str, Any]] = []
     with ExitStack() as stack, progress("transfer", len(chosen)) as bar:
         crew, seeds, missing = Crew(stack), count(SEED), set()
@@ -260,27 +239,39 @@ def sentence(rows: Sequence[dict[str, Any]]) -> str:
     return f"{'; '.join(takes)}. Every byte of every sample was checked where it arrived." if takes else ""
 
 
+Package = Enum("Package", {name.upper(): name for name in packages.PACKAGES}, type=str)  # type: ignore[misc]
+
+
 def command(
-    provider: list[str] = typer.Option(list(DEFAULT_PROVIDERS), help="tcp, shm, loopback or auto. Repeatable."),
-    op: list[str] = typer.Option([], help="write or read. Repeatable."),
-    ranks: list[int] = typer.Option([], help="Pairs of processes that send at once. Repeatable."),
-    workers: list[int] = typer.Option([], help="Worker threads of each engine. Repeatable."),
-    slices: list[int] = typer.Option([], help="Blocks of a batch, in random order. Repeatable."),
+    provider: list[Provider] = typer.Option(list(DEFAULT_PROVIDERS), help="Repeatable."),
+    op: list[Op] = typer.Option([], help="Repeatable."),
+    ranks: list[int] = typer.Option(
+        [], min=1, max=MOST_RANKS, help="Pairs of processes that send at once. Repeatable."
+    ),
+    workers: list[int] = typer.Option([], min=1, max=MOST_WORKERS, help="Worker threads of each engine. Repeatable."),
+    slices: list[int] = typer.Option(
+        [], min=1, max=MOST_SLICES, help="Blocks of a batch, in random order. Repeatable."
+    ),
     block: list[str] = typer.Option([], help="Bytes of a block, such as 512 or 16KiB. Repeatable."),
     layers: int = typer.Option(
-        1, help="Batches of a sample, one after another. From 8 on: do memory and descriptors stay flat?"
+        1,
+        min=1,
+        max=MOST_LAYERS,
+        help="Batches of a sample, one after another. From 8 on: do memory and descriptors stay flat?",
     ),
-    repeat: int = typer.Option(REPEATS, help="Samples of each combination, of its reference as well."),
-    against: str = typer.Option("", help="Also measure other packages: mooncake, nixl, or mooncake,nixl."),
+    repeat: int = typer.Option(
+        REPEATS, min=1, max=MOST_REPEATS, help="Samples of each combination, of its reference as well."
+    ),
+    against: list[Package] = typer.Option([], help="Also measure this package. Repeatable."),
     json: bool = JSON,
 ) -> None:
-    """Move blocks from process to process, against plain Python sockets and memcpy in the same run.
+    """Move blocks from process to process, against plain Python sockets and plain copies in the same run.
 
     Without --op, --ranks, --workers, --slices and --block: a standard set, in about three minutes; with any of them:
     every combination. Every byte is checked where it arrives. Exit status 1 if memory or descriptors grew.
     """
-    others = [name.strip() for name in against.split(",") if name.strip()]
-    report = run(provider, shapes(op, ranks, workers, slices, block), layers, repeat, others)
+    wanted = shapes(names(op), ranks, workers, slices, block)
+    report = run(names(provider), wanted, layers, repeat, names(against))
     answer(report, json, show)
     if report["violations"]:
         raise typer.Exit(1)

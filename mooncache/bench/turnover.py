@@ -48,6 +48,9 @@ class Provider(str, Enum):
     AUTO = "auto"
 
 
+INODE = 4  # where a line of /proc/self/maps has that of the file
+
+
 def small(provider: str) -> Engine:
     """Open an engine that costs little to open."""
     return Engine(provider=provider, slices=4096, batches=64, peers=PEERS_AT_ONCE)
@@ -58,7 +61,7 @@ class Usage(NamedTuple):
 
     descriptors: int
     threads: int
-    mappings: int
+    mappings: int  # of files and of shared memory; malloc's own come and go with threads
     resident_mib: float
 
 
@@ -68,7 +71,7 @@ def look() -> Usage:
     return Usage(
         descriptors(),
         len(os.listdir("/proc/self/task")),
-        len(Path("/proc/self/maps").read_text().splitlines()),
+        sum(line.split()[INODE] != "0" for line in Path("/proc/self/maps").read_text().splitlines()),
         round(resident_bytes() / 2**20, 2),
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from mooncache import forks
 from mooncache.deadline import Deadline
-from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
 from mooncache.discovery.credentials import Process, process_at
@@ -21,6 +20,7 @@ from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
 from mooncache.discovery.messages import Answer
 from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
+from mooncache.shortage import none_left
 
 KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportError, DiscoveryError, EngineClosed)}
 """Errors that keep their class on the way to the caller."""

@@ -19,7 +19,6 @@ from typing import Any, cast
 
 from mooncache import forks
 from mooncache.background import Background
-from mooncache.descriptors import none_left
 from mooncache.discovery import handshake
 from mooncache.discovery.address import join_address, parse_address
 from mooncache.discovery.complaints import Complaints
@@ -31,6 +30,7 @@ from mooncache.discovery.sockets import Loop, advertised, listen_tcp, listen_uni
 from mooncache.discovery.spare import Spare
 from mooncache.discovery.visitors import CROWD_S, Visitors
 from mooncache.errors import CapacityError, DiscoveryError, MooncacheError
+from mooncache.shortage import none_left
 
 log = logging.getLogger("mooncache")
 

@@ -11,14 +11,14 @@ import os
 import numpy as np
 
 from mooncache.copy_ways import banks
-from mooncache.kernels import restart
+from mooncache.kernels import restartable
 from mooncache.kernels.arrays import WORD, Row, address_of, function_address, rows_of
 from mooncache.kernels.enums import Opcode
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import ESRCH, errno, process_readv
 from mooncache.kernels.records.base import address, record_at, row, where
 from mooncache.kernels.records.linux import IOVEC, iovec_at
-from mooncache.kernels.restart import CHANGED, writev_while
+from mooncache.kernels.restartable import CHANGED, writev_while
 from mooncache.kernels.verbs import WcStatus
 
 COPIER = row(
@@ -31,7 +31,7 @@ COPIER = row(
         ("remote", np.int64),  # and in the other process
         ("while_at", np.int64),  # another process is written to only while the int64 at this address
         ("while_is", np.int64),  # has this value
-        ("restart", np.int64, restart.ROW_WORDS),  # see `restart.row`
+        ("restart", np.int64, restartable.ROW_WORDS),  # see `restartable.row`
     ]
 )
 copier_at = record_at(COPIER)
@@ -124,7 +124,7 @@ class Copier:
             while_at=self._row.where("while_is"),  # equal to itself: always
         )
         self._restart = self._row.array["restart"][0]
-        self._restart[:] = restart.row(*banks())
+        self._restart[:] = restartable.row(*banks())
         self._row["own_pid"] = os.getpid() if look(self.address, os.getpid(), self.address) == WORD else 0
 
     @property
@@ -135,7 +135,7 @@ class Copier:
     @property
     def restarts(self) -> bool:
         """True if a copy that was interrupted looks again before it goes on, as `write_while` says."""
-        return restart.restarts(self._restart)
+        return restartable.restarts(self._restart)
 
     def look(self, pid: int, address: int) -> int:
         """Read a word of another process. Raises OSError."""

@@ -10,7 +10,6 @@ the target's table for every work request, as a NIC does: an unregistered range 
 
 from __future__ import annotations
 
-import secrets
 from abc import abstractmethod
 from typing import Any
 
@@ -20,19 +19,15 @@ from mooncache import limits
 from mooncache.descriptor import Keys
 from mooncache.errors import CapacityError, TransportError
 from mooncache.kernels.arrays import WORD, Row, address_of, aligned, power_of_two, rows_of
-from mooncache.kernels.enums import Access, Opcode
+from mooncache.kernels.enums import Access
 from mooncache.kernels.inbox import sender
 from mooncache.kernels.jit import Callback, kernel
-from mooncache.kernels.publication import publish, withdraw_key
-from mooncache.kernels.records.base import acquire, behind
+from mooncache.kernels.records.base import behind
 from mooncache.kernels.records.verbs import IBV_CONTEXT, IBV_CQ, IBV_QP, ibv_cq_at, ibv_qp_at, wc_at
 from mooncache.kernels.state import CompletionQueue, QueuePair
-from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.base import Provider
 from mooncache.providers.careful import Copier
-from mooncache.providers.records import KEY, key_at
-
-KEY_SLOT_MASK = limits.REGIONS_MOST - 1
+from mooncache.providers.keys import KeyTable
 
 
 # ------------------------------------------------------------------------------ kernels
@@ -49,22 +44,6 @@ def port_of(cq):
 
 
 @kernel
-def key_status(keys, rkey, address, length, opcode):
-    """Check whether the target lets this range be reached under this key: a WcStatus; forms no sum that overflows.
-
-    0 is the key of entries that are not in use.
-    """
-    entry = key_at(keys, rkey & KEY_SLOT_MASK)
-    needed = Access.READ if opcode == Opcode.READ else Access.WRITE
-    base, end = entry.base, entry.end
-    if rkey == 0 or acquire(entry, "key") != rkey or entry.access & needed == 0:
-        return np.int64(WcStatus.REM_ACCESS_ERR)
-    if address < base or address >= end or length > end - address:
-        return np.int64(WcStatus.REM_ACCESS_ERR)
-    return np.int64(WcStatus.SUCCESS)
-
-
-@kernel
 def write_completion(wc, wr_id, status):
     """Write the ibv_wc at the address `wc`; return the address of the next."""
     one = wc_at(wc)
@@ -74,51 +53,6 @@ def write_completion(wc, wr_id, status):
 
 
 # ------------------------------------------------------------------------------ the device
-class KeyTable:
-    """The memory that peers reach, by key. Keys are drawn at random, so that an old one names nothing by chance."""
-
-    def __init__(self, words: np.ndarray | None = None) -> None:
-        """`words`: zeroed int64 of REGIONS_MOST keys to use, on a cache line of its own."""
-        self.entries = rows_of(KEY, limits.REGIONS_MOST) if words is None else words.view(KEY)
-        self.closed = False
-        self._free = list(range(limits.REGIONS_MOST - 1, -1, -1))
-
-    @property
-    def address(self) -> int:
-        """The address of the entries, for kernels."""
-        return address_of(self.entries)
-
-    def add(self, address: int, length: int, access: int) -> int:
-        """Enter a range; return its key, never 0."""
-        if not self._free:
-            raise CapacityError(
-                f"all {limits.REGIONS_MOST} registrations of this device are in use; unregister some first"
-            )
-        slot = self._free.pop()
-        key = secrets.randbelow(1 << 51) * limits.REGIONS_MOST + slot  # 51 random bits above twelve of the slot
-        Row(self.entries, slot).set(base=address, end=address + length, access=access)
-        publish(self._entry(slot), key)
-        return key
-
-    def _entry(self, slot: int) -> int:
-        return self.address + slot * KEY.itemsize
-
-    def remove(self, key: int) -> None:
-        """Refuse the key from now on."""
-        withdraw_key(self._entry(key & KEY_SLOT_MASK))
-        self._free.append(key & KEY_SLOT_MASK)
-
-    def clear(self) -> None:
-        """Refuse all keys from now on."""
-        self.closed = True
-        for slot in np.flatnonzero(self.entries["key"]):
-            withdraw_key(self._entry(int(slot)))
-
-    def release(self) -> None:
-        """Free the entries. Nobody in this process looks at them any more, nor will."""
-        self.entries = self.entries[:0].copy()
-
-
 class Device:
     """An `ibv_context` whose operations are these two functions; its queue pairs and completion queues are records.
 
@@ -222,6 +156,10 @@ class SoftwareProvider(Provider):
         self.peers: dict[str, int] = {}
         self._spare: list[int] = []  # numbers that peers had whose queues rest
 
+    def new_device(self) -> Device:
+        """Make the device that `open` opens."""
+        return Device(self.post_send, self.poll_cq)
+
     def open(
         self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
     ) -> list[list[CompletionQueue]]:
@@ -229,7 +167,7 @@ class SoftwareProvider(Provider):
         if self.queues:
             raise TransportError(f"this {self.name} provider is open already; each engine needs one of its own")
         self.depth, self._most = queue_depth, peers
-        self.device = Device(self.post_send, self.poll_cq)
+        self.device = self.new_device()
         self.lists = [PortRow(self.port_record, peers) for _ in range(workers * self.rails)]
         self.completion_queues = [self.device.completion_queue(port.row.address) for port in self.lists]
         self.queues = [[] for _ in range(workers)]

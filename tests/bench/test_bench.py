@@ -22,7 +22,8 @@ def bench(*arguments, status=0):
 
 # ------------------------------------------------------------------------------ lifecycle
 ROW = {
-    "store", "policy", "thread", "slices", "submit_ns_per_slice", "complete_ns_per_slice", "release_us_p50",
+    "store", "policy", "thread", "slices", "submit_ns_per_slice", "reference_ns_per_slice", "complete_ns_per_slice",
+    "nic_ns_per_slice", "release_us_p50",
     "release_us_p99", "step_ms_p50", "step_ms_max", "repeats",
 }  # fmt: skip
 
@@ -37,6 +38,8 @@ def test_lifecycle_measures_every_pair_thread_and_size():
         assert row["release_us_p99"] >= row["release_us_p50"] > 0
         assert row["submit_ns_per_slice"] > 0
         assert row["complete_ns_per_slice"] > 0
+        assert row["nic_ns_per_slice"] > 0
+        assert row["reference_ns_per_slice"] > 0
     assert report["release_ratio_heap_on_close_to_pool_bulk"] > 0
     assert report["submit_one_us_p50"] > 0
     assert "million" not in report

@@ -12,7 +12,7 @@ from mooncache.bench.harness import blocks
 from mooncache.bench.harness.measure import FingerprintError
 from mooncache.copy_ways import NONE, Banks
 from mooncache.kernels.arrays import address_of
-from mooncache.kernels.restart import R_BANKS_BELOW, R_BANKS_FROM
+from mooncache.kernels.restartable import R_BANKS_BELOW, R_BANKS_FROM
 from mooncache.limits import KiB
 from mooncache.providers.careful import Copier
 

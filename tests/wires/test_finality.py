@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mooncache import Engine, Quiesced, Status, TransferFailed, TransportError, UsageError
-from mooncache.kernels import restart
+from mooncache.kernels import restartable
 from mooncache.providers.stream.connections import Port
 from tests.helpers import LIMIT, Task, until
 from tests.wires import there
@@ -220,7 +220,7 @@ def assert_fenced_while_stopped(here: Engine, writer: Far, name: str, pages: np.
 @over("mapped", "process")
 def test_a_fence_does_not_wait_for_a_peer_stopped_in_the_middle_of_a_copy(fars, engines, wire):
     """It is stopped when the copy has come so far, mostly between two instructions of it."""
-    if not restart.restarts(restart.row()):
+    if not restartable.restarts(restartable.row()):
         pytest.skip("this libc, system or CPU has no restartable sequences")
     here, writer = engines(provider=wire.provider), fars()
     pages = here.allocate(8 * MiB) if wire.mapped else np.zeros(8 * MiB, np.uint8)

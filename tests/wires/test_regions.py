@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mooncache import CapacityError, Engine, TransferFailed, TransportError, UsageError
-from mooncache.kernels import restart
+from mooncache.kernels import restartable
 from mooncache.kernels.verbs import WcStatus
 from mooncache.limits import REGIONS
 from mooncache.providers.inprocess.emulated import Emulated, Nic
@@ -214,7 +214,7 @@ def test_while_a_peer_is_waited_for_others_are_answered(copying, fars):
 
 
 def test_a_peer_stopped_in_a_copy_is_not_waited_for_where_it_looks_again_before_it_goes_on(copying):
-    if not restart.restarts(restart.row()):
+    if not restartable.restarts(restartable.row()):
         pytest.skip("this libc, system or CPU has no restartable sequences")
     withdrawing = copying.withdraw()
     assert withdrawing.running

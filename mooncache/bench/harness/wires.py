@@ -22,7 +22,6 @@ from mooncache.limits import SLICE_BYTES, TAIL_BYTES
 from mooncache.operands import Operand
 
 PATIENCE_S = 60.0
-OPS = ("write", "read")
 
 
 @dataclass(frozen=True)

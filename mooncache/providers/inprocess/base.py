@@ -21,13 +21,8 @@ from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.kernels.verbs import WcStatus
 from mooncache.providers.base import Link
 from mooncache.providers.careful import FIRST, Copier, copier_at, move_one, set_pair
-from mooncache.providers.device import (
-    KEY_SLOT_MASK,
-    KeyTable,
-    Queue,
-    SoftwareProvider,
-    key_status,
-)
+from mooncache.providers.device import Queue, SoftwareProvider
+from mooncache.providers.keys import KEY_SLOT_MASK, KeyTable, key_status
 from mooncache.providers.records import PORT_FIELDS, QUEUE_FIELDS, key_at
 
 FIELDS = [

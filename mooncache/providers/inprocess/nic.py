@@ -30,9 +30,10 @@ from mooncache.kernels.records.base import (
 )
 from mooncache.kernels.records.verbs import send_wr_at, sge_at
 from mooncache.kernels.verbs import EINVAL, ENOMEM, SEND_SIGNALED, WC_BYTES, WcStatus
-from mooncache.providers.device import key_status, port_of, queue_of, write_completion
+from mooncache.providers.device import port_of, queue_of, write_completion
 from mooncache.providers.inprocess.base import move_bytes, port_at, queue_at, send_note
 from mooncache.providers.inprocess.faults import PS_PER_NS, Action
+from mooncache.providers.keys import key_status
 
 FRACTION_BITS = 20  # of the picoseconds a byte takes
 NEVER = (1 << 62) - 1

@@ -26,11 +26,12 @@ from mooncache.kernels.records.base import (
 )
 from mooncache.kernels.records.table import table_at
 from mooncache.kernels.records.verbs import send_wr_at, sge_at
-from mooncache.kernels.restart import CHANGED, R_BANKS_BELOW, R_BANKS_FROM, copy_while
+from mooncache.kernels.restartable import CHANGED, R_BANKS_BELOW, R_BANKS_FROM, copy_while
 from mooncache.kernels.verbs import POLL_AGAIN, WcStatus
 from mooncache.limits import WORKERS
 from mooncache.providers.careful import FIRST, copier_at, move, move_one, set_pair, write_while
-from mooncache.providers.device import key_status, port_of, queue_of
+from mooncache.providers.device import port_of, queue_of
+from mooncache.providers.keys import key_status
 from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.connections import nudge
 from mooncache.providers.stream.lane import PENDING, Route, entry_of

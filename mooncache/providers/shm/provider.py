@@ -7,7 +7,7 @@
 
 Keys are checked in the peer's own table, which is mapped here for reading, for every slice. A peer that withdraws a
 range waits for the *guards*, words that are odd while a sender copies. A sender that is stopped in the middle of a copy
-looks at an *epoch* before it goes on (`kernels/restart.py`), and so need not be waited for. Who is handed these
+looks at an *epoch* before it goes on (`kernels/restartable.py`), and so need not be waited for. Who is handed these
 mappings is of the same user or has proven to know the secret: it is trusted to look at the keys before it writes, as no
 other kind of peer has to be. So it is handed only segments of which each byte is registered, for reading and for
 writing: the rest goes the other two ways, as nothing can be both a mapping for reading only and a file that its user
@@ -35,7 +35,6 @@ import numpy as np
 
 from mooncache import limits
 from mooncache.descriptor import Descriptor, Keys
-from mooncache.descriptors import none_left
 from mooncache.discovery.dial import AnotherUser
 from mooncache.discovery.messages import Reply, Request
 from mooncache.errors import TransportError, UsageError
@@ -46,7 +45,7 @@ from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.pages import populate
 from mooncache.providers.base import Link
 from mooncache.providers.careful import Copier
-from mooncache.providers.device import KeyTable
+from mooncache.providers.keys import KeyTable
 from mooncache.providers.shm.copy import GUARD_EPOCH, LOT, lead, poll_cq, post_send, push
 from mooncache.providers.shm.mappings import KEYS_BYTES, Lease, Retired, Share
 from mooncache.providers.stream.connections import STALL_S, StreamQueue
@@ -54,6 +53,7 @@ from mooncache.providers.stream.provider import StreamProvider
 from mooncache.providers.stream.quotas import check_leases
 from mooncache.providers.stream.waiting import wait_while_odd
 from mooncache.segments import Segment, allocate, segment_of
+from mooncache.shortage import none_left
 
 log = logging.getLogger("mooncache")
 

@@ -30,7 +30,8 @@ from mooncache.kernels.jit import kernel
 from mooncache.kernels.linux import EPOLLET, EPOLLIN, epoll_add
 from mooncache.kernels.records.base import compare_swap, fetch_add, release, where
 from mooncache.kernels.records.linux import EPOLL_EVENT, IOVEC, epoll_event_at
-from mooncache.providers.device import Device, KeyTable, PortRow, Queue
+from mooncache.providers.device import Device, PortRow, Queue
+from mooncache.providers.keys import KeyTable
 from mooncache.providers.stream import lane as lanes
 from mooncache.providers.stream.frames import FRAME_SLICES, HEAD_BYTES_MAX, HEADER_BYTES, SLICE_BYTES_MAX
 from mooncache.providers.stream.lane import FLIGHTS, Broken, LaneState, Reason

@@ -24,7 +24,6 @@ import numpy as np
 from mooncache import forks, limits
 from mooncache.deadline import Deadline
 from mooncache.descriptor import Descriptor, Keys
-from mooncache.descriptors import none_left
 from mooncache.discovery.complaints import Complaints
 from mooncache.discovery.messages import Reply, Request
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError, came
@@ -52,6 +51,7 @@ from mooncache.providers.stream.quotas import check_lanes
 from mooncache.providers.stream.records import ENTRY, PORT, QUEUE
 from mooncache.providers.stream.settler import StreamSettler
 from mooncache.providers.stream.waiting import wait_until, wait_while_odd
+from mooncache.shortage import none_left
 
 log = logging.getLogger("mooncache")
 

@@ -14,7 +14,7 @@ from mooncache.kernels.records.base import address, release, where
 from mooncache.kernels.records.inbox import inbox_at
 from mooncache.kernels.records.linux import iovec_at
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.device import key_status
+from mooncache.providers.keys import key_status
 from mooncache.providers.stream.frames import (
     DISCARD,
     HEADER_BYTES,

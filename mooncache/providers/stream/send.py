@@ -7,7 +7,7 @@ from mooncache.kernels.linux import POLLOUT, sendmsg
 from mooncache.kernels.records.base import address, missing, where
 from mooncache.kernels.records.linux import iovec_at
 from mooncache.kernels.verbs import WcStatus
-from mooncache.providers.device import key_status
+from mooncache.providers.keys import key_status
 from mooncache.providers.stream.frames import (
     FRAME_SLICES,
     Frame,

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mooncache.kernels import restart
+from mooncache.kernels import restartable
 from mooncache.kernels.arrays import address_of, function_address
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.records.linux import IOVEC
-from mooncache.kernels.restart import CHANGED, PIECE_BYTES, R_OFFSET, R_RESTARTS, copy_while, writev_while
+from mooncache.kernels.restartable import CHANGED, PIECE_BYTES, R_OFFSET, R_RESTARTS, copy_while, writev_while
 from tests.helpers import until
 
 EXPECTED, OTHER = 7, 9
@@ -57,10 +57,10 @@ WAYS = {"copy": by_copy, "writev": by_writev}
 
 @pytest.fixture(params=["restartable", "restartable by banks", "plain", "plain by banks"])
 def row(request) -> np.ndarray:
-    made = restart.row(*(BY_BANKS if request.param.endswith("banks") else ()))
+    made = restartable.row(*(BY_BANKS if request.param.endswith("banks") else ()))
     if request.param.startswith("plain"):
         made[R_OFFSET] = 0
-    elif not restart.restarts(made):
+    elif not restartable.restarts(made):
         pytest.skip("this libc, system or CPU has no restartable sequences")
     return made
 
@@ -96,7 +96,7 @@ def test_a_failure_of_the_system_is_told_from_a_change(row):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_signal_in_the_middle_costs_nothing_but_time(way):
-    row = restartable()
+    row = interruptible()
     chance = np.random.default_rng(6)
     source = chance.integers(0, 256, 4 << 20, dtype=np.uint8)
     target, word = np.zeros_like(source), np.array([EXPECTED])
@@ -112,9 +112,9 @@ def test_a_signal_in_the_middle_costs_nothing_but_time(way):
         signal.signal(signal.SIGALRM, before)
 
 
-def restartable() -> np.ndarray:
-    row = restart.row()
-    if not restart.restarts(row):
+def interruptible() -> np.ndarray:
+    row = restartable.row()
+    if not restartable.restarts(row):
         pytest.skip("this libc, system or CPU has no restartable sequences")
     return row
 
@@ -127,7 +127,7 @@ def is_stopped(pid: int) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_process_that_was_stopped_in_a_copy_does_not_go_on_with_it(way):
     """It copies again and again; it is stopped somewhere, the word changes, and then it goes on."""
-    size, row = 4 << 20, restartable()
+    size, row = 4 << 20, interruptible()
     shared = np.frombuffer(mmap.mmap(-1, size + 4096), np.uint8)
     target, words = shared[:size], shared[size:].view(np.int64)
     source = np.full(size, 1, np.uint8)
