@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import product
 from time import perf_counter_ns
 from typing import Any
@@ -29,19 +30,24 @@ from mooncache.bench.harness.measure import (
     slots_of,
     wait_until_quiet,
 )
-from mooncache.bench.harness.options import JSON, POLICIES, STORES
+from mooncache.bench.harness.options import JSON, PolicyName, StoreName, names
 from mooncache.bench.harness.report import answer, progress, provenance, show_table
 from mooncache.bench.harness.timed import Columns, TimedEmulated
-from mooncache.errors import UsageError
 from mooncache.limits import CACHE_SLICES
 from mooncache.providers.inprocess.emulated import Emulated
 
 SLICES = (1, 256, 30_000)
 MILLION = 1_000_000
-THREADS = ("same", "other")
 SLICE_BYTES = 512  # a page of one token, one layer, two KV heads: the incident's
 ROUNDS = 10
 REFERENCES = 101
+
+
+class Closer(str, Enum):
+    """The threads that may close a batch."""
+
+    SAME = "same"
+    OTHER = "other"
 
 
 @dataclass
@@ -191,16 +197,7 @@ def run(
     repeats: int | None,
 ) -> dict[str, Any]:
     """Measure every combination; return the report that `--json` prints."""
-    for what, asked, known in (
-        ("store", stores, STORES),
-        ("policy", policies, POLICIES),
-        ("thread", threads, THREADS),
-    ):
-        for name in asked:
-            if name not in known:
-                raise UsageError(f"expected a {what} of {', '.join(known)}, got {name!r}")
-    pairs = list(product(dict.fromkeys(stores), dict.fromkeys(policies)))
-    threads = list(dict.fromkeys(threads))
+    pairs = list(product(stores, policies))
     one = measure(1, [("pool", "bulk")], ["same"], repeats)[0]
     results = [row for n in dict.fromkeys(slices) for row in measure(n, pairs, threads, repeats)]
     report: dict[str, Any] = {
@@ -263,10 +260,10 @@ def command(
         max=MILLION,
         help="Slices of a batch. Repeatable.",
     ),
-    store: list[str] = typer.Option(list(STORES), help="pool or heap. Repeatable."),
-    policy: list[str] = typer.Option(list(POLICIES), help="Where slices are deleted. Repeatable."),
-    thread: list[str] = typer.Option(
-        list(THREADS),
+    store: list[StoreName] = typer.Option(list(StoreName), help="Repeatable."),
+    policy: list[PolicyName] = typer.Option(list(PolicyName), help="Where slices are deleted. Repeatable."),
+    thread: list[Closer] = typer.Option(
+        list(Closer),
         help="Who closes: the submitting thread (same), or another (other). Repeatable.",
     ),
     repeat: int | None = typer.Option(
@@ -278,4 +275,4 @@ def command(
 
     Callers run on one core and workers on another, if there are two.
     """
-    answer(run(slices, store, policy, thread, repeat), json, show)
+    answer(run(slices, names(store), names(policy), names(thread), repeat), json, show)

@@ -11,6 +11,8 @@ from mooncache.kernels.enums import Policy, Store
 
 STORES = tuple(store.name.lower() for store in Store)
 POLICIES = tuple(policy.name.lower() for policy in Policy)
+StoreName = Enum("StoreName", {name.upper(): name for name in STORES}, type=str)  # type: ignore[misc]
+PolicyName = Enum("PolicyName", {name.upper(): name for name in POLICIES}, type=str)  # type: ignore[misc]
 
 JSON = typer.Option(False, "--json", help="Print one JSON object, and nothing else, on stdout.")
 
