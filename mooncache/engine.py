@@ -156,7 +156,8 @@ class Engine:
             UsageError: not such a buffer, empty, overlapping a registered region, or read-only with write access.
             CapacityError: too many regions. EngineClosed: the engine is closed.
 
-        A NIC pins memory, which may take seconds; peers are answered meanwhile, and other threads go on.
+        A NIC pins memory, which may take seconds; pages of `allocate` that were not touched yet are faulted in, some
+        tenths of a second a GiB. Peers are answered meanwhile, and other threads go on.
         """
         self.check_open()
         region = self._registry.register(self, buffer, access)

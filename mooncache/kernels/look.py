@@ -6,6 +6,7 @@ A NIC that refuses a key does so for every slice of that region: so the region i
 
 import numpy as np
 
+from mooncache.kernels.arrays import WORD
 from mooncache.kernels.atomics import cas, i16, i64
 from mooncache.kernels.handle import batch_row
 from mooncache.kernels.jit import kernel
@@ -43,7 +44,7 @@ def refuse_region(ctl, queue, sequence, slot):
     if region != NOWHERE and sequence >= queue.renewed_from:
         known = i64(table.refused)[region]
         if known <= queue.renewals:
-            cas(table.refused + region * np.int64(8), known, queue.renewals + 1)
+            cas(table.refused + WORD * region, known, queue.renewals + 1)
             table.refusals = 1
 
 

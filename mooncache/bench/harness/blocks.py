@@ -111,7 +111,7 @@ class Copying:
     """
 
     def __init__(self, targets: np.ndarray, sources: np.ndarray, length: int, threads: int) -> None:
-        self.threads, self._length, self._pool = threads, length, ThreadPoolExecutor(threads, "mooncache-copying")
+        self._length, self._pool = length, ThreadPoolExecutor(threads, "mooncache-copying")
         self.parts = [
             (to, from_)
             for to, from_ in zip(np.array_split(targets, threads), np.array_split(sources, threads), strict=True)
@@ -119,7 +119,6 @@ class Copying:
         ]
         took = {way: median([self.timed(way) for _ in range(3)]) for way in Way}
         self.way = min(took, key=took.__getitem__)
-        self.seconds = took
 
     def timed(self, way: Way) -> float:
         """Copy all blocks by one way; return the seconds that it took."""
