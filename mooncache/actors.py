@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from time import monotonic_ns
 
 from mooncache.kernels import calls, hand, pump
 from mooncache.kernels.reclaim.policies import TRAITS
 from mooncache.kernels.state import Block, State
+from mooncache.threads import Thread
 
 JOIN_SECONDS = 5.0
 """The time that a close leaves workers to get the NIC's last answers, before connections are broken."""
@@ -29,7 +30,7 @@ class Actors:
         self._settings = state.settings
         self.workers = [Block(state, i) for i in range(state.settings.workers)]
         self.reaper, self.orders = Block(state), Block(state)
-        self.threads: list[threading.Thread] = []
+        self.threads: list[Thread] = []
         self._template = state.template
 
     @property
@@ -49,17 +50,15 @@ class Actors:
         if TRAITS[self._settings.policy].needs_reaper:
             actors.append(("reaper", pump.reaper, self.reaper))
         for role, kernel, block in actors:
-            thread = threading.Thread(target=kernel, args=(block.ctl,), name=f"{name}-{role}", daemon=True)
-            self.threads.append(thread)  # first: a signal handler may raise while it is started
-            thread.start()
+            self.threads.append(Thread(f"{name}-{role}", partial(kernel, block.ctl)))
+            self.threads[-1].start()  # listed first: one that an exception interrupts may have started it
 
     def end_idle(self, ctl: int) -> None:
         """End those threads that were started; nothing was ever submitted. `ctl`: of the calling thread."""
         calls.stop(ctl)
         calls.stop_reaper(ctl)
         for thread in self.threads:
-            if thread.ident is not None:  # else it was never started
-                thread.join()
+            thread.join()
 
     def join(self, ctl: int, hang_up: Callable[[], None]) -> list[str]:
         """Wait for the threads to leave; workers were told to stop. Returns names of workers that hang in the NIC.
@@ -81,7 +80,7 @@ class Actors:
         return hanging
 
 
-def _join(threads: list[threading.Thread], seconds: float) -> list[str]:
+def _join(threads: list[Thread], seconds: float) -> list[str]:
     """Wait for threads to end, all together for so long; return the names of those that did not."""
     deadline = monotonic_ns() + round(seconds * 1e9)
     for thread in threads:

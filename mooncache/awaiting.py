@@ -116,7 +116,7 @@ class Awaiting:
 
     def _close_descriptor(self) -> None:
         descriptor, self.event_fd = self.event_fd, -1
-        os.close(descriptor)
+        forks.drop([descriptor])
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:

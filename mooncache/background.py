@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
 from mooncache import shortage
+from mooncache.threads import Thread
 
 log = logging.getLogger("mooncache")
 
@@ -28,7 +30,7 @@ class Background:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
         self._trouble: dict[str, str] = {}
         self._closing = threading.Event()
 
@@ -40,7 +42,7 @@ class Background:
 
     def start(
         self, name: str, run: Callable[[], object], failed: Callable[[Exception], object] | None = None
-    ) -> threading.Thread:
+    ) -> Thread:
         """Do work in a new daemon thread of this name; return the thread.
 
         Args:
@@ -50,9 +52,9 @@ class Background:
 
         Raises CapacityError: the system has no thread left.
         """
-        thread = threading.Thread(target=self._run, args=(name, run, failed), name=name, daemon=True)
+        thread = Thread(name, partial(self._run, name, run, failed))
         with self._lock, shortage.told(f"thread {name!r} cannot be started"):
-            # Listed first: `start` may be left by an exception of a signal handler, and the thread runs all the same.
+            # Listed first: a `start` that an exception of a signal handler interrupts may have started it.
             self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
         return thread
@@ -114,8 +116,7 @@ class Background:
             threads = [thread for thread in self._threads if name in ("", thread.name)]
         end = monotonic() + seconds
         for thread in threads:
-            if thread.ident is not None:  # else it was never started, or sees at once that it is to end
-                thread.join(max(0.0, end - monotonic()))
+            thread.join(max(0.0, end - monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
     def __repr__(self) -> str:

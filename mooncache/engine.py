@@ -95,7 +95,7 @@ class Engine:
             self.provider = opening.provider(provider)
         self.closed = self.inherited = False
         self._ended = True  # nothing is there to be ended yet
-        self._ending = threading.RLock()  # held while it is closed; again by a signal handler that closes it, too
+        self._ending, self._busy = threading.RLock(), False  # held while it is closed, by a signal handler as well
         forks.private(self)
         with shortage.told("no engine can be opened"), ExitStack() as undo:  # if it fails, all is given back
             undo.callback(setattr, self, "closed", True)
@@ -413,13 +413,18 @@ class Engine:
 
         Connections on which answers are missing after 5 s are broken. Raises TransportError where a NIC does not answer
         even then; its buffers are not quiesced. A close that an exception of a signal handler interrupts can be called
-        again, and is at exit. In a process that was forked from the engine's it does nothing.
+        again, and is at exit; called by a signal handler in the midst of a close it returns at once, and that one goes
+        on. In a process that was forked from the engine's it does nothing.
         """
         self.closed = True
         self._peers.close()  # also waits for one that is being entered
         with self._ending:
-            if not self._ended:
-                self._end()
+            if not self._ended and not self._busy:
+                self._busy = True
+                try:
+                    self._end()
+                finally:
+                    self._busy = False
 
     async def aclose(self) -> None:
         """Close the engine in a thread, which goes on with it when this is cancelled."""
@@ -436,10 +441,8 @@ class Engine:
             sleep(0.001)
         self._peers.join(JOIN_SECONDS)
         hanging = self._runtime.stop(self.ctl)
-        if self._ended:  # a signal handler has closed it in the midst of this
-            return
-        self._ended = True
         if hanging:  # the NIC may still use these, and a worker that could not leave as well
+            self._ended = True
             _abandoned.append((self._runtime, self._peers))
             raise TransportError(f"{', '.join(hanging)} still wait for the NIC; buffers in flight are not quiesced")
         callers = self._callers.blocks.values()
@@ -448,6 +451,7 @@ class Engine:
         self.regions.clear()  # regions, peers and this engine hold each other; batches may be held for long
         self._peers.known.clear()
         self._runtime.release(callers)
+        self._ended = True
 
     def __enter__(self) -> Engine:
         return self

@@ -40,7 +40,7 @@ def private(thing: T) -> T:
 
 
 def drop(descriptors: Iterable[int]) -> None:
-    """Close what a thread of the parent had not closed yet, for `disown`; below 0: none."""
+    """Close what nobody has closed yet, for `disown` and for a close that may be a second one; below 0: none."""
     for descriptor in descriptors:
         if descriptor >= 0:
             with suppress(OSError):

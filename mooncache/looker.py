@@ -54,10 +54,11 @@ class Looker:
         """End the thread. A look that waits for the network is not waited for."""
         self._closed = True
         self.background.stop()
-        os.eventfd_write(self.event_fd, 1)
+        if self.event_fd >= 0:
+            os.eventfd_write(self.event_fd, 1)
         self.background.join(self._name)
 
     def close(self) -> None:
         """Close the eventfd. The thread must have been stopped, and the workers must have left."""
         descriptor, self.event_fd = self.event_fd, -1
-        os.close(descriptor)
+        forks.drop([descriptor])

@@ -32,26 +32,28 @@ class Runtime:
 
     def __init__(self, settings: Settings, provider: Provider) -> None:
         self.provider = provider
+        self._opened: list[Callable[[], None]] = []  # what closes the parts that are open
         with ExitStack() as undo:  # if it fails, all is given back
+            undo.callback(self._close_parts)
             self.awaiting = Awaiting()
-            undo.callback(self.awaiting.close)
+            self._opened.append(self.awaiting.close)
             self.looker = Looker()
-            undo.callback(self.looker.close)
+            self._opened.append(self.looker.close)
             self.state = State(settings, event_fd=self.awaiting.event_fd, look_fd=self.looker.event_fd)
             self.actors = Actors(self.state)
             self.awaiting.ctl = self.actors.reaper.ctl
             self.inbox = Inbox(settings)
-            undo.callback(self.inbox.close)
+            self._opened.append(self.inbox.close)
             queues = provider.open(settings.workers, settings.queue_depth, self.inbox.words, settings.peers)
-            undo.callback(provider.close)
+            self._opened.append(provider.close)
             for worker, polled in enumerate(queues):
                 self.state.poll_from(worker, polled)
             self.state.worker_rows["trouble_fd"] = provider.trouble_fd
             self._bells = Bells(self.state, provider.descriptors, spins=provider.spins)
-            undo.callback(self._bells.close)
+            self._opened.append(self._bells.close)
             jit.prewarm()
             self.actors.set_turn()
-            self._parts = undo.pop_all()
+            undo.pop_all()
 
     def start(self, name: str, look: Callable[[], None]) -> None:
         """Start the threads of the engine called `name`. `look`: see `Looker.start`."""
@@ -71,9 +73,17 @@ class Runtime:
         return hanging
 
     def close(self) -> None:
-        """Close the wire and the eventfds; all threads have left. Peers get 1 s to confirm what is in doubt."""
+        """Close the wire and the eventfds; all threads have left. Peers get 1 s to confirm what is in doubt.
+
+        A close that an exception of a signal handler interrupts is taken up by the next.
+        """
         self.provider.settle(SETTLE_S)
-        self._parts.close()
+        self._close_parts()
+
+    def _close_parts(self) -> None:
+        while self._opened:
+            self._opened[-1]()
+            self._opened.pop()
 
     def release(self, blocks: Iterable[Block]) -> None:
         """Free the memory. `blocks`: of the callers."""

@@ -16,7 +16,7 @@ from time import monotonic
 
 from mooncache.background import Background
 from mooncache.deadline import Deadline
-from mooncache.errors import CapacityError, EngineClosed, MooncacheError, TransportError
+from mooncache.errors import EngineClosed, MooncacheError, TransportError
 from mooncache.peer import Peer
 
 CONNECT_S = 30.0
@@ -95,11 +95,9 @@ class Ways:
             way.current = begun = _Try()
             try:
                 self._threads.start(f"{self._engine}-way-to-{name}", lambda: self._run(name, way, attempt))
-            except RuntimeError as error:
+            except BaseException:
                 way.current = None
-                raise CapacityError(
-                    f"no thread can be started to connect to {name!r} ({error}); end some, or raise `ulimit -u`"
-                ) from error
+                raise
             return Asked(name, begun)
 
     def _remember(self, name: str) -> _Way:

@@ -22,6 +22,7 @@ from mooncache.descriptor import Descriptor
 from mooncache.discovery.fields import WORD, is_name
 from mooncache.discovery.record import decode, encode
 from mooncache.errors import DiscoveryError, EngineClosed, MooncacheError, UsageError
+from mooncache.threads import Thread
 
 log = logging.getLogger("mooncache")
 
@@ -63,7 +64,7 @@ class Names(ABC):
         self._closing = threading.Event()
         self._writing = threading.Lock()  # held while the own record is written or removed
         self.background = Background()
-        self._threads: dict[str, threading.Thread] = {}
+        self._threads: dict[str, Thread] = {}
         self._starting = threading.Lock()
         self._down = False
         self._settled = 0.0  # monotonic s; until then, a name that is missing may still come back

@@ -9,9 +9,10 @@ import threading
 from array import array
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from mooncache import forks
+from mooncache import forks, shortage
 from mooncache.deadline import Deadline
 from mooncache.discovery import handshake
 from mooncache.discovery.address import parse_address
@@ -20,7 +21,7 @@ from mooncache.discovery.handshake import FDS_A_MESSAGE, Call, Hello, Refused
 from mooncache.discovery.messages import Answer
 from mooncache.discovery.secret import check_secret, key_of, of_user
 from mooncache.errors import CapacityError, DiscoveryError, EngineClosed, TransportError, UsageError
-from mooncache.shortage import none_left
+from mooncache.threads import Thread
 
 KINDS = {kind.__name__: kind for kind in (UsageError, CapacityError, TransportError, DiscoveryError, EngineClosed)}
 """Errors that keep their class on the way to the caller."""
@@ -83,7 +84,9 @@ def dial(
         if deadline.ended:
             raise EngineClosed(deadline.ended) from error
         what = f"no handshake with {address}"
-        raise none_left(error, what) or TransportError(f"{what}: {error.strerror or error}; try again") from error
+        raise shortage.none_left(error, what) or TransportError(
+            f"{what}: {error.strerror or error}; try again"
+        ) from error
 
 
 def _check_user(process: Process, address: str) -> None:
@@ -164,8 +167,10 @@ def _resolve(host: str, port: int, deadline: Deadline) -> list[tuple[int, Any]]:
     with _look_ups.lock:
         found = _look_ups.futures.get((host, port))
         if found is None:
-            found = _look_ups.futures[host, port] = Future()
-            threading.Thread(target=_look_up, args=(host, port, found), name=f"look-up-{host}", daemon=True).start()
+            found = Future()
+            with shortage.told(f"host {host!r} cannot be looked up"):
+                Thread(f"look-up-{host}", partial(_look_up, host, port, found)).start()
+            _look_ups.futures[host, port] = found
     deadline.waits_for(f"the address of host {host!r}")
     if not deadline.until(found.done):
         raise TimeoutError
@@ -185,7 +190,7 @@ def _look_up(host: str, port: int, found: Future[list[tuple[int, Any]]]) -> None
 
 def _forget_look_up(host: str, port: int) -> None:
     with _look_ups.lock:
-        del _look_ups.futures[host, port]
+        _look_ups.futures.pop((host, port), None)  # none: whoever started this was interrupted
 
 
 def _getaddrinfo(host: str, port: int, flags: int = 0) -> list[tuple[int, Any]]:

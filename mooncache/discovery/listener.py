@@ -119,8 +119,8 @@ class Listener:
 
         A second close does nothing.
         """
-        if not self._closed:
-            self._closed = True
+        self._closed = True
+        with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._stop.set)
         self.background.close()
 

@@ -379,8 +379,8 @@ class State:
         self.template["batches"] = 0
         for block in blocks:
             block.row["batches"] = 0
-        self._left = self.open_batches
-        self.batch_rows = self.batch_rows[:0].copy()
+        left, self.batch_rows = self.open_batches, self.batch_rows[:0].copy()
+        self._left = left
         fields = (*SLICE_DTYPES, "slice_object", "batch_rows", "notes")
         large = {int(self.template[field][0]) for field in fields}
         self.arrays = [array for array in self.arrays if array.size and address_of(array) not in large]

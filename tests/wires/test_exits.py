@@ -66,7 +66,9 @@ ready()
 submit_for_ever()
 """,
     "handler while closing": """
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+for number in (signal.SIGTERM, signal.SIGALRM):
+    signal.signal(number, lambda *_: sys.exit(0))
+sys.unraisablehook = lambda lost: signal.setitimer(signal.ITIMER_REAL, 0.01)  # in a finalizer, Python drops it
 ready()
 while True:
     engine = Engine("another", provider=provider, slices=4096, batches=64)

@@ -18,6 +18,7 @@ from mooncache.background import Background
 from mooncache.kernels import calls
 from mooncache.kernels.enums import Order, QueueState
 from mooncache.kernels.state import QueueRow
+from mooncache.threads import Thread
 
 
 class Mender:
@@ -43,7 +44,7 @@ class Mender:
         self._last: dict[int, Order] = {}  # by address of the row
         self._ctl = 0
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         forks.private(self)
 
     def watch(self, rows: Sequence[QueueRow], ctl: int) -> None:
@@ -88,11 +89,12 @@ class Mender:
         """End the thread. The workers must have left."""
         self._closing = True
         self._background.stop()
-        self.look_again()
+        if self.descriptor >= 0:
+            self.look_again()
         if self._thread is not None:
             self._thread.join()
-        os.close(self.descriptor)
-        self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        forks.drop([descriptor])
 
     def disown(self) -> None:
         """Close the descriptor in a forked child; see `forks.Holder`."""

@@ -35,6 +35,7 @@ from mooncache.providers.rdma.owner import Owner
 from mooncache.providers.rdma.paths import VERSION, Plan, ends_of, pair, weights
 from mooncache.providers.rdma.queues import QueuePair as Verbs
 from mooncache.providers.settling import Settler
+from mooncache.threads import Thread
 
 log = logging.getLogger("mooncache")
 
@@ -86,7 +87,7 @@ class Outgoing:
         self._plans = self._planned()
         self._lock = threading.Lock()
         self._stirred = threading.Event()
-        self._mending: threading.Thread | None = None
+        self._mending: Thread | None = None
         self._rows: list[QueueRow] = []
         self._order: Callable[[QueueRow, Order], None] = lambda row, order: None
         self._lanes: list[Lane] = []

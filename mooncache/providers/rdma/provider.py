@@ -51,6 +51,9 @@ CQ_ENTRIES = 16_384
 POPULATE_BYTES = 64 << 20
 """From here on pages are faulted in by several threads before a NIC pins them: 16,384 pages, 10 ms or so."""
 
+KEEPER = "mooncache-rdma"
+"""The thread that watches the sockets and NICs."""
+
 SETTLE_S = 5.0
 """The time for workers to give back what a connection that is gone had under way, which takes microseconds."""
 
@@ -134,8 +137,9 @@ class Rdma(Provider):
             ]
             self.hub = NoteHub(self.nics, workers, inbox)
             self._open_keeper(workers, undo)
+            undo.callback(self._end_keeper)  # a signal handler may raise while it is started
+            self.background.start(KEEPER, self._keep, self._unwatched)
             undo.pop_all()
-        self._keeper = self.background.start("mooncache-rdma", self._keep, self._unwatched)
         return [
             [*(CompletionQueue(cq.address, cq.capacity) for cq in own), self.hub.completion_queue(worker)]
             for worker, own in enumerate(self.cqs)
@@ -415,11 +419,7 @@ class Rdma(Provider):
 
     def close(self) -> None:
         """See `Provider.close`."""
-        with self.lock:
-            self._closed = True
-        os.eventfd_write(self.trouble_fd, 1)
-        self.background.stop()
-        self._keeper.join()
+        self._end_keeper()
         for outgoing in self._outgoing.values():
             outgoing.close()
         with self.lock:
@@ -429,8 +429,16 @@ class Rdma(Provider):
         for nic in self.nics:
             nic.close()
         self._watched.close()
-        os.close(self.trouble_fd)
-        self.trouble_fd = -1
+        descriptor, self.trouble_fd = self.trouble_fd, -1
+        forks.drop([descriptor])
+
+    def _end_keeper(self) -> None:
+        with self.lock:
+            self._closed = True
+        if self.trouble_fd >= 0:
+            os.eventfd_write(self.trouble_fd, 1)
+        self.background.stop()
+        self.background.join(KEEPER)
 
     def disown(self) -> None:
         """Close nothing in a forked child; NICs and sockets do so by themselves; see `forks.Holder`."""

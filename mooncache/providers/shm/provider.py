@@ -41,7 +41,7 @@ from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish
-from mooncache.kernels.state import CompletionQueue, QueuePair
+from mooncache.kernels.state import QueuePair
 from mooncache.pages import populate
 from mooncache.providers.base import Link
 from mooncache.providers.careful import Copier
@@ -94,22 +94,14 @@ class Shm(StreamProvider):
         self._shares: dict[str, Share | None] = {}
         self._retired: list[Retired] = []
 
-    def open(
-        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
-    ) -> list[list[CompletionQueue]]:
-        """See `Provider.open`."""
-        queues = super().open(workers, queue_depth, inbox, peers)
-        try:
-            self._table = allocate(KEYS_BYTES, for_reading=True)
-        except BaseException:
-            super().close()
-            raise
+    def _connect_ports(self, workers: int) -> None:
+        super()._connect_ports(workers)
+        self._table = allocate(KEYS_BYTES, for_reading=True)
         self.keys = KeyTable(self._table.view(np.int64))
         self._copiers = [Copier(LOT) for _ in self.ports]
         for port, copier in zip(self.ports, self._copiers, strict=True):
             port.row["keys"] = self.keys.address
             port.row["copier"] = copier.address
-        return queues
 
     # ------------------------------------------------------------------------------ as a target
     def register(self, address: int, length: int, access: int) -> Keys:

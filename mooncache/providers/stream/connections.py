@@ -309,11 +309,11 @@ class Port:
         """Close all descriptors. The worker must have left."""
         for lane in self.lanes:
             if lane.open:
-                os.close(lane.row["fd"])
                 lane.row["state"] = LaneState.BROKEN
+                os.close(lane.row["fd"])
         self.epoll.close()
-        os.close(self.nudge)
-        self.nudge = -1
+        descriptor, self.nudge = self.nudge, -1
+        forks.drop([descriptor])
         self.lanes.clear()
         self.rows = self.rows[:0].copy()
         self._list, self._events = self._list[:0].copy(), self._events[:0].copy()

@@ -420,8 +420,8 @@ class StreamProvider(SoftwareProvider):
         for port in self.ports:
             port.close()
         self._watched.close()
-        os.close(self._trouble_fd)
-        self._trouble_fd = -1
+        descriptor, self._trouble_fd = self._trouble_fd, -1
+        forks.drop([descriptor])
         for sock, _ in self._sockets.values():
             sock.close()
         self._sockets.clear()
@@ -434,7 +434,8 @@ class StreamProvider(SoftwareProvider):
             self._closed = True
         for settler in self._settlers.values():
             settler.close()
-        os.eventfd_write(self._trouble_fd, 1)
+        if self._trouble_fd >= 0:
+            os.eventfd_write(self._trouble_fd, 1)
         self.background.close()
 
     def disown(self) -> None:
