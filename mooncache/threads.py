@@ -45,6 +45,7 @@ class Thread(threading.Thread):
         try:
             self._work()
         finally:
+            del self._work  # which may hold whoever holds this thread
             self._over.set()
 
     def join(self, timeout: float | None = None) -> None:
