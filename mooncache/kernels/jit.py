@@ -1,7 +1,7 @@
 """The one decorator of all kernels, and the cache that makes them start warm.
 
 `@kernel("int64(int64)")` makes an *entry point*: one explicit signature, machine code cached on disk. `@kernel`
-alone makes a *part*: compiled into the entry points that call it, and only when one of them is compiled.
+alone makes a *part*: compiled into the entry points that call it, and only when one of them is compiled (`parts.py`).
 `@callback("int32(int64, int32, int64)")` makes a C function pointer.
 
 Numba's own cache does not notice a change in a function that lives in another file, so the cache directory is keyed
@@ -29,6 +29,7 @@ from numba.core.sigutils import normalize_signature
 
 from mooncache import forks
 from mooncache.kernels import cache, stored
+from mooncache.kernels.parts import PartCompiler
 
 log = logging.getLogger("mooncache")
 
@@ -54,6 +55,7 @@ class _Lock:
         self._lock.release()
 
 
+_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}  # of every kernel but callbacks
 _lock = forks.private(_Lock())
 _entries: list[Entry] = []
 _place: list[cache.Place | None] = []  # empty until somebody asks; None where nothing can be written
@@ -158,7 +160,8 @@ class Kernel(Entry):
 
     def build(self, where: NullCache) -> Any:
         """Compile for the one signature."""
-        dispatcher: Any = numba.njit(nogil=self.nogil, error_model="numpy")(self.function)
+        options: dict[str, Any] = {**_OPTIONS, "nogil": self.nogil}
+        dispatcher = numba.njit(**options)(self.function)
         dispatcher._cache = where
         dispatcher.compile(self.signature)
         dispatcher.disable_compile()
@@ -196,7 +199,8 @@ def kernel(signature: Any, *, nogil: bool = False) -> Any:
     it up costs milliseconds beside a busy Python thread and holding it microseconds.
     """
     if callable(signature):
-        return numba.njit(error_model="numpy")(signature)
+        options: dict[str, Any] = {**_OPTIONS, "pipeline_class": PartCompiler, "no_cpython_wrapper": True}
+        return numba.njit(**options)(signature)
     return lambda function: Kernel(function, signature, nogil)
 
 
@@ -243,7 +247,7 @@ class Progress:
     def __init__(self, kernels: int, into: str) -> None:
         self.kernels, self.into, self.told = kernels, into, 0
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
-        log.info("compiling %d kernels %s: once, up to a minute or two", kernels, into)
+        log.info("compiling %d kernels %s: once, up to a minute", kernels, into)
 
     def tell(self, done: int) -> None:
         """Report that so many are compiled by now."""
