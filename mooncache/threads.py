@@ -49,9 +49,9 @@ class Thread(threading.Thread):
             self._over.set()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the work has ended, so many seconds at most; not at all for a thread that was not started."""
-        if self._due:
-            self._over.wait(timeout)
+        """Wait until the thread has ended, so many seconds at most; not at all for one that was not started."""
+        if self._due and self._over.wait(timeout):
+            super().join(timeout)  # for the few instructions that are left
 
     def is_alive(self) -> bool:
         """Return whether the thread was started and its work has not ended."""

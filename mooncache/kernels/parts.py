@@ -37,7 +37,7 @@ class PartLibrary(JITCodeLibrary):
 
     @property
     def codegen(self) -> Any:
-        """What Numba gives a function's environment to, where it has machine code."""
+        """This library: Numba gives it the environment that a function with machine code has."""
         return self
 
     def set_env(self, name: str, environment: object) -> None:

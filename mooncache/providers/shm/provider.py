@@ -41,7 +41,7 @@ from mooncache.errors import TransportError, UsageError
 from mooncache.kernels.arrays import LINE, WORD, address_of
 from mooncache.kernels.enums import Access
 from mooncache.kernels.publication import publish
-from mooncache.kernels.state import QueuePair
+from mooncache.kernels.state import CompletionQueue, QueuePair
 from mooncache.pages import populate
 from mooncache.providers.base import Link
 from mooncache.providers.careful import Copier
@@ -93,6 +93,18 @@ class Shm(StreamProvider):
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # from before a peer has it until its connection ends
         self._shares: dict[str, Share | None] = {}
         self._retired: list[Retired] = []
+        self._table = np.zeros(0, np.uint8)
+
+    def open(
+        self, workers: int, queue_depth: int, inbox: np.ndarray, peers: int = limits.PEERS
+    ) -> list[list[CompletionQueue]]:
+        """See `Provider.open`."""
+        former = self._table, self.keys
+        try:
+            return super().open(workers, queue_depth, inbox, peers)
+        except BaseException:
+            self._table, self.keys = former
+            raise
 
     def _connect_ports(self, workers: int) -> None:
         super()._connect_ports(workers)
