@@ -194,8 +194,8 @@ def stage_times(bench: Bench, slices: int) -> list[np.ndarray]:
     """Time each stage of a staged worker for one batch, repeatedly; return ns."""
     engine = bench.source
     calls.stop(engine.ctl)  # its own worker leaves; this one takes its place
-    for thread in engine._runtime.actors.threads:
-        thread.join()
+    for actor in engine._runtime.actors.threads:
+        actor.join()
     engine._state.shared["stop"] = 0  # the engine itself goes on: submits are accepted
     (worker,) = engine._runtime.actors.workers
     samples = []
