@@ -78,7 +78,7 @@ THREADS: dict[str, tuple[Callable[[], Any], Callable[[Engine], Case]]] = {
     "lanes": (
         lambda: "tcp",
         lambda here: Case(
-            "mooncache-lanes", here.provider, "look_around", lambda: os.eventfd_write(here.provider._trouble_fd, 1)
+            "mooncache-lanes", here.provider, "look_around", here.provider.watcher.stir
         ),
     ),
     "listener": (
@@ -165,7 +165,7 @@ def test_when_who_watches_connections_fails_what_is_under_way_fails_and_the_next
     batch = here.write(fake.address, local.address, fake.base, 64)
     lane.recv(1)  # it is under way, and never answered
     fault.on = True
-    os.eventfd_write(here.provider._trouble_fd, 1)
+    here.provider.watcher.stir()
     with pytest.raises(TransferFailed, match="PEER_GONE"):
         batch.wait(LIMIT)
     fault.on = False

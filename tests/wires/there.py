@@ -235,7 +235,7 @@ def connections() -> int:
     """Of peers to the engine."""
     provider = engines["it"].provider
     live = sum(not lane.free for port in provider.ports for lane in port.lanes)
-    return live + len(provider._sockets)
+    return live + len(provider.watcher.sockets)
 
 
 def read(name: str = "it", first: int = 0, last: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""A connection of ours to a peer: queue pairs on every path, and what is done when one of them breaks.
+"""A connection of ours to a peer: the life of its queue pairs (`lanes.py`), and what is done when one of them breaks.
 
 A queue pair that broke is mended in four steps, in a thread of the connection's own while it takes:
 
@@ -25,15 +25,12 @@ from mooncache.background import Background
 from mooncache.descriptor import Descriptor
 from mooncache.errors import DiscoveryError, MooncacheError, TransportError
 from mooncache.kernels.enums import Order, QueueState
-from mooncache.kernels.state import QueuePair, QueueRow
+from mooncache.kernels.state import QueueRow
 from mooncache.kernels.verbs import WcStatus
-from mooncache.limits import SLICES_GATHERED
 from mooncache.providers.base import Link
-from mooncache.providers.rdma.gids import text_of
-from mooncache.providers.rdma.hub import NOTE_DEPTH, NoteQueue, Rail
+from mooncache.providers.rdma.hub import NoteQueue
+from mooncache.providers.rdma.lanes import Lane, Lanes
 from mooncache.providers.rdma.owner import Owner
-from mooncache.providers.rdma.paths import VERSION, Plan, ends_of, pair, weights
-from mooncache.providers.rdma.queues import QueuePair as Verbs
 from mooncache.providers.settling import Settler
 from mooncache.threads import Thread
 
@@ -48,25 +45,8 @@ PROBE_S = 20.0
 BACKOFF_S, BACKOFF_MOST_S = 0.1, 2.0
 """Pause before a queue pair that did not work is tried again; doubled each time."""
 
-INLINE_BYTES = 64
-"""Writes up to this long are copied into their work request: a cache line, which saves the NIC a fetch."""
-
 NOTE_S = 2.0
 """An answer to a notification that takes longer is lost: a peer's worker answers within microseconds."""
-
-
-class Lane:
-    """One of our queue pairs: its verbs, where it goes, and the number of the packets it starts with."""
-
-    def __init__(self, plan: int, verbs: Verbs) -> None:
-        self.plan, self.verbs, self.psn = plan, verbs, secrets.randbits(24)
-        self.peer = 0  # number of its other end
-        self.failures, self.not_before = 0, 0.0
-        self.ordered = QueueState.READY  # the state that was last answered with an order
-
-    def described(self) -> list[int]:
-        """Return the lane as the peer is told of it."""
-        return [self.plan, self.verbs.number, self.psn]
 
 
 class Outgoing:
@@ -79,113 +59,27 @@ class Outgoing:
 
     def __init__(self, provider: Owner, peer: Descriptor, link: Link, notes: Sequence[NoteQueue]) -> None:
         self._provider, self.peer, self.link, self._notes = provider, peer.name, link, notes
+        self._lanes = Lanes(provider, peer, link, notes)
         self.generation = peer.generation
         self.settler = Retirer(self, provider.background)
         self._lost = 0  # work requests that were in flight when the peer was lost
         self.gone = self._closed = False
-        self._ends = ends_of(peer)
-        self._plans = self._planned()
         self._lock = threading.Lock()
         self._stirred = threading.Event()
         self._mending: Thread | None = None
         self._rows: list[QueueRow] = []
         self._order: Callable[[QueueRow, Order], None] = lambda row, order: None
-        self._lanes: list[Lane] = []
-        self._note_lanes: list[Lane] = []
         self.socket: socket.socket | None = None
         self._note = 0, 0.0  # number of the last notification that was seen on its way, and since when
-        self._record = provider.hub.record()
         try:
-            self._make()
-            self._dial(peer)
+            self._lanes.make()
+            self.pairs = self._lanes.pairs
+            self.socket = self._lanes.dial()
         except BaseException:
             self.close()
             raise
 
-    # -------------------------------------------------------------------------- opening
-    def _planned(self) -> list[Plan]:
-        own = self._provider.ends_now()
-        plans = []
-        for path in pair(own, self._ends, self.peer):
-            here, there = own[path.local], self._ends[path.remote]
-            reads = max(1, min(here.rd_atomic, there.rd_atomic))
-            plans.append(Plan(path, min(here.mtu, there.mtu), reads, here.up and there.up))
-        return plans
-
-    def _make(self) -> None:
-        """Our queue pairs: for each worker some on each path, and one a path for notifications."""
-        provider = self._provider
-        rates = [min(provider.ends[p.path.local].rate, self._ends[p.path.remote].rate) for p in self._plans]
-        shares = weights(rates, [provider.nics[p.path.local].port.numa for p in self._plans])
-        self.pairs: list[list[QueuePair]] = []
-        for worker, cqs in enumerate(provider.cqs):
-            pairs = []
-            for index, plan in enumerate(self._plans):
-                nic, cq = provider.nics[plan.path.local], cqs[plan.path.local]
-                for _ in range(provider.queue_pairs):
-                    sges = min(SLICES_GATHERED, nic.limits.max_sge)
-                    verbs = nic.queue_pair(
-                        cq, cq, send_depth=provider.depth_on(nic), recv_depth=1, sges=sges, inline=INLINE_BYTES
-                    )
-                    self._lanes.append(Lane(index, verbs))
-                    depth, local, remote = provider.depth_on(nic), plan.path.local, plan.path.remote
-                    made = QueuePair(
-                        verbs.address, depth, cq=local, lkeys=local, rkeys=remote, signal=provider.signal, gathers=sges,
-                        message_bytes=nic.limits.max_msg_sz, inline=verbs.inline, weight=shares[index], breaks=True,
-                    )  # fmt: skip
-                    pairs.append(made)
-            self.pairs.append([*pairs, self._notes[worker].pair])
-        for index, plan in enumerate(self._plans):
-            nic, cq = provider.nics[plan.path.local], provider.hub.cqs[plan.path.local]
-            verbs = nic.queue_pair(cq, cq, send_depth=NOTE_DEPTH, recv_depth=1, sges=1, inline=0)
-            self._note_lanes.append(Lane(index, verbs))
-
-    def _dial(self, peer: Descriptor) -> None:
-        provider = self._provider
-        self.number = secrets.randbits(62)
-        paths = []
-        for plan in self._plans:
-            local, remote = plan.path
-            gid, lid, *_ = provider.ends[local].told()
-            paths.append([gid, lid, remote, plan.mtu, plan.rd_atomic, self._record.rkeys[local], plan.up])
-        asked = {
-            "version": VERSION, "instance": peer.data["instance"], "connection": self.number, "paths": paths,
-            "queues": [lane.described() for lane in self._lanes],
-            "notes": [lane.described() for lane in self._note_lanes], "answer": self._record.answer,
-        }  # fmt: skip
-        answer = self.link.dial("rdma-connect", asked, deadline=self.link.deadline)
-        self.socket = answer.sock
-        try:
-            most = min(int(answer.body["note_bytes"]), provider.hub.note_bytes)
-            mailboxes = [[int(address), int(rkey)] for _, _, address, rkey in answer.body["notes"]]
-            self._join(self._lanes, answer.body["queues"])
-            self._join(self._note_lanes, [entry[:2] for entry in answer.body["notes"]])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TransportError(
-                f"peer {self.peer!r} answered to rdma-connect what does not hold: {error!r}"
-            ) from error
-        rails = [
-            Rail(lane.verbs.address, self._plans[lane.plan].path.local, *mailbox)
-            for lane, mailbox in zip(self._note_lanes, mailboxes, strict=True)
-        ]
-        self._record.open(rails, self.link.table.where("gone"), most)
-        for queue in self._notes:
-            queue.lead_to(self._record)
-        for index, lane in enumerate(self._note_lanes):
-            if self._plans[lane.plan].up:
-                self._record.raise_rail(index, 0)
-
-    def _join(self, lanes: Sequence[Lane], told: Sequence[Sequence[int]]) -> None:
-        """Learn the other ends of new queue pairs, and connect those whose path is up; others are mended later."""
-        for lane, (number, psn) in zip(lanes, told, strict=True):
-            lane.peer = int(number)
-            if self._plans[lane.plan].up:
-                self._connect(lane, int(psn))
-
-    def _connect(self, lane: Lane, psn: int) -> None:
-        plan = self._plans[lane.plan]
-        self._provider.connect_pair(lane.verbs, self._ends[plan.path.remote], lane.peer, lane.psn, psn, plan)
-
+    # -------------------------------------------------------------------------- the beginning
     def start(self, rows: Sequence[QueueRow], order: Callable[[QueueRow, Order], None]) -> None:
         """Probe which queue pairs work: the workers know them now. Raises TransportError when none does."""
         if self._rows:
@@ -194,8 +88,8 @@ class Outgoing:
         with self._provider.lock:
             self._rows = [row for row in rows if row.pair.breaks]
             probed = []
-            for lane, row in zip(self._lanes, self._rows, strict=True):
-                if self._plans[lane.plan].up:
+            for lane, row in zip(self._lanes.data, self._rows, strict=True):
+                if self._lanes.is_up(lane):
                     lane.ordered = QueueState.CLOSED
                     self._give(row, Order.PROBE)
                     probed.append(row)
@@ -209,8 +103,8 @@ class Outgoing:
             why = ", ".join(sorted({self.why(row) for row in probed}))
             self.lose("no bytes got through")
             raise TransportError(
-                f"peer {self.peer!r} answers, but no bytes get through to it by RDMA: {why} on {self._wires()}; do the "
-                "networks of these NICs reach each other (ping the GIDs), with this MTU?"
+                f"peer {self.peer!r} answers, but no bytes get through to it by RDMA: {why} on "
+                f"{self._lanes.wires()}; do the networks of these NICs reach each other (ping the GIDs), with this MTU?"
             )
         self.stir()
 
@@ -231,15 +125,9 @@ class Outgoing:
         except ValueError:
             return f"completion status {row.cause}"
 
-    def _wires(self) -> str:
-        own = self._provider.nics
-        return ", ".join(
-            f"{own[p.path.local].port.name} -> {text_of(self._ends[p.path.remote].gid)}" for p in self._plans
-        )
-
     def wire(self) -> str:
         """Describe how bytes travel, in a few words."""
-        return f"rdma, {self._count(QueueState.READY)} of {len(self._rows)} queue pairs ready: {self._wires()}"
+        return f"rdma, {self._count(QueueState.READY)} of {len(self._rows)} queue pairs ready: {self._lanes.wires()}"
 
     # -------------------------------------------------------------------------- mending
     def stir(self) -> None:
@@ -247,20 +135,17 @@ class Outgoing:
         self._stirred.set()
         with self._lock:
             idle = self._mending is None and self._rows and not self.gone and not self._closed
-            if idle and (self._count(QueueState.READY) < len(self._rows) or self._fallen_notes()):
+            if idle and (self._count(QueueState.READY) < len(self._rows) or self._lanes.fallen()):
                 self._mending = self._provider.background.start(
                     f"mooncache-mend-{self.peer}", self._mend, lambda error: self.lose(f"it cannot be mended: {error}")
                 )
-
-    def _fallen_notes(self) -> list[int]:
-        return [i for i in range(len(self._note_lanes)) if not self._record.is_up(i)]
 
     def _mend(self) -> None:
         since = time.monotonic()
         while True:
             with self._lock:
                 broken = [row for row in self._rows if row.state != QueueState.READY]
-                if self.gone or self._closed or not (broken or self._fallen_notes()):
+                if self.gone or self._closed or not (broken or self._lanes.fallen()):
                     self._mending = None
                     return
             self._stirred.clear()
@@ -280,7 +165,7 @@ class Outgoing:
     def _mend_once(self) -> bool:
         """Do what can be done now. False when no queue pair works, so that the peer is out of reach after all."""
         now = time.monotonic()
-        for lane, row in zip(self._lanes, self._rows, strict=True):
+        for lane, row in zip(self._lanes.data, self._rows, strict=True):
             if row.state == QueueState.BROKEN:
                 lane.verbs.fail()  # so that what is in flight comes back, whatever broke it
         seen = self.settler.counters.breaks
@@ -291,29 +176,28 @@ class Outgoing:
             if not any(self._is_suspect(i) for i in range(len(self._rows)) if i not in fenced):
                 self.settler.counters.confirm(seen)
             for i, row in drained:
-                log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lane_name(i), self.why(row))
-                self._postpone(self._lanes[i])
-                self._lanes[i].ordered = QueueState.DRAINED
+                log.warning("peer %r: queue pair %s broke: %s", self.peer, self._lanes.name(i), self.why(row))
+                self._postpone(self._lanes.data[i])
+                self._lanes.data[i].ordered = QueueState.DRAINED
                 self._give(row, Order.RETURN)
-        closed = [
-            i
-            for i in range(len(self._rows))
-            if self._is_new(i, QueueState.CLOSED) and self._lanes[i].not_before <= now and self._carries(self._lanes[i])
-        ]
-        fallen = [i for i in self._fallen_notes() if self._note_lanes[i].not_before <= now]
-        fallen = [i for i in fallen if self._carries(self._note_lanes[i])]
+        closed = [i for i in range(len(self._rows)) if self._is_new(i, QueueState.CLOSED)]
+        closed = [i for i in closed if self._may_try(self._lanes.data[i], now)]
+        fallen = [i for i in self._lanes.fallen() if self._may_try(self._lanes.notes[i], now)]
         for i in closed:  # one by one: a peer whose own port is down refuses that path only
             self._try_to_repair([i], [])
         for i in fallen:
             self._try_to_repair([], [i])
         for i, row in enumerate(self._rows):
             if row.state == QueueState.READY:
-                self._lanes[i].failures = 0
+                self._lanes.data[i].failures = 0
         return self._count(QueueState.READY) > 0
+
+    def _may_try(self, lane: Lane, now: float) -> bool:
+        return lane.not_before <= now and self._lanes.carries(lane)
 
     def _is_new(self, i: int, state: QueueState) -> bool:
         """Return whether a queue pair's state was not answered with an order yet: the worker obeys when it can."""
-        lane = self._lanes[i]
+        lane = self._lanes.data[i]
         if self._rows[i].state != lane.ordered:
             lane.ordered = QueueState.READY
         return self._rows[i].state == state != lane.ordered
@@ -321,7 +205,7 @@ class Outgoing:
     def _is_suspect(self, i: int) -> bool:
         """Return whether packets of a broken queue pair may be on their way: its other end was not reset since."""
         state = self._rows[i].state
-        return state == QueueState.BROKEN or (state == QueueState.DRAINED and self._lanes[i].ordered != state)
+        return state == QueueState.BROKEN or (state == QueueState.DRAINED and self._lanes.data[i].ordered != state)
 
     @property
     def unsettled(self) -> int:
@@ -334,26 +218,19 @@ class Outgoing:
         Raises TransportError or DiscoveryError: it did not answer.
         """
         seen = self.settler.counters.breaks
-        link.dial("rdma-retire", {"connection": self.number}, deadline=link.deadline).sock.close()
+        link.dial("rdma-retire", {"connection": self._lanes.number}, deadline=link.deadline).sock.close()
         self.settler.counters.confirm(seen)
 
     def _postpone(self, lane: Lane) -> None:
         lane.not_before = time.monotonic() + min(BACKOFF_S * 2**lane.failures, BACKOFF_MOST_S)
         lane.failures += 1
 
-    def _carries(self, lane: Lane) -> bool:
-        return self._plans[lane.plan].path.local not in self._provider.down
-
-    def _lane_name(self, i: int) -> str:
-        path = self._plans[self._lanes[i].plan].path
-        return f"{i} ({self._provider.nics[path.local].port.name} -> {text_of(self._ends[path.remote].gid)})"
-
     def _try_to_repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
         """Connect queue pairs anew; where that fails and others work, later."""
         try:
             self._repair(closed, fallen)
         except TransportError as error:
-            for lane in [*(self._lanes[i] for i in closed), *(self._note_lanes[i] for i in fallen)]:
+            for lane in [*(self._lanes.data[i] for i in closed), *(self._lanes.notes[i] for i in fallen)]:
                 self._postpone(lane)
             if self._count(QueueState.READY) == 0:
                 raise
@@ -361,7 +238,7 @@ class Outgoing:
 
     def _repair(self, closed: Sequence[int], fallen: Sequence[int]) -> None:
         """Connect queue pairs of which nothing is under way anew, at both ends."""
-        lanes, note_lanes = [self._lanes[i] for i in closed], [self._note_lanes[i] for i in fallen]
+        lanes, note_lanes = [self._lanes.data[i] for i in closed], [self._lanes.notes[i] for i in fallen]
         for lane in [*lanes, *note_lanes]:
             lane.verbs.reset()
             lane.psn = secrets.randbits(24)
@@ -376,33 +253,33 @@ class Outgoing:
             if self._closed or self.gone:
                 return
             for lane, psn in zip([*lanes, *note_lanes], [*told["queues"], *told["notes"]], strict=True):
-                self._connect(lane, int(psn))
+                self._lanes.connect(lane, int(psn))
             for i in fallen:
-                self._postpone(self._note_lanes[i])
-                self._record.raise_rail(i, 0)
+                self._postpone(self._lanes.notes[i])
+                self._lanes.record.raise_rail(i, 0)
             for i in closed:
-                self._lanes[i].ordered = QueueState.CLOSED
+                self._lanes.data[i].ordered = QueueState.CLOSED
                 self._give(self._rows[i], Order.PROBE)
 
     def _ask(self, purpose: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self.link.dial(purpose, {"connection": self.number, **body})
+        answer = self.link.dial(purpose, {"connection": self._lanes.number, **body})
         answer.sock.close()
         return answer.body
 
     def look_at_note(self) -> None:
         """Send a notification that was not answered for long over another rail: its answer was lost."""
-        number, now = self._record.under_way, time.monotonic()
+        number, now = self._lanes.record.under_way, time.monotonic()
         seen, since = self._note
         if number != seen or not any(queue.busy for queue in self._notes):
             self._note = number, now
         elif now - since > NOTE_S:
             self._note = number, now
-            self._record.lower_rail(self._record.rail)
+            self._lanes.record.lower_rail(self._lanes.record.rail)
 
     def fail_nic(self, nic: int) -> None:
         """Get back at once what is on a NIC of ours that went down, instead of after the NIC's patience."""
-        for lane, row in zip(self._lanes, self._rows, strict=False):
-            if self._plans[lane.plan].path.local == nic:
+        for lane, row in zip(self._lanes.data, self._rows, strict=False):
+            if self._lanes.is_on(lane, nic):
                 self._give(row, Order.BREAK)
                 with suppress(TransportError):
                     lane.verbs.fail()
@@ -420,7 +297,7 @@ class Outgoing:
             self.link.table.put("gone", 1)
             for row in self._rows:
                 self._order(row, Order.LOSE)
-            for lane in [*self._lanes, *self._note_lanes]:
+            for lane in [*self._lanes.data, *self._lanes.notes]:
                 with suppress(TransportError):
                     lane.verbs.fail()
             if self.socket is not None:  # its end is the end of the connection for the peer, which lets go of its side
@@ -444,13 +321,7 @@ class Outgoing:
         self._stirred.set()
         if mending is not None:
             mending.join()
-        self._record.close()
-        with self._provider.lock:
-            for lane in [*self._lanes, *self._note_lanes]:
-                with suppress(TransportError):
-                    lane.verbs.close()
-        with suppress(TransportError):  # then it is this peer's until the engine closes
-            self._record.release()
+        self._lanes.close()
         if self.socket is not None:
             self._provider.forget_socket(self.socket)
             self.socket.close()

@@ -153,7 +153,7 @@ class Shm(StreamProvider):
         for lease in leases:
             lease.ended = True
             if lease.sock is not None:
-                self.unwatch(lease.sock)  # by which the peer hears of it, and maps this memory anew
+                self.watcher.unwatch(lease.sock)  # by which the peer hears of it, and maps this memory anew
         return ended + len(leases)
 
     def _wait_for_guards(self, leases: Sequence[Lease] | None = None, limit_s: float = STALL_S) -> None:
@@ -199,7 +199,7 @@ class Shm(StreamProvider):
             sock.close()
             return
         lease.sock = sock
-        self.watch(sock, lambda: self._end(lease))
+        self.watcher.watch(sock, lambda: self._end(lease))
 
     def _end(self, lease: Lease) -> None:
         """End a lease whose peer is gone: its guards mean nothing any more."""
@@ -254,7 +254,7 @@ class Shm(StreamProvider):
             for descriptor in answer.fds:
                 os.close(descriptor)
         try:
-            self.watch(share.sock, partial(self._lost, peer.name, share))
+            self.watcher.watch(share.sock, partial(self._lost, peer.name, share))
         except OSError:
             share.close()
             raise
@@ -312,7 +312,7 @@ class Shm(StreamProvider):
         marks = [(queue, queue.row["head"]) for queue in queues]
         with self._lock:
             self._retired.append(what._replace(marks=marks))
-        os.eventfd_write(self._trouble_fd, 1)
+        self.watcher.stir()
 
     @property
     def patience(self) -> float | None:  # type: ignore[override]
@@ -331,7 +331,7 @@ class Shm(StreamProvider):
         for mapping in retired.mappings:
             mapping.close()
         if retired.sock is not None:
-            self.unwatch(retired.sock)
+            self.watcher.unwatch(retired.sock)
 
     def wire(self, peer: str) -> str:
         """See `Provider.wire`."""

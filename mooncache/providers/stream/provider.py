@@ -11,8 +11,6 @@ opens and closes (see `connections`), the workers' kernels do the rest (see `lan
 from __future__ import annotations
 
 import logging
-import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mooncache import forks, limits
+from mooncache import limits
 from mooncache.deadline import Deadline
 from mooncache.descriptor import Descriptor, Keys
 from mooncache.discovery.complaints import Complaints
@@ -51,6 +49,7 @@ from mooncache.providers.stream.quotas import check_lanes
 from mooncache.providers.stream.records import ENTRY, PORT, QUEUE
 from mooncache.providers.stream.settler import StreamSettler
 from mooncache.providers.stream.waiting import wait_until, wait_while_odd
+from mooncache.providers.stream.watcher import Watcher
 from mooncache.shortage import none_left
 
 log = logging.getLogger("mooncache")
@@ -81,7 +80,6 @@ class StreamProvider(SoftwareProvider):
         self._left_unsettled = 0  # when it was closed
         self._parting: set[str] = set()  # peers that were disconnected, and not connected to since
         self._nowhere = Row(rows_of(TABLE))  # header of a table for queue pairs that lead to no peer
-        self._sockets: dict[int, tuple[socket.socket, Callable[[], None]]] = {}  # by descriptor: watched, and what then
         self._closed = False
         self._complaints = Complaints(log)
 
@@ -91,17 +89,13 @@ class StreamProvider(SoftwareProvider):
         """See `Provider.open`."""
         queues = super().open(workers, queue_depth, inbox, peers)
         self._inbox = inbox
-        self._trouble_fd, self._watched = -1, select.epoll()
-        forks.private(self)
+        self.watcher = Watcher()
         with ExitStack() as undo:
-            undo.callback(self._watched.close)
-            self._trouble_fd = os.eventfd(0, os.EFD_CLOEXEC)
-            undo.callback(os.close, self._trouble_fd)
+            undo.callback(self.watcher.close)
             self.ports: list[Port] = []
             for i, own in enumerate(self.lists):
-                self.ports.append(Port(own, i, self.keys, inbox, self._trouble_fd))
+                self.ports.append(Port(own, i, self.keys, inbox, self.watcher.trouble_fd))
                 undo.callback(self.ports[-1].close)
-            self._watched.register(self._trouble_fd, select.EPOLLIN)
             self._connect_ports(workers)
             undo.callback(self._end_threads)  # a signal handler may raise while this one is started
             self.background.start("mooncache-lanes", self._watch, lambda error: self.hang_up())
@@ -346,13 +340,9 @@ class StreamProvider(SoftwareProvider):
         """In a thread of its own: say why lanes broke, once each, and notice peers that hang up. Should it fail, all
         connections are cut, since nobody would have noticed their end; submits connect anew."""
         while not self._closed:
-            for descriptor, _ in self._watched.poll(self.patience):
-                if descriptor == self._trouble_fd:
-                    os.eventfd_read(descriptor)
-                else:
-                    self._hung_up(descriptor)
-                for lane in [lane for port in self.ports for lane in port.lanes]:
-                    self._tell(lane)
+            self.watcher.wait(self.patience)
+            for lane in [lane for port in self.ports for lane in port.lanes]:
+                self._tell(lane)
             for settler in list(self._settlers.values()):
                 settler.look()
             self.look_around()
@@ -365,30 +355,6 @@ class StreamProvider(SoftwareProvider):
     def settle(self, limit_s: float) -> None:
         """See `Provider.settle`."""
         Deadline(limit_s).until(lambda: not any(s.in_doubt for s in list(self._settlers.values())))
-
-    def watch(self, sock: socket.socket, ended: Callable[[], None]) -> None:
-        """Have `ended` called, once, when the peer's end of a socket closes; then that is closed here, too."""
-        with self._lock:
-            if self._closed:
-                sock.close()
-                return
-            self._sockets[sock.fileno()] = sock, ended
-            self._watched.register(sock.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
-
-    def unwatch(self, sock: socket.socket) -> None:
-        """Close a socket that was watched; `ended` may be called a last time."""
-        with self._lock:
-            if self._sockets.pop(sock.fileno(), None) is not None:
-                self._watched.unregister(sock.fileno())
-            sock.close()
-
-    def _hung_up(self, descriptor: int) -> None:
-        with self._lock:
-            sock, ended = self._sockets.get(descriptor, (None, None))
-            if sock is None or ended is None or not has_ended(sock):  # closed meanwhile, and its number another's
-                return
-        self.unwatch(sock)
-        ended()
 
     def look_around(self) -> None:
         """Do a subclass's work in the watching thread, after whatever woke it."""
@@ -419,12 +385,7 @@ class StreamProvider(SoftwareProvider):
         self._complaints.close()
         for port in self.ports:
             port.close()
-        self._watched.close()
-        descriptor, self._trouble_fd = self._trouble_fd, -1
-        forks.drop([descriptor])
-        for sock, _ in self._sockets.values():
-            sock.close()
-        self._sockets.clear()
+        self.watcher.close()
         self.give_up_memory()
         self._inbox = self._inbox[:0].copy()
         self.keys.release()
@@ -434,23 +395,5 @@ class StreamProvider(SoftwareProvider):
             self._closed = True
         for settler in self._settlers.values():
             settler.close()
-        if self._trouble_fd >= 0:
-            os.eventfd_write(self._trouble_fd, 1)
+        self.watcher.stop()
         self.background.close()
-
-    def disown(self) -> None:
-        """See `forks.Holder`; its ports and sockets do so by themselves."""
-        self._closed = True
-        self._watched.close()
-        forks.drop([self._trouble_fd])
-
-
-def has_ended(sock: socket.socket) -> bool:
-    """Return whether there is anything to read from a socket over which nothing more is said: its end."""
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
