@@ -40,7 +40,6 @@ def _view(element: Any, width: ir.IntType) -> Any:
 i8 = _view(types.int8, _I8)
 i16 = _view(types.int16, _I16)
 i32 = _view(types.int32, _I32)
-u32 = _view(types.uint32, _I32)
 i64 = _view(types.int64, _I64)
 
 
