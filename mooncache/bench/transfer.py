@@ -79,7 +79,7 @@ def measure(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[
         with paused(wire) if other else nullcontext():
             return plain.sample("reference", next(seeds))
 
-    wire.sample("wire", next(seeds))  # uncounted: pages are touched, buffers and clocks warm up
+    first = wire.sample("wire", next(seeds))  # apart: pages are touched, buffers and clocks warm up
     referred()
     for looks in wire.looks:
         looks.clear()
@@ -91,6 +91,8 @@ def measure(case: Case, crew: Crew, repeats: int, seeds: Iterator[int]) -> dict[
         "reference": plain.reference,
         "reference_seconds_p50": round(median(references), 6),
         "ratio": round(median(seconds) / median(references), 3),
+        "first_seconds": round(first, 6),
+        "first_ratio": round(first / median(seconds), 3),
         "repeats": repeats,
         "verified_bytes": (repeats + 1) * case.sample_bytes // case.layers,  # each layer sends the same ones again
     }

@@ -21,7 +21,8 @@ from mooncache.kernels.arrays import address_of
 
 ROW = {
     "provider", "transport", "op", "ranks", "workers", "slices", "block_bytes", "layers", "seconds_p50", "seconds_min",
-    "seconds_max", "slices_per_s", "gigabytes_per_s", "reference", "reference_seconds_p50", "ratio", "repeats",
+    "seconds_max", "slices_per_s", "gigabytes_per_s", "reference", "reference_seconds_p50", "ratio",
+    "first_seconds", "first_ratio", "repeats",
     "verified_bytes",
 }  # fmt: skip
 
