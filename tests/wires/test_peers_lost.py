@@ -173,6 +173,7 @@ def test_closing_does_not_wait_for_a_stopped_peer_longer_than_the_limit(join, wi
     until(lambda: pair.far(there.connections), "the connection, with the peer's worker")
     pair.far.stop()
     batch = pair.write(0, 0, 16 * MiB)
+    until(lambda: pair.here.stats().counts["work_requests"], "slices, posted")
     Task(pair.here.close).result(20)
     assert batch.quiesced is Quiesced.SOURCE  # what was sent lies in the socket of a process that may go on
     assert_balanced(pair.here)
