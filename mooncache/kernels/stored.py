@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from llvmlite.binding import parse_assembly
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.runtime.nrt import rtsys
@@ -54,6 +55,17 @@ def _digest(data: bytes, nbytes: int = _DIGEST_BYTES) -> bytes:
     return hashlib.blake2b(data, digest_size=nbytes).digest()
 
 
+def _entry_point(compiled: Any) -> tuple[Any, ...]:
+    """Return what Numba needs to make an entry point anew, without what only calls from other kernels need.
+
+    That is most of what would be loaded: LLVM code to be linked, and an environment for each part.
+    """
+    (name, kind, (machine_code, _)), fndesc, *others, _ = compiled._reduce()
+    names = [fndesc.llvm_cpython_wrapper_name, fndesc.llvm_cfunc_wrapper_name]
+    module = parse_assembly("".join(f'define void @"{name}"() {{ ret void }}\n' for name in names))
+    return (name, kind, (machine_code, module.as_bitcode())), fndesc, *others, ()
+
+
 class Stored(NullCache):
     """The place where Numba finds and leaves one kernel's machine code."""
 
@@ -76,7 +88,7 @@ class Stored(NullCache):
         """Write what was compiled to a file that appears whole. Raises OSError."""
         if compiled.library.has_dynamic_globals:
             raise TypeError(f"{self.file.stem} has an address of this process in its code: pass it as an argument")
-        made = dumps(compiled._reduce())
+        made = dumps(_entry_point(compiled))
         fd, beside = tempfile.mkstemp(prefix=f".{self.file.name}.", dir=self.file.parent)
         try:
             with open(fd, "wb") as file:
