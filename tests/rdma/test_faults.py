@@ -38,7 +38,7 @@ def write_right(pair, n=64, length=1000):
 def test_a_queue_pair_that_breaks_loses_nothing_and_comes_back(pair):
     write_right(pair)
     batch = pair.write(np.arange(2000) * 1024, length=1000)
-    outgoing(pair)._lanes[0].verbs.fail()
+    outgoing(pair)._lanes.data[0].verbs.fail()
     batch.wait(WAIT)
     np.testing.assert_array_equal(
         pair.target[: 2000 * 1024].reshape(-1, 1024)[:, :1000], pair.source[: 2000 * 1024].reshape(-1, 1024)[:, :1000]
@@ -51,7 +51,7 @@ def test_a_queue_pair_that_breaks_loses_nothing_and_comes_back(pair):
 def test_when_all_queue_pairs_break_everything_waits_for_them_and_completes(pair):
     write_right(pair)
     batch = pair.write(np.arange(2000) * 1024, length=1000, notify=b"all there")
-    for lane in outgoing(pair)._lanes + outgoing(pair)._note_lanes:
+    for lane in [*outgoing(pair)._lanes.data, *outgoing(pair)._lanes.notes]:
         lane.verbs.fail()
     batch.wait(WAIT)
     batch.close()
@@ -180,7 +180,7 @@ def test_a_strange_wish_to_connect_is_refused_and_leaves_nothing_behind(pair, bo
 @pytest.mark.parametrize("purpose", ["rdma-fence", "rdma-repair"])
 def test_nobody_mends_a_connection_that_is_not_theirs(pair, purpose):
     write_right(pair)
-    for number in (outgoing(pair).number + 1, "x", None):
+    for number in (outgoing(pair)._lanes.number + 1, "x", None):
         with pytest.raises(UsageError, match="no connection"):
             pair.here._service.dial(pair.there.address, purpose, {"connection": number, "queues": [], "notes": []})
 
@@ -286,7 +286,7 @@ def test_the_key_of_one_connection_leads_to_no_others_notifications(rdma):
         memory = target.provider.hub.memory
         before = memory[others.index].copy()
         # The forger writes to the other's mailbox, with the key that it was given for its own.
-        record = forger.provider._outgoing["target"]._record
+        record = forger.provider._outgoing["target"]._lanes.record
         record._rails[0]["address"] = others.mailboxes[0]
         batch = send(forger, b"forged")
         until(lambda: not record.is_up(0), "the NIC's refusal")

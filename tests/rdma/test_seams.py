@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from mooncache import EngineInherited, TransportError
+from mooncache.providers.rdma.provider import KEEPER
 from tests.helpers import until
 from tests.rdma.test_faults import WAIT, open_descriptors, outgoing, resources, write_right
 from tests.test_forks import Child
@@ -55,7 +56,7 @@ def test_a_child_harms_nobody_and_is_told_whose_the_engine_is(pair):
 
     assert Child(use).result()
     write_right(pair, 4)
-    outgoing(pair)._lanes[0].verbs.fail()
+    outgoing(pair)._lanes.data[0].verbs.fail()
     write_right(pair, 4)
 
 
@@ -71,5 +72,5 @@ def test_a_device_that_is_gone_takes_its_port_down_and_not_the_keeper(pair, monk
     provider._look_at_events(0)
     until(lambda: connection.gone, "the end of the connection, which has no other port")
     assert any("the test says so" in trouble for trouble in pair.here.stats().trouble)
-    assert provider._keeper.is_alive()
+    assert [t.is_alive() for t in provider.background._threads if t.name == KEEPER] == [True]
     assert provider.down == {0}
