@@ -95,7 +95,8 @@ class Engine:
             self.provider = opening.provider(provider)
         self.closed = self.inherited = False
         self._ended = True  # nothing is there to be ended yet
-        self._ending, self._busy = threading.RLock(), False  # held while it is closed, by a signal handler as well
+        self._ending = threading.RLock()  # held while it is closed; a signal handler in the midst of that gets it, too,
+        self._busy = False  # and finds it busy
         forks.private(self)
         with shortage.told("no engine can be opened"), ExitStack() as undo:  # if it fails, all is given back
             undo.callback(setattr, self, "closed", True)
@@ -420,8 +421,8 @@ class Engine:
         self._peers.close()  # also waits for one that is being entered
         with self._ending:
             if not self._ended and not self._busy:
-                self._busy = True
                 try:
+                    self._busy = True
                     self._end()
                 finally:
                     self._busy = False

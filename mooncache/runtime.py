@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 
 from mooncache.actors import Actors
 from mooncache.awaiting import Awaiting
@@ -33,8 +32,7 @@ class Runtime:
     def __init__(self, settings: Settings, provider: Provider) -> None:
         self.provider = provider
         self._opened: list[Callable[[], None]] = []  # what closes the parts that are open
-        with ExitStack() as undo:  # if it fails, all is given back
-            undo.callback(self._close_parts)
+        try:
             self.awaiting = Awaiting()
             self._opened.append(self.awaiting.close)
             self.looker = Looker()
@@ -53,7 +51,9 @@ class Runtime:
             self._opened.append(self._bells.close)
             jit.prewarm()
             self.actors.set_turn()
-            undo.pop_all()
+        except BaseException:
+            self._close_parts()
+            raise
 
     def start(self, name: str, look: Callable[[], None]) -> None:
         """Start the threads of the engine called `name`. `look`: see `Looker.start`."""

@@ -67,7 +67,7 @@ def python_address(name: str) -> int:
 def address_of(array: np.ndarray) -> int:
     """Return the address of an array's first byte.
 
-    For records, `array.__array_interface__` costs twenty times as much, and drops what a signal handler raises.
+    For records, `array.__array_interface__` runs Python code of NumPy, which drops what a signal handler raises there.
     """
     return int(array.ctypes.data)
 

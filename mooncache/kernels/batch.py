@@ -15,13 +15,14 @@ from enum import IntEnum
 
 import numpy as np
 
+from mooncache.errors import Status
 from mooncache.kernels.account import account, clock
 from mooncache.kernels.atomics import fence, futex_wake
 from mooncache.kernels.enums import BatchState, Kind
-from mooncache.kernels.handle import batch_row
+from mooncache.kernels.handle import batch_row, resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.pool import EVERY_THREAD, pop_chain, push_chain, wake_waiters
-from mooncache.kernels.records.base import acquire, address, cell_at, compare_swap, fetch_add, index_in, where
+from mooncache.kernels.records.base import acquire, address, cell_at, compare_swap, fetch_add, index_in, missing, where
 from mooncache.kernels.records.batch import batch_at
 from mooncache.kernels.records.shared import shared_at
 from mooncache.kernels.worker import write_one
@@ -176,3 +177,12 @@ def finish(ctl, batch):
 def finished(batch):
     """Return whether all slices of a batch that is not closed are answered."""
     return acquire(batch, "state") == RECLAIMABLE
+
+
+@kernel
+def look_up(ctl, handle):
+    """Return OK when the batch that `handle` names is finished, else NOT_FINISHED, or STALE_HANDLE."""
+    batch = resolve(ctl, handle)
+    if missing(batch):
+        return np.int64(Status.STALE_HANDLE)
+    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)

@@ -11,7 +11,7 @@ from mooncache.kernels.atomics import (
     i32,
     i64,
 )
-from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, move
+from mooncache.kernels.batch import CLOSE, DRAINING, OPEN, RECLAIMABLE, SEALED, announce, finished, look_up, move
 from mooncache.kernels.enums import Kind, Slice
 from mooncache.kernels.handle import FREE, GENERATION_MASK, SLOT_MASK, batch_row, handle_of, resolve
 from mooncache.kernels.jit import kernel
@@ -37,11 +37,7 @@ NEVER = (1 << 63) - 1
 @kernel("int64(int64, int64)")
 def status(ctl, handle):
     """Return OK when the batch is finished, else NOT_FINISHED, or STALE_HANDLE."""
-    ctl = control_at(ctl)
-    batch = resolve(ctl, handle)
-    if missing(batch):
-        return np.int64(Status.STALE_HANDLE)
-    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
+    return look_up(control_at(ctl), handle)
 
 
 @kernel("int64(int64, int64)")

@@ -5,7 +5,7 @@ import numpy as np
 from mooncache.errors import Status
 from mooncache.kernels.account import clock
 from mooncache.kernels.atomics import call_words, fence, pause
-from mooncache.kernels.batch import RECLAIMABLE, finished
+from mooncache.kernels.batch import RECLAIMABLE, finished, look_up
 from mooncache.kernels.handle import resolve
 from mooncache.kernels.jit import kernel
 from mooncache.kernels.linger import lingers
@@ -53,9 +53,7 @@ def wait(ctl, handle, ns):
         if state != RECLAIMABLE and not missing(resolve(ctl, handle)):
             sleep_on(ctl, where(batch, "state"), state, left)
         fetch_add(batch, "waiters", -1)
-    if missing(resolve(ctl, handle)):
-        return np.int64(Status.STALE_HANDLE)
-    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
+    return look_up(ctl, handle)
 
 
 @kernel
@@ -87,11 +85,10 @@ def await_finish(ctl, handle):
     """Ask for a write to the engine's eventfd when the batch finishes. Return `status`, looked up afterwards."""
     ctl = control_at(ctl)
     batch = resolve(ctl, handle)
-    if missing(batch):
-        return np.int64(Status.STALE_HANDLE)
-    release(batch, "awaited", 1)
-    fence()
-    return np.int64(Status.OK if finished(batch) else Status.NOT_FINISHED)
+    if not missing(batch):
+        release(batch, "awaited", 1)
+        fence()
+    return look_up(ctl, handle)
 
 
 @kernel("int64(int64)")
